@@ -1,0 +1,70 @@
+"""Checks of single arguments. An error names what came, what is allowed and, where it is not obvious, the way out."""
+
+import math
+from collections.abc import Collection, Sequence
+from numbers import Integral, Real
+from typing import Any
+
+
+def integer(name: str, value: Any, at_least: int) -> int:
+    """Return `value` as an int.
+
+    Raises:
+        TypeError: `value` is no integer (a bool is none).
+        ValueError: `value` is below `at_least`.
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"`{name}` must be an int of at least {at_least}, got {value!r} ({type(value).__name__}).")
+    if value < at_least:
+        raise ValueError(f"`{name}` must be at least {at_least}, got {value}.")
+    return int(value)
+
+
+def count_or_fraction(name: str, value: Any) -> int | float:
+    """Return `value` as a non-negative int (a count) or a float in [0, 1] (a fraction).
+
+    Raises:
+        TypeError: `value` is neither an int nor a float (a bool is neither).
+        ValueError: `value` is negative, NaN, or a float above 1.
+    """
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(
+            f"`{name}` must be an int (a count of elements) or a float in [0, 1] (a fraction of them),"
+            f" got {value!r} of type {type(value).__name__}."
+        )
+    if isinstance(value, Integral):
+        if value < 0:
+            raise ValueError(f"`{name}` counts elements, so it must be at least 0, got {value}.")
+        return int(value)
+    fraction = float(value)
+    if math.isnan(fraction) or not 0.0 <= fraction <= 1.0:
+        raise ValueError(
+            f"`{name}` as a float is a fraction and must lie in [0, 1], got {value}. A count is given as an int."
+        )
+    return fraction
+
+
+def one_of(name: str, value: Any, allowed: Collection[str]) -> str:
+    """Return `value` if it is among `allowed`.
+
+    Raises:
+        ValueError: it is not; the message lists the allowed values.
+    """
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+    return value
+
+
+def patterns(name: str, value: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    """Return one fnmatch pattern or several as a tuple; None stays None.
+
+    Raises:
+        TypeError: `value` is not a string, a sequence of strings or None.
+    """
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, Sequence) or not all(isinstance(pattern, str) for pattern in value):
+        raise TypeError(f"`{name}` must be a parameter-name pattern or a list of them, got {value!r}.")
+    return tuple(value)

@@ -1,0 +1,459 @@
+"""`GradCovFreezeCallback`: when things happen. The only module that imports Lightning; no maths here.
+
+One optimizer step, t = 1, 2, …, in hooks of the Trainer:
+
+    on_train_batch_start        keep the first sample of the batch
+    on_after_backward           while observing: fold (g_1, g_S) into C_t
+    on_before_optimizer_step    once frozen: zero the gradients of frozen elements, before clipping
+    the optimizer's post-hook   count t; at t0 decide and freeze; once frozen: put the frozen values back
+    on_train_batch_end          log
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_gcfreeze import _checks, gains, gradients, orderings, refusals, reporting, samples, selection
+from lightning_gcfreeze.estimators import FullCovariance
+from lightning_gcfreeze.freezing import Restore
+from lightning_gcfreeze.phases import Frozen, Observing
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback as _Callback
+else:
+    # Lightning is published under two names whose classes know nothing of each other. The Trainer of either takes any
+    # callback in a list, but a single `callbacks=callback` and the LightningCLI ask for their own class.
+    try:
+        from pytorch_lightning import Callback as _StandaloneCallback
+
+        class _Callback(pl.Callback, _StandaloneCallback):
+            """A callback of both packages."""
+
+    except ImportError:
+        _Callback = pl.Callback
+
+_FORMAT = 1
+_DECISIVE = ("t0", "k", "order", "samples", "every", "gain", "granularity", "include", "exclude", "seed")
+
+
+@dataclass
+class _Window:
+    """The micro-batches that make one optimizer step, so far: g_1 is for the first sample of the first one."""
+
+    sample: Any
+    batch_idx: int
+    batch_size: int | None
+
+    def joined_by(self, batch: "_Window") -> "_Window":
+        if self.batch_size is None or batch.batch_size is None:
+            return replace(self, batch_size=None)
+        return replace(self, batch_size=self.batch_size + batch.batch_size)
+
+
+@dataclass
+class _Run:
+    """What exists only while a Trainer trains: everything that refers to its module or optimizer."""
+
+    trainer: pl.Trainer
+    parameters: dict[str, Parameter]  # the eligible ones
+    k: int
+    post_hook: RemovableHandle | None = None
+    holder: Restore | None = None
+    batch: _Window | None = None  # of the batch at hand
+    window: _Window | None = None  # of all batches since the last optimizer step
+    observed_step: int = 0
+    logged_step: int = 0
+    mute: DummyLogger = field(default_factory=DummyLogger)
+
+
+class GradCovFreezeCallback(_Callback):
+    """Freeze, after t0 optimizer steps, the k scalar parameters with the quietest gradients; train on with the rest.
+
+    While observing, the covariance of the gradient noise is followed by the recursion
+    C_t = (1 - κ_t) C_{t-1} + κ_t (g_1 - g_S)(g_1 - g_S)ᵀ, Eq. (2.6) of the paper, from C_0 = 0: g_S is the gradient
+    that the optimizer will use, g_1 that of the loss on the batch's first sample. After step t0 all eligible elements
+    are ranked by its diagonal and the k lowest are held constant to the bit.
+
+    Observing leaves no trace: weights, buffers, metrics, logged values and random streams are as without it.
+
+    Args:
+        t0: optimizer steps observed before the freeze; step t0 + 1 is the first with frozen elements.
+        k: how many eligible elements to freeze: an int is a count, a float in [0, 1] a fraction.
+        order: what to rank by, lowest first: "variance" (the paper), "random", "reverse" (highest variance first),
+            "magnitude", "second_moment", "snr", "displacement", or a callable; see `lightning_gcfreeze.orderings`.
+        samples: whose gradients feed the recursion: "first".
+        every: observe each `every`-th optimizer step: `every`, 2·`every`, …
+        covariance: "diagonal", or "full" for the p x p matrix of a small model.
+        gain: κ_t: "1/t", a float in (0, 1], or a callable t -> κ, t counting observed steps from 1.
+        gradients: how g_1 is had: "replay", the loss on the first sample once more.
+        granularity: what freezes together: "element", nothing.
+        hold: how constancy is kept: "restore".
+        include: patterns (fnmatch) of the parameter names that are eligible; None: all. Only parameters that require
+            a gradient and that the optimizer has are ever eligible.
+        exclude: patterns of the names that are not.
+        seed: of the random order; None: torch's initial seed, as `seed_everything` sets it.
+        log_every_n_steps: None: the Trainer's.
+
+    Raises:
+        TypeError: an argument of the wrong kind.
+        ValueError: an argument outside its range; at the start of training, one that does not fit the model.
+        MisconfigurationException: at the start of training, the Trainer, module or optimizer cannot be served; the
+            message says why and names the way out.
+    """
+
+    def __init__(
+        self,
+        t0: int,
+        k: int | float,
+        *,
+        order: orderings.Name | orderings.Ordering = "variance",
+        samples: Literal["first"] = "first",
+        every: int = 1,
+        covariance: Literal["diagonal", "full"] = "diagonal",
+        gain: gains.Gain = "1/t",
+        gradients: Literal["replay"] = "replay",
+        granularity: Literal["element"] = "element",
+        hold: Literal["restore"] = "restore",
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        seed: int | None = None,
+        log_every_n_steps: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.t0 = _checks.integer("t0", t0, at_least=1)
+        self.k = _checks.count_or_fraction("k", k)
+        self._ordering = orderings.resolve(order)
+        self.order = order
+        self.samples = _checks.one_of("samples", samples, ["first"])
+        self.every = _checks.integer("every", every, at_least=1)
+        if self.every > self.t0:
+            raise ValueError(
+                f"`every={every}` leaves no step to observe among the first `t0={t0}`. Lower the first or raise the"
+                " second."
+            )
+        self.gain = gains.check(gain)
+        self.gradients = _checks.one_of("gradients", gradients, ["replay"])
+        self.granularity = _checks.one_of("granularity", granularity, ["element"])
+        self.hold = _checks.one_of("hold", hold, ["restore"])
+        self.include = _checks.patterns("include", include)
+        self.exclude = _checks.patterns("exclude", exclude)
+        self.seed = None if seed is None else _checks.integer("seed", seed, at_least=0)
+        self.log_every_n_steps = (
+            None if log_every_n_steps is None else _checks.integer("log_every_n_steps", log_every_n_steps, at_least=1)
+        )
+        self._full = _checks.one_of("covariance", covariance, ["diagonal", "full"]) == "full"
+        self._start_afresh()
+
+    def _start_afresh(self) -> None:
+        self._phase: Observing | Frozen = Observing({})
+        self._steps = 0  # optimizer steps; Trainer.global_step counts every optimizer's
+        self._seed = 0  # of the random order; set when a run begins
+        self._resumed: dict[str, Any] | None = None  # the arguments that the loaded state was made with
+        self._run: _Run | None = None
+
+    # What there is to see ------------------------------------------------------------------------------------------
+
+    @property
+    def phase(self) -> Literal["observing", "frozen"]:
+        """Before any run and until step t0 has been taken "observing", then "frozen"."""
+        return "frozen" if isinstance(self._phase, Frozen) else "observing"
+
+    @property
+    def frozen(self) -> dict[str, Tensor]:
+        """The masks, ``{name: bool (*p.shape)}``, True = held constant; empty while observing."""
+        return {n: mask.clone() for n, mask in self._phase.frozen.items()} if isinstance(self._phase, Frozen) else {}
+
+    @property
+    def frozen_fraction(self) -> float:
+        """Frozen elements / eligible elements; 0.0 while observing."""
+        return self._phase.fraction if isinstance(self._phase, Frozen) else 0.0
+
+    @property
+    def variance(self) -> dict[str, Tensor]:
+        """The diagonal of C_t, ``{name: (*p.shape)}``, float32 or wider, in squared gradients; at t0 it stops changing.
+
+        With S fixed it estimates (1 - 1/S) times the variance of a single sample's gradient. Empty before the first
+        observed step.
+        """
+        return {name: v.clone() for name, v in self._phase.variance.items()}
+
+    @property
+    def covariance(self) -> Tensor | None:
+        """C_t, (p, p), rows in the order of ``named_parameters()``, with `covariance="full"`; else None."""
+        matrix = self._phase.matrix if isinstance(self._phase, Frozen) else self._phase.covariance.matrix
+        return None if matrix is None else matrix.clone()
+
+    @property
+    def ranks(self) -> dict[str, Tensor]:
+        """The paper's I, ``{name: int64 (*p.shape)}``: places in the order from 1, the lowest score; frozen is <= k.
+
+        While observing, the order as it would be now; empty before the first observed step.
+        """
+        if isinstance(self._phase, Frozen):
+            return selection.ranks(self._phase.scores)
+        if self._run is None or not self._phase.observed:
+            return {}
+        return selection.ranks(self._phase.scores(self._ordering, _weights(self._run.parameters), self._seed))
+
+    # Hooks, in the order in which they run -------------------------------------------------------------------------
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Forget an earlier fit. Runs before a checkpoint is loaded."""
+        if stage == "fit":
+            _refuse(refusals.of_strategy(trainer.strategy))
+            self._start_afresh()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a saved state. Runs between `setup` and `on_fit_start`, under some strategies after it."""
+        if state_dict["format"] != _FORMAT:
+            raise ValueError(
+                f"The checkpoint's {type(self).__name__} state has the format {state_dict['format']}, this version"
+                f" reads {_FORMAT}. Resume with the version that wrote it."
+            )
+        phase = Frozen if state_dict["phase"] == Frozen.name else Observing
+        self._phase = phase.from_state_dict(state_dict["state"])
+        self._steps = state_dict["steps"]
+        self._seed = state_dict["seed"]
+        self._resumed = state_dict["arguments"]
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is needed to go on from here: tensors, numbers and strings, under parameter names."""
+        return {
+            "format": _FORMAT,
+            "arguments": self._arguments(),
+            "seed": self._seed,
+            "steps": self._steps,
+            "phase": self.phase,
+            "state": self._phase.state_dict(),
+        }
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse what cannot work, before anything is trained. The optimizers exist by now."""
+        _refuse(refusals.of_module(pl_module, pl_module.training_step, pl_module.automatic_optimization))
+        _refuse(refusals.of_optimizers(trainer.optimizers))
+        parameters = selection.eligible(pl_module, trainer.optimizers[0], self.include, self.exclude)
+        k = selection.resolve_count(self.k, sum(p.numel() for p in parameters.values()))
+        if self._full:
+            FullCovariance(parameters)  # refuses a matrix that is too large
+        self._run = _Run(trainer, parameters, k)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin, or go on where the checkpoint stopped: by now all of it is loaded under every strategy."""
+        run = self._running
+        if self._resumed is None:
+            self._seed = trainer.strategy.broadcast(torch.initial_seed() if self.seed is None else self.seed)
+            self._phase = Observing(run.parameters, self._full, frozenset(orderings.needed_by(self._ordering)))
+        else:
+            _refuse(refusals.of_resuming(self._resumed, self._arguments(), self._phase.shapes, run.parameters))
+        run.logged_step = self._steps
+        if isinstance(self._phase, Observing):
+            self._phase.to(run.parameters)
+        else:
+            run.holder = Restore(run.parameters, self._phase.frozen)
+        run.post_hook = trainer.optimizers[0].register_step_post_hook(self._after_step)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep the first sample, before `training_step` can change the batch in place."""
+        run = self._running
+        if isinstance(self._phase, Observing) and (self._steps + 1) % self.every == 0:
+            sample, size = _first_sample(pl_module, batch)
+            run.batch = _Window(sample, batch_idx, size)
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Observe one step, while observing.
+
+        Runs after every micro-batch's backward; ``p.grad`` is g_S, times the loss scale, on the last one of a step.
+        """
+        run = self._running
+        if not isinstance(self._phase, Observing) or run.batch is None:
+            return
+        run.window = run.batch if run.window is None else run.window.joined_by(run.batch)
+        run.batch = None
+        if trainer.fit_loop._should_accumulate() or run.observed_step > self._steps:
+            return
+        run.observed_step = self._steps + 1
+        window, run.window = run.window, None
+        self._observe(self._phase, pl_module, window)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Zero the frozen elements' gradients. Runs after averaging and unscaling, before clipping."""
+        if self._run and self._run.holder:
+            self._run.holder.mask_gradients_()
+
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Count the step; freeze at t0; put frozen values back. Runs right after the parameters have moved.
+
+        It does not run on a step that a loss scaler leaves out, except with a fused optimizer, which is told to leave
+        it out itself.
+        """
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and bool(found_inf):
+            return
+        run = self._running
+        self._steps += 1
+        if run.holder:
+            run.holder.restore_()
+        elif isinstance(self._phase, Observing) and self._steps == self.t0:
+            self._phase = self._decide(self._phase, run)
+            run.holder = Restore(run.parameters, self._phase.frozen)
+            run.holder.clear_state_(optimizer)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log after each n-th optimizer step, and after the freeze."""
+        run = self._running
+        every_n: int = self.log_every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
+        just_frozen = isinstance(self._phase, Frozen) and self._steps == self.t0
+        due = just_frozen or (every_n > 0 and self._steps % every_n == 0)
+        if due and run.logged_step != self._steps:
+            run.logged_step = self._steps
+            self._log(trainer, run, just_frozen)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say so if nothing was frozen."""
+        if isinstance(self._phase, Observing):
+            rank_zero_warn(
+                f"Nothing was frozen: training ended after {self._steps} optimizer steps, before `t0={self.t0}`."
+                " Lower `t0` or train longer."
+            )
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let go of module and optimizer; what was found stays."""
+        self._unbind()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Let go of module and optimizer: after an exception there is no teardown."""
+        self._unbind()
+
+    # Behind the hooks ----------------------------------------------------------------------------------------------
+
+    @property
+    def _running(self) -> _Run:
+        if self._run is None:
+            raise RuntimeError(f"{type(self).__name__} needs a Trainer's fit: `on_fit_start` has not run.")
+        return self._run
+
+    def _unbind(self) -> None:
+        if self._run and self._run.post_hook:
+            self._run.post_hook.remove()
+        self._run = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or pickle leaves the Trainer behind."""
+        return {**self.__dict__, "_run": None}
+
+    def _observe(self, phase: Observing, pl_module: pl.LightningModule, window: _Window) -> None:
+        trainer = self._running.trainer
+        size = None if window.batch_size is None else window.batch_size * trainer.world_size
+        if size == 1:
+            if not phase.observed:  # the first step, so no short last batch
+                raise MisconfigurationException(
+                    "The batch holds one sample: its gradient is the batch's, and there is no noise to see. Use batches"
+                    " of at least 2 samples, or accumulate gradients."
+                )
+            phase.skipped += 1
+            return
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        g_batch = gradients.of_batch(self._running.parameters, scaler.get_scale() if scaler else 1.0)
+        g_one = self._replay(pl_module, window)
+        if g_one is None:
+            phase.skipped += 1
+        else:
+            phase.observe(g_one, g_batch, self.gain, size)
+
+    def _replay(self, pl_module: pl.LightningModule, window: _Window) -> dict[str, Tensor] | None:
+        run = self._running
+        arguments: tuple[Any, ...] = (window.sample,)
+        if is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2):
+            arguments += (window.batch_idx,)
+        loggers = run.trainer.loggers
+        run.trainer.loggers = [run.mute] * len(loggers)  # a `training_step` may talk to `self.logger` directly
+        try:
+            with run.trainer.precision_plugin.train_step_context():
+                return gradients.of_sample(pl_module, lambda: pl_module.training_step(*arguments), run.parameters)
+        except Exception as error:
+            raise RuntimeError(
+                f"`training_step` failed on the first sample of batch {window.batch_idx} alone:"
+                f" {type(error).__name__}: {error}. If the sample was cut wrongly: {samples.WAY_OUT}"
+            ) from error
+        finally:
+            run.trainer.loggers = loggers
+
+    def _decide(self, phase: Observing, run: _Run) -> Frozen:
+        """Rank and mark, the same on all ranks: their statistics are averaged first."""
+        if not phase.observed:
+            raise RuntimeError(
+                f"No step could be observed among the first `t0={self.t0}`: {phase.skipped} were left out because a"
+                " gradient was not finite, there was no loss, or the batch had one sample."
+            )
+        if run.trainer.world_size > 1:
+            phase.average(lambda tensor: run.trainer.strategy.reduce(tensor, reduce_op="mean"))
+        frozen = phase.freeze(self._ordering, _weights(run.parameters), self._seed, run.k)
+        rank_zero_info(
+            f"{type(self).__name__}: after {self._steps} optimizer steps ({phase.observed} observed, {phase.skipped}"
+            f" left out) {frozen.fraction:.1%} of the eligible elements are frozen: {run.k:,}."
+        )
+        if (dead := frozen.never_moved()) > 0.1 * run.k:
+            rank_zero_warn(
+                f"{dead:,} of the {run.k:,} frozen elements never had a gradient in the {phase.observed} observed steps"
+                " (constant inputs, dead units, unseen embedding rows, unused parameters). They rank lowest, but"
+                " have not converged; a larger `t0` or `exclude` tells them apart."
+            )
+        return frozen
+
+    def _log(self, trainer: pl.Trainer, run: _Run, with_histograms: bool) -> None:
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped  # the axis of whatever `self.log` writes
+        frozen = self._phase.frozen if isinstance(self._phase, Frozen) else {}
+        metrics = reporting.scalars(run.parameters, frozen, self.frozen_fraction, self._phase.observed)
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=step)
+            add_histogram = getattr(getattr(logger, "experiment", None), "add_histogram", None)
+            if with_histograms and add_histogram:
+                for tag, values in reporting.histograms(frozen, self._phase.variance).items():
+                    add_histogram(tag, values, step)
+
+    def _arguments(self) -> dict[str, Any]:
+        """What decides the outcome, as numbers and strings."""
+
+        def plain(value: Any) -> Any:
+            if callable(value):
+                return f"{value.__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+            return list(value) if isinstance(value, tuple) else value
+
+        values = {name: plain(getattr(self, name)) for name in _DECISIVE}
+        return {**values, "covariance": "full" if self._full else "diagonal"}
+
+
+def _refuse(reason: str | None) -> None:
+    if reason:
+        raise MisconfigurationException(reason)
+
+
+def _first_sample(pl_module: pl.LightningModule, batch: Any) -> tuple[Any, int | None]:
+    """The first sample, by the module's own method if it has one, and the batch size, if that can be told."""
+    if (cut := getattr(pl_module, "gcfreeze_first_sample", None)) is None:
+        return samples.first_sample(batch)
+    try:
+        return cut(batch), samples.batch_size(batch)
+    except samples.UnclearBatchError:
+        return cut(batch), None
+
+
+def _weights(parameters: dict[str, Parameter]) -> dict[str, Tensor]:
+    return {name: p.detach() for name, p in parameters.items()}

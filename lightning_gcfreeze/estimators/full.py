@@ -1,0 +1,56 @@
+"""Running covariance of the gradient noise, all p x p of it, for small models.
+
+    C_t = (1 - κ_t) C_{t-1} + κ_t (g_1 - g_S)(g_1 - g_S)ᵀ
+
+Source: the paper, Eq. (2.6). Units: a squared gradient. Memory: p² floats.
+"""
+
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from lightning_gcfreeze._types import Named
+from lightning_gcfreeze.estimators import base
+
+MAX_BYTES = 4 * 2**30
+"""The largest matrix that is allocated without asking: 4 GiB, p = 32,768 in float32."""
+
+
+class FullCovariance:
+    """The covariance matrix of the gradient noise; see `Estimator` for the contract.
+
+    Rows and columns follow the parameters in their given order, each flattened row by row.
+
+    Raises:
+        ValueError: the matrix would take more than `MAX_BYTES`.
+    """
+
+    def __init__(self, parameters: Named) -> None:
+        self._shapes = {name: p.shape for name, p in parameters.items()}
+        dtype = reduce(torch.promote_types, (p.dtype for p in parameters.values()), torch.float32)
+        p = sum(shape.numel() for shape in self._shapes.values())
+        if (size := p * p * dtype.itemsize) > MAX_BYTES:
+            raise ValueError(
+                f"`covariance='full'` needs a {p:,} x {p:,} matrix, {size / 2**30:.1f} GiB for p = {p:,} eligible"
+                f" parameters; at most {MAX_BYTES / 2**30:g} GiB are taken. Use `covariance='diagonal'`, which orders"
+                " the same and takes one float per parameter, or narrow `include`/`exclude`."
+            )
+        device = next(iter(parameters.values())).device
+        self.tensors = {"covariance": torch.zeros(p, p, dtype=dtype, device=device)}
+
+    def update(self, g_one: Named, g_batch: Named, gain: float, correction: float = 1.0) -> None:
+        noise = torch.cat([base.noise(g_one[n], g_batch[n], self.matrix.dtype).flatten() for n in self._shapes])
+        self.matrix.addr_(noise, noise, beta=1.0 - gain, alpha=gain * correction)
+
+    @property
+    def matrix(self) -> Tensor:
+        """C_t, (p, p): the estimator's own tensor."""
+        return self.tensors["covariance"]
+
+    @property
+    def variance(self) -> dict[str, Tensor]:
+        """The diagonal of C_t, ``{name: (*p.shape)}``: views of it."""
+        sizes = [shape.numel() for shape in self._shapes.values()]
+        pieces = self.matrix.diagonal().split(sizes)
+        return {name: d.reshape(shape) for (name, shape), d in zip(self._shapes.items(), pieces, strict=True)}

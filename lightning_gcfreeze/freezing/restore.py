@@ -1,0 +1,83 @@
+"""Hold by restoring: works with any optimizer, saves no memory.
+
+A zero gradient alone does not hold a weight: momentum drifts on, weight decay pulls for ever. So the values that
+froze are kept aside and put back right after every optimizer step; gradients are zeroed as well, so that norms,
+clipping and optimizers that look at whole tensors count live elements only. The increment is masked, Eq. (2.8).
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from lightning_gcfreeze._types import Named
+
+
+class Restore:
+    """Keeps the elements marked in `frozen` at the values they have now.
+
+    Args:
+        parameters: the parameters, by name.
+        frozen: ``{name: bool (*p.shape)}``, True = held constant; the names are among those of `parameters`.
+    """
+
+    def __init__(self, parameters: Mapping[str, Parameter], frozen: Named) -> None:
+        self._held: list[tuple[Parameter, Tensor, Tensor]] = []
+        for name, mask in frozen.items():
+            index = mask.flatten().nonzero().squeeze(1)
+            if index.numel():
+                p = parameters[name]
+                self._held.append((p, index, p.detach().reshape(-1)[index]))
+
+    @torch.no_grad()
+    def mask_gradients_(self) -> None:
+        """Zero the gradients of the frozen elements; a NaN among them becomes 0, too."""
+        for p, index, _ in self._held:
+            if p.grad is None:
+                continue
+            if p.grad.is_sparse:
+                p.grad = _mask_sparse(p.grad, index)
+            else:
+                with _flat(p.grad) as flat:
+                    flat.index_fill_(0, index, 0.0)
+
+    @torch.no_grad()
+    def restore_(self) -> None:
+        """Put the frozen values back, bit by bit."""
+        for p, index, values in self._held:
+            with _flat(p) as flat:
+                flat.index_copy_(0, index, values)
+
+    @torch.no_grad()
+    def clear_state_(self, optimizer: Optimizer) -> None:
+        """Zero what the optimizer remembers of the frozen elements, so that decaying momenta end as 0, not denormals.
+
+        Per-element state has its parameter's shape; scalars such as Adam's step are left alone.
+        """
+        for p, index, _ in self._held:
+            for value in optimizer.state.get(p, {}).values():
+                if isinstance(value, Tensor) and value.dim() and value.shape == p.shape:
+                    with _flat(value) as flat:
+                        flat.index_fill_(0, index, 0)
+
+
+@contextmanager
+def _flat(tensor: Tensor) -> Iterator[Tensor]:
+    """The elements of a tensor row by row, to be changed in place; of any memory format."""
+    tensor = tensor.detach()
+    flat = tensor.reshape(-1)
+    yield flat
+    if not tensor.is_contiguous():  # `reshape` had to copy
+        tensor.copy_(flat.view_as(tensor))
+
+
+def _mask_sparse(grad: Tensor, index: Tensor) -> Tensor:
+    """A sparse gradient whose elements at the flat, dense positions `index` are zero."""
+    grad = grad.coalesce()
+    live = torch.ones(grad.shape, dtype=torch.bool, device=grad.device)
+    live.view(-1)[index] = False
+    values = grad.values().masked_fill(~live[tuple(grad.indices())], 0.0)
+    return torch.sparse_coo_tensor(grad.indices(), values, grad.shape, is_coalesced=True)

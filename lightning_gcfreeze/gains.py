@@ -1,0 +1,43 @@
+"""The gain κ_t of the recursion: step -> weight of the newest term.
+
+κ_t = 1/t (the paper's) gives the plain mean over all observed steps; a constant gain forgets geometrically, with a
+memory of about 1/κ steps. t counts *observed* steps from 1.
+"""
+
+from collections.abc import Callable
+from typing import Literal, TypeAlias
+
+Gain: TypeAlias = Literal["1/t"] | float | Callable[[int], float]
+
+
+def check(gain: Gain) -> Gain:
+    """Return `gain` if it is one.
+
+    Raises:
+        ValueError: a number outside (0, 1], or a string other than "1/t".
+        TypeError: neither a string, a number nor a callable.
+    """
+    if callable(gain) or gain == "1/t":
+        return gain
+    if isinstance(gain, str):
+        raise ValueError(f"`gain` must be '1/t', a number in (0, 1] or a callable t -> κ, got {gain!r}.")
+    if isinstance(gain, bool) or not isinstance(gain, int | float):
+        raise TypeError(f"`gain` must be '1/t', a number in (0, 1] or a callable t -> κ, got {gain!r}.")
+    return _in_range(float(gain), "`gain` (κ)")
+
+
+def at(gain: Gain, t: int) -> float:
+    """κ_t of observed step t = 1, 2, …
+
+    Raises:
+        ValueError: a callable gain returned something outside (0, 1].
+    """
+    if callable(gain):
+        return _in_range(float(gain(t)), f"`gain({t})` (κ_t)")
+    return 1.0 / t if isinstance(gain, str) else gain
+
+
+def _in_range(kappa: float, what: str) -> float:
+    if not 0.0 < kappa <= 1.0:  # also catches NaN
+        raise ValueError(f"{what} must lie in (0, 1], got {kappa}.")
+    return kappa

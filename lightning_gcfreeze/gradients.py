@@ -1,0 +1,151 @@
+"""g_S and g_1 of a module as {name: tensor}, and what computing g_1 must not leave behind.
+
+g_S is what backward left in ``p.grad``. g_1 is had by *replay*: the loss once more, on the first sample alone, and its
+gradient by `torch.autograd.grad`, which fires no hook of ``p.grad``. Right for every module whose samples do not
+interact. During a replay
+
+- BatchNorm uses its running statistics: a batch of one has none of its own;
+- dropout stays active, and draws from the random stream as it stands; the stream is put back afterwards;
+- whatever the module keeps (buffers, metric states, plain attributes, lists) is a copy that is thrown away, and
+  `log` says nothing.
+"""
+
+import random
+import sys
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.nn.modules.batchnorm import _BatchNorm
+
+# Attributes that every module has. Buffers and the training flag may change in a step; the others may not, and hooks
+# must not be copied, since their handles point at these very dictionaries.
+_OF_EVERY_MODULE = nn.Module().__dict__.keys() - {"_buffers", "training"}
+_CONTAINERS = (list, dict, set, tuple, deque, OrderedDict, defaultdict)
+
+
+def of_batch(parameters: Mapping[str, Parameter], scale: float = 1.0) -> dict[str, Tensor]:
+    """g_S, the gradient that the optimizer will use.
+
+    Args:
+        parameters: by name, after backward.
+        scale: what a loss scaler multiplied the loss by.
+
+    Returns:
+        ``{name: (*p.shape)}``, ``p.grad`` itself where it is dense and unscaled: do not write to it. A parameter
+        without a gradient took no part in the loss: zeros.
+    """
+    return {name: _dense(p, p.grad, scale) for name, p in parameters.items()}
+
+
+def of_sample(
+    module: nn.Module, loss: Callable[[], Tensor | Mapping[str, Any] | None], parameters: Mapping[str, Parameter]
+) -> dict[str, Tensor] | None:
+    """g_1, the gradient of a loss on one sample, without a trace in the module, ``p.grad`` or the random streams.
+
+    Args:
+        module: keeps all state that `loss` may change.
+        loss: runs the module on the sample. Returns what `training_step` does: a loss, a mapping with one, or None.
+        parameters: of the module, by name.
+
+    Returns:
+        ``{name: (*p.shape)}``, zeros where the loss does not depend on the parameter; None if there was no loss.
+    """
+    active = {name: p for name, p in parameters.items() if p.requires_grad}
+    with _no_trace(module), torch.enable_grad():
+        value = loss()
+        if isinstance(value, Mapping):
+            value = value["loss"]
+        if value is None:
+            return None
+        found = dict(zip(active, torch.autograd.grad(value, list(active.values()), allow_unused=True), strict=True))
+    return {name: _dense(p, found.get(name)) for name, p in parameters.items()}
+
+
+def batch_norms_without_statistics(module: nn.Module) -> list[str]:
+    """Names of the BatchNorm layers in train mode without running statistics: they cannot take a single sample."""
+    return [
+        name
+        for name, layer in module.named_modules()
+        if isinstance(layer, _BatchNorm) and layer.running_mean is None and layer.training
+    ]
+
+
+def _dense(parameter: Parameter, grad: Tensor | None, scale: float = 1.0) -> Tensor:
+    if grad is None:
+        return torch.zeros_like(parameter, requires_grad=False)
+    grad = grad.detach()
+    if grad.layout != torch.strided:
+        grad = grad.to_dense()
+    return grad if scale == 1.0 else grad / scale
+
+
+@contextmanager
+def _no_trace(module: nn.Module) -> Iterator[None]:
+    """Whatever a module does inside leaves its state and the random streams as they were, to the bit."""
+    with _same_random_numbers(module):
+        modules = list(module.modules())
+        before = [dict(m.__dict__) for m in modules]
+        copies: dict[int, Any] = {}
+        try:
+            for m in modules:
+                for name in m.__dict__.keys() - _OF_EVERY_MODULE:
+                    m.__dict__[name] = _private(m.__dict__[name], copies)
+                if isinstance(m, _BatchNorm):
+                    m.__dict__["training"] = False
+                if hasattr(m, "log_dict"):  # a LightningModule, or one nested in it
+                    m.__dict__.update(log=_silence, log_dict=_silence)
+            yield
+        finally:
+            for m, attributes in zip(modules, before, strict=True):
+                m.__dict__.clear()
+                m.__dict__.update(attributes)
+
+
+def _private(value: Any, copies: dict[int, Any]) -> Any:
+    """A copy of tensors and plain containers, all the way down; the rest as it is, parameters above all.
+
+    `copies` maps the id of what was copied to its copy, so that things shared stay shared.
+    """
+    if id(value) in copies:
+        return copies[id(value)]
+    if isinstance(value, Tensor):
+        if value.requires_grad:  # a parameter, or computed from one
+            return value
+        copied: Any = value.detach().clone()
+    elif type(value) not in _CONTAINERS:
+        return value
+    elif isinstance(value, dict):
+        copied = value.copy()
+        copied.update((key, _private(item, copies)) for key, item in value.items())
+    elif isinstance(value, deque):
+        copied = deque((_private(item, copies) for item in value), value.maxlen)
+    else:
+        copied = type(value)(_private(item, copies) for item in value)
+    copies[id(value)] = copied
+    return copied
+
+
+@contextmanager
+def _same_random_numbers(module: nn.Module) -> Iterator[None]:
+    """Put the random streams of Python, NumPy and torch (the module's devices) back afterwards."""
+    numpy = sys.modules.get("numpy")
+    python_state = random.getstate()
+    numpy_state = numpy.random.get_state() if numpy else None
+    devices = {p.device for p in module.parameters() if p.device.type not in ("cpu", "meta")}
+    kind = next(iter(devices)).type if devices else "cuda"
+    with torch.random.fork_rng([d.index or 0 for d in devices], device_type=kind):
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            if numpy:
+                numpy.random.set_state(numpy_state)
+
+
+def _silence(*args: Any, **kwargs: Any) -> None:
+    """In place of `LightningModule.log` during a replay."""

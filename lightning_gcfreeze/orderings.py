@@ -1,0 +1,137 @@
+"""Orderings: what the warm-up saw -> one score per element. The lowest scores are frozen first.
+
+"variance" is the paper's order; the others are what it is compared with. An ordering is any callable that takes
+`Evidence` and returns scores; if it reads the optional fields it lists them in an attribute ``needs``. Adding one is
+one function here, with a line in `ORDERINGS`.
+"""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeAlias, TypeVar, cast
+
+import torch
+
+from lightning_gcfreeze._types import Named
+
+Name: TypeAlias = Literal["variance", "random", "reverse", "magnitude", "second_moment", "snr", "displacement"]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What an ordering may look at. All tensors are keyed by parameter name, shaped like the parameter, read-only."""
+
+    variance: Named
+    """The diagonal of C_t: the variance of the gradient noise, in squared gradients."""
+    weights: Named
+    """The parameters now."""
+    seed: int
+    """Of the random order."""
+    mean: Named | None = None
+    """Running mean of the batch gradient g_S; for orderings whose ``needs`` has "mean"."""
+    second_moment: Named | None = None
+    """Running mean of g_S²; for orderings whose ``needs`` has "second_moment"."""
+    start: Named | None = None
+    """The parameters when observing began; for orderings whose ``needs`` has "start"."""
+
+
+class Ordering(Protocol):
+    """``ordering(evidence)`` -> ``{name: scores}``, parameter-shaped and free of NaN; lowest is frozen first.
+
+    An optional attribute ``needs`` names the optional fields of `Evidence` that it reads.
+    """
+
+    def __call__(self, evidence: Evidence, /) -> Named: ...
+
+
+F = TypeVar("F", bound=Ordering)
+
+
+def needs(*fields: str) -> Callable[[F], F]:
+    """Declare which optional fields of `Evidence` an ordering reads."""
+
+    def mark(ordering: F) -> F:
+        ordering.needs = frozenset(fields)  # type: ignore[attr-defined]
+        return ordering
+
+    return mark
+
+
+def variance(evidence: Evidence) -> Named:
+    """The paper's order: the variance of the gradient noise."""
+    return evidence.variance
+
+
+def reverse(evidence: Evidence) -> Named:
+    """The paper's order turned round: the noisiest first."""
+    return {name: -v for name, v in evidence.variance.items()}
+
+
+def random(evidence: Evidence) -> Named:
+    """A uniformly random order: the same for a seed on every device and rank."""
+    generator = torch.Generator().manual_seed(evidence.seed)
+    return {
+        name: torch.rand(w.shape, generator=generator, dtype=torch.float64).to(w.device)
+        for name, w in evidence.weights.items()
+    }
+
+
+def magnitude(evidence: Evidence) -> Named:
+    """|w|: the smallest weights first."""
+    return {name: w.abs() for name, w in evidence.weights.items()}
+
+
+@needs("second_moment")
+def second_moment(evidence: Evidence) -> Named:
+    """E[g_S²], what Adam keeps as its second moment: mean and noise together."""
+    return cast("Named", evidence.second_moment)
+
+
+@needs("mean")
+def snr(evidence: Evidence) -> Named:
+    """|E g_S| / sqrt(variance): gradients that are mostly noise first; those that are always 0 before them."""
+    scores = {}
+    for name, mean in cast("Named", evidence.mean).items():
+        ratio = mean.abs() / evidence.variance[name].sqrt()
+        scores[name] = torch.where(mean == 0, torch.zeros_like(ratio), ratio)  # 0/0 is an element that never moved
+    return scores
+
+
+@needs("start")
+def displacement(evidence: Evidence) -> Named:
+    """|w - w at the start|: what has moved least first."""
+    start = cast("Named", evidence.start)
+    return {name: (w - start[name]).abs() for name, w in evidence.weights.items()}
+
+
+ORDERINGS: dict[str, Ordering] = {
+    ordering.__name__: ordering for ordering in (variance, random, reverse, magnitude, second_moment, snr, displacement)
+}
+
+
+def resolve(order: str | Ordering) -> Ordering:
+    """The ordering of that name, or `order` itself if it is a callable.
+
+    Raises:
+        ValueError: an unknown name, or an unknown field among its ``needs``.
+        TypeError: neither a name nor a callable.
+    """
+    if isinstance(order, str):
+        if order not in ORDERINGS:
+            raise ValueError(f"`order` must be one of {', '.join(map(repr, ORDERINGS))}, or a callable, got {order!r}.")
+        return ORDERINGS[order]
+    if not callable(order):
+        raise TypeError(
+            f"`order` must be one of {', '.join(map(repr, ORDERINGS))}, or a callable that takes"
+            f" `Evidence` and returns scores by parameter name, got {order!r}."
+        )
+    if unknown := set(needed_by(order)) - OPTIONAL_FIELDS:
+        raise ValueError(f"`order.needs` may name {sorted(OPTIONAL_FIELDS)}, got {sorted(unknown)}.")
+    return order
+
+
+OPTIONAL_FIELDS = frozenset({"mean", "second_moment", "start"})
+
+
+def needed_by(ordering: Ordering) -> Collection[str]:
+    """The optional fields of `Evidence` that an ordering reads."""
+    return getattr(ordering, "needs", frozenset())

@@ -1,0 +1,76 @@
+"""What cannot be served, and why: each function returns a sentence with the reason and the way out, or None.
+
+By class names and attributes, so that both of Lightning's packages are understood without importing either.
+"""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import LBFGS, Optimizer
+
+from lightning_gcfreeze import gradients
+from lightning_gcfreeze._types import Named
+
+
+def of_strategy(strategy: Any) -> str | None:
+    """Strategies that shard parameters or optimizer states; here a rank does not see whole tensors."""
+    classes = {cls.__name__ for cls in type(strategy).__mro__}
+    if classes & {"SingleDeviceStrategy", "DDPStrategy"} and "DeepSpeedStrategy" not in classes:
+        return None
+    return f"{type(strategy).__name__} is not supported yet, only a single device and DDP are."
+
+
+def of_module(module: nn.Module, training_step: Any, automatic_optimization: bool) -> str | None:
+    """Modules whose loss cannot be replayed on a single sample."""
+    if not automatic_optimization:
+        return (
+            "Manual optimization cannot be observed: its `training_step` moves the weights itself, so it cannot be"
+            " replayed on one sample. Set `automatic_optimization = True`, with one optimizer."
+        )
+    if "dataloader_iter" in inspect.signature(training_step).parameters:
+        return (
+            "A `training_step(self, dataloader_iter)` fetches its batch itself, so it cannot be replayed on one sample."
+            " Take a `batch` instead."
+        )
+    if layers := gradients.batch_norms_without_statistics(module):
+        return (
+            f"{', '.join(layers)}: BatchNorm with `track_running_stats=False` cannot take a single sample. Let it track"
+            " running statistics, or use GroupNorm or LayerNorm."
+        )
+    return None
+
+
+def of_optimizers(optimizers: Sequence[Any]) -> str | None:
+    """Anything but one optimizer whose steps can be followed and whose frozen elements do not guide the live ones."""
+    if len(optimizers) != 1:
+        return f"{len(optimizers)} optimizers, but exactly one is needed. Return it from `configure_optimizers`."
+    if isinstance(optimizers[0], LBFGS):
+        return (
+            "LBFGS evaluates the loss several times a step, along directions that mix frozen and live elements: holding"
+            " some of them constant is not exact. Use a first-order optimizer."
+        )
+    if not isinstance(optimizers[0], Optimizer):
+        return f"{type(optimizers[0]).__name__} is no torch.optim.Optimizer: no hook runs right after its steps."
+    return None
+
+
+def of_resuming(
+    saved: Mapping[str, Any], now: Mapping[str, Any], saved_shapes: Mapping[str, torch.Size], parameters: Named
+) -> str | None:
+    """A checkpoint of a run with other arguments or other eligible parameters."""
+    if different := [name for name in now if saved.get(name) != now[name]]:
+        listing = ", ".join(f"{name}={saved.get(name)!r} (now {now[name]!r})" for name in different)
+        return (
+            f"The checkpoint was saved with other arguments of the callback: {listing}. Resume with the saved ones; to"
+            " begin a new observation from these weights, load them into the module and fit without `ckpt_path`."
+        )
+    shapes = {name: p.shape for name, p in parameters.items()}
+    if differing := dict(saved_shapes.items() ^ shapes.items()):
+        return (
+            f"The checkpoint's state is for other eligible parameters: {', '.join(sorted(differing))} differ in name or"
+            " shape. Resume with the module and optimizer that it was saved with."
+        )
+    return None

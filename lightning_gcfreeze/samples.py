@@ -1,0 +1,193 @@
+"""The first sample of a batch of any form, as a batch of one.
+
+A batch is taken apart down to its tensors. They must agree on one length along their first axis, the batch size S, or
+have the length 1. What cannot be cut for certain is refused: a wrong cut would train on silently.
+"""
+
+import copy
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+WAY_OUT = (
+    "Give your LightningModule a method `gcfreeze_first_sample(self, batch)` that returns a batch of the same form"
+    " with nothing but the first sample in it."
+)
+
+
+class UnclearBatchError(ValueError):
+    """The first sample cannot be cut out for certain; the message says why, and that the module can do it."""
+
+
+def first_sample(batch: Any) -> tuple[Any, int]:
+    """Cut the first sample out of a batch.
+
+    Understood are tensors and NumPy arrays (samples along the first axis), tuples, named tuples, lists, mappings and
+    dataclasses of these, nested as you like; lists of S strings or numbers; packed sequences; PyG batches and graphs
+    like them, with the attributes ``edge_index`` and ``batch``. Other objects without tensors pass as they are.
+    Tensors are copied: what `training_step` does to its batch in place does not reach the sample.
+
+    Returns:
+        The sample, a batch of the same form with S = 1, and S.
+
+    Raises:
+        UnclearBatchError: the tensors do not agree on S, there is nothing to cut, or an object holds tensors in a way
+            that is not known here.
+    """
+    size = batch_size(batch)
+    return _first(batch, size), size
+
+
+def batch_size(batch: Any) -> int:
+    """S: see `first_sample`, whose errors are these."""
+    sizes = dict(_sizes(batch, "batch"))
+    size = max(sizes.values()) if sizes else _length_of_plain_lists(batch)
+    if any(n not in (1, size) for n in sizes.values()):
+        listing = ", ".join(f"{path}: {n}" for path, n in sizes.items())
+        raise UnclearBatchError(f"The tensors of the batch differ in their first axis ({listing}). {WAY_OUT}")
+    if not size:
+        raise UnclearBatchError(f"There is nothing to cut in a batch of type {type(batch).__name__}. {WAY_OUT}")
+    return size
+
+
+class _Leaf(NamedTuple):
+    size: int
+    first: Callable[[], Any]
+
+
+class _Container(NamedTuple):
+    items: dict[str, Any]  # what to append to the path -> item
+    rebuild: Callable[[list[Any]], Any]
+
+
+def _sizes(value: Any, path: str) -> Iterator[tuple[str, int]]:
+    """Where there is a leaf -> how many samples it holds."""
+    if leaf := _as_leaf(value, path):
+        yield path, leaf.size
+    elif container := _as_container(value):
+        for key, item in container.items.items():
+            yield from _sizes(item, path + key)
+    elif not _is_plain(value) and (callable(getattr(value, "to", None)) or _holds_tensors(value)):
+        raise UnclearBatchError(f"Cannot cut the first sample out of {path} of type {type(value).__name__}. {WAY_OUT}")
+
+
+def _first(value: Any, size: int) -> Any:
+    if leaf := _as_leaf(value, "batch"):
+        return leaf.first()
+    if _is_plain_list(value):
+        return value[:1] if len(value) == size else value
+    if container := _as_container(value):
+        return container.rebuild([_first(item, size) for item in container.items.values()])
+    return value
+
+
+def _as_leaf(value: Any, path: str) -> _Leaf | None:
+    if isinstance(value, Tensor):
+        return _Leaf(len(value), lambda: _copy_of(value[:1])) if value.dim() else None
+    if isinstance(value, PackedSequence):
+        return _Leaf(int(value.batch_sizes[0]), lambda: _first_packed(value))
+    if (numpy := sys.modules.get("numpy")) and isinstance(value, numpy.ndarray):
+        return _Leaf(len(value), lambda: value[:1].copy()) if value.ndim else None
+    if hasattr(value, "get_example") and hasattr(value, "num_graphs"):  # a batch of PyG
+        return _Leaf(value.num_graphs, lambda: type(value).from_data_list([copy.deepcopy(value.get_example(0))]))
+    if isinstance(getattr(value, "edge_index", None), Tensor) and isinstance(getattr(value, "batch", None), Tensor):
+        return _Leaf(int(value.batch.max()) + 1, lambda: _first_graph(value, path))
+    return None
+
+
+def _as_container(value: Any) -> _Container | None:
+    if isinstance(value, Mapping):
+        return _Container({f"[{key!r}]": item for key, item in value.items()}, lambda items: _refill(value, items))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in dataclasses.fields(value) if hasattr(value, field.name)]
+        return _Container(
+            {f".{name}": getattr(value, name) for name in names},
+            lambda items: _with_attributes(value, dict(zip(names, items, strict=True))),
+        )
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        items = {f".{name}": item for name, item in zip(value._fields, value, strict=True)}
+        return _Container(items, lambda items: type(value)(*items))
+    if isinstance(value, list | tuple):
+        return _Container({f"[{i}]": item for i, item in enumerate(value)}, type(value))
+    return None
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, str | bytes | bool | int | float | complex)
+
+
+def _is_plain_list(value: Any) -> bool:
+    """A list of texts or numbers: one a sample, if there are S of them, and else a remark on the batch."""
+    if not isinstance(value, list | tuple) or hasattr(value, "_fields"):
+        return False
+    return len(value) > 0 and all(_is_plain(item) for item in value)
+
+
+def _length_of_plain_lists(value: Any) -> int:
+    """S of a batch without a single tensor, such as a list of texts; 0 if there is no list."""
+    if _is_plain_list(value):
+        return len(value)
+    container = _as_container(value)
+    return max(map(_length_of_plain_lists, container.items.values()), default=0) if container else 0
+
+
+def _holds_tensors(value: Any) -> bool:
+    return any(isinstance(item, Tensor) for item in getattr(value, "__dict__", {}).values())
+
+
+def _copy_of(view: Tensor) -> Tensor:
+    return view.detach().clone().requires_grad_(view.requires_grad)
+
+
+def _refill(mapping: Mapping[Any, Any], items: list[Any]) -> Mapping[Any, Any]:
+    filled = copy.copy(mapping) if isinstance(mapping, MutableMapping) else dict(mapping)
+    filled.update(zip(mapping, items, strict=True))
+    return filled
+
+
+def _with_attributes(value: Any, attributes: dict[str, Any]) -> Any:
+    """A shallow copy with other attributes; frozen dataclasses and ones with slots too."""
+    changed = copy.copy(value)
+    for name, item in attributes.items():
+        object.__setattr__(changed, name, item)
+    return changed
+
+
+def _first_packed(packed: PackedSequence) -> PackedSequence:
+    padded, lengths = pad_packed_sequence(packed, batch_first=True)
+    one = pack_padded_sequence(padded[:1], lengths[:1], batch_first=True)
+    if packed.unsorted_indices is not None:
+        only = torch.zeros_like(packed.unsorted_indices[:1])
+        one = PackedSequence(one.data, one.batch_sizes, only, only)
+    return one
+
+
+def _first_graph(graph: Any, path: str) -> Any:
+    """The first of several graphs that are stored one behind the other as one graph: nodes, edges, then the rest."""
+    is_first = graph.batch == 0
+    of_first = is_first[graph.edge_index[0]]
+    lengths = {  # in the batch -> in the first graph
+        "nodes": (len(is_first), int(is_first.sum())),
+        "edges": (len(of_first), int(of_first.sum())),
+        "graphs": (int(graph.batch.max()) + 1, 1),
+    }
+    if not (is_first[: lengths["nodes"][1]].all() and of_first[: lengths["edges"][1]].all()):
+        raise UnclearBatchError(f"The graphs of {path} are not stored one behind the other. {WAY_OUT}")
+    names = [f.name for f in dataclasses.fields(graph)] if dataclasses.is_dataclass(graph) else list(vars(graph))
+    attributes: dict[str, Any] = {}
+    for name in names:
+        value = getattr(graph, name)
+        if isinstance(value, Tensor) and value.dim():
+            axis = value.dim() - 1 if "edge_index" in name and value.dim() == 2 else 0
+            cuts = {cut for length, cut in lengths.values() if length == value.shape[axis]}
+            if len(cuts) != 1:
+                raise UnclearBatchError(f"Unclear what {path}.{name} of shape {tuple(value.shape)} counts. {WAY_OUT}")
+            attributes[name] = _copy_of(value.narrow(axis, 0, cuts.pop()))
+        elif isinstance(value, int) and name.endswith("size") and value == lengths["graphs"][0]:
+            attributes[name] = 1
+    return _with_attributes(graph, attributes)

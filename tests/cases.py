@@ -1,0 +1,73 @@
+"""Named modules and batches, each built by a function without required arguments, and a bare Trainer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class Regression(pl.LightningModule):
+    """Any network on (x, y) batches with a mean squared error."""
+
+    def __init__(self, network: nn.Module, optimizer: Callable[[Any], Optimizer] | None = None) -> None:
+        super().__init__()
+        self.network = network
+        self.make_optimizer = optimizer or (lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        return nn.functional.mse_loss(self.network(x), y)
+
+    def configure_optimizers(self) -> Optimizer:
+        return self.make_optimizer(self.network.parameters())
+
+
+def mlp(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    """5-8-1 with ReLU: 57 parameters."""
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 1)).to(dtype)
+
+
+def convnet() -> nn.Sequential:
+    """Convolution, BatchNorm, dropout: everything that keeps state or draws random numbers."""
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 5)),
+        nn.Conv1d(1, 4, 3, padding=1),
+        nn.BatchNorm1d(4),
+        nn.ReLU(),
+        nn.Dropout(0.25),
+        nn.Flatten(),
+        nn.Linear(20, 1),
+    )
+
+
+def data(samples: int = 64, dtype: torch.dtype = torch.float32) -> TensorDataset:
+    """x: (samples, 5), y: (samples, 1), with a mean far from zero."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(samples, 5, generator=generator, dtype=torch.float64) + 1.0
+    y = x.sum(1, keepdim=True) + 3.0 + 0.1 * torch.randn(samples, 1, generator=generator, dtype=torch.float64)
+    return TensorDataset(x.to(dtype), y.to(dtype))
+
+
+def loader(batch_size: int = 8, samples: int = 64, dtype: torch.dtype = torch.float32) -> DataLoader[Any]:
+    """The samples in order, in the main process."""
+    return DataLoader(data(samples, dtype), batch_size=batch_size)
+
+
+def trainer(**kwargs: Any) -> pl.Trainer:
+    """A Trainer on the CPU that writes nothing; `kwargs` override."""
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 2,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return pl.Trainer(**(defaults | kwargs))
