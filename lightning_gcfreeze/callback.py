@@ -284,9 +284,9 @@ class GradCovFreezeCallback(_Callback):
         run.batch = None
         if trainer.fit_loop._should_accumulate() or run.observed_step > self._steps:
             return
-        run.observed_step = self._steps + 1
         window, run.window = run.window, None
-        self._observe(self._phase, pl_module, window)
+        if self._observe(self._phase, pl_module, window):
+            run.observed_step = self._steps + 1
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -355,10 +355,11 @@ class GradCovFreezeCallback(_Callback):
         self._run = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy or pickle leaves the Trainer behind."""
-        return {**self.__dict__, "_run": None}
+        """Leave the Trainer out of copies and pickles, and the module, whose `log` Lightning attaches to callbacks."""
+        return {name: v for name, v in self.__dict__.items() if name not in ("log", "log_dict")} | {"_run": None}
 
-    def _observe(self, phase: Observing, pl_module: pl.LightningModule, window: _Window) -> None:
+    def _observe(self, phase: Observing, pl_module: pl.LightningModule, window: _Window) -> bool:
+        """Take one pair into the statistics, if it can be had and is finite; tell whether it was."""
         trainer = self._running.trainer
         size = None if window.batch_size is None else window.batch_size * trainer.world_size
         if size == 1:
@@ -368,14 +369,14 @@ class GradCovFreezeCallback(_Callback):
                     " of at least 2 samples, or accumulate gradients."
                 )
             phase.skipped += 1
-            return
+            return False
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         g_batch = gradients.of_batch(self._running.parameters, scaler.get_scale() if scaler else 1.0)
         g_one = self._replay(pl_module, window)
         if g_one is None:
             phase.skipped += 1
-        else:
-            phase.observe(g_one, g_batch, self.gain, size)
+            return False
+        return phase.observe(g_one, g_batch, self.gain, size)
 
     def _replay(self, pl_module: pl.LightningModule, window: _Window) -> dict[str, Tensor] | None:
         run = self._running

@@ -7,7 +7,7 @@ one function here, with a line in `ORDERINGS`.
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias, TypeVar, cast
+from typing import Literal, TypeAlias, TypeVar, cast
 
 import torch
 
@@ -34,14 +34,9 @@ class Evidence:
     """The parameters when observing began; for orderings whose ``needs`` has "start"."""
 
 
-class Ordering(Protocol):
-    """``ordering(evidence)`` -> ``{name: scores}``, parameter-shaped and free of NaN; lowest is frozen first.
-
-    An optional attribute ``needs`` names the optional fields of `Evidence` that it reads.
-    """
-
-    def __call__(self, evidence: Evidence, /) -> Named: ...
-
+Ordering: TypeAlias = Callable[[Evidence], Named]
+"""Evidence -> ``{name: scores}``, parameter-shaped and free of NaN; the lowest are frozen first. An optional attribute
+``needs`` names the optional fields of `Evidence` that it reads."""
 
 F = TypeVar("F", bound=Ordering)
 
@@ -104,7 +99,13 @@ def displacement(evidence: Evidence) -> Named:
 
 
 ORDERINGS: dict[str, Ordering] = {
-    ordering.__name__: ordering for ordering in (variance, random, reverse, magnitude, second_moment, snr, displacement)
+    "variance": variance,
+    "random": random,
+    "reverse": reverse,
+    "magnitude": magnitude,
+    "second_moment": second_moment,
+    "snr": snr,
+    "displacement": displacement,
 }
 
 

@@ -45,7 +45,7 @@ class Observing:
         """The diagonal of C_t; empty while nothing has been observed."""
         return self.covariance.variance if self.observed else {}
 
-    def observe(self, g_one: Named, g_batch: Named, gain: gains.Gain, batch_size: int | None = None) -> None:
+    def observe(self, g_one: Named, g_batch: Named, gain: gains.Gain, batch_size: int | None = None) -> bool:
         """Take one step of the recursion, Eq. (2.6). A pair that is not finite only counts, as skipped.
 
         Args:
@@ -53,16 +53,20 @@ class Observing:
             g_batch: g_S. ``{name: (*p.shape)}``. Not modified.
             gain: κ.
             batch_size: S, if it is known.
+
+        Returns:
+            Whether the pair entered C_t.
         """
         if not all(bool(g.isfinite().all()) for g in (*g_one.values(), *g_batch.values())):
             self.skipped += 1
-            return
+            return False
         self.observed += 1
         self.batch_size = self.batch_size or batch_size
         kappa = gains.at(gain, self.observed)
         correction = finite_batch_correction(batch_size, self.batch_size)
         for estimator in (self.covariance, *self.moments.values()):
             estimator.update(g_one, g_batch, kappa, correction)
+        return True
 
     def average(self, mean: Callable[[Tensor], Tensor]) -> None:
         """Replace every statistic by its mean over processes."""

@@ -1,6 +1,6 @@
 """Named modules and batches, each built by a function without required arguments, and a bare Trainer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning.pytorch as pl
@@ -27,9 +27,9 @@ class Regression(pl.LightningModule):
 
 
 def mlp(dtype: torch.dtype = torch.float32) -> nn.Sequential:
-    """5-8-1 with ReLU: 57 parameters."""
+    """5-8-1, smooth, so that no unit is dead: 57 parameters."""
     torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 1)).to(dtype)
+    return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1)).to(dtype)
 
 
 def convnet() -> nn.Sequential:
@@ -71,3 +71,48 @@ def trainer(**kwargs: Any) -> pl.Trainer:
         "enable_model_summary": False,
     }
     return pl.Trainer(**(defaults | kwargs))
+
+
+class ResumableLoader:
+    """Shuffled batches that differ from epoch to epoch, and go on in the middle of one after a restart."""
+
+    def __init__(self, batch_size: int = 8, batches: int = 6) -> None:
+        self.batch_size, self.batches = batch_size, batches
+        self.epoch, self.served = 0, 0
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        if self.served == self.batches:
+            self.epoch, self.served = self.epoch + 1, 0
+        x, y = data(self.batch_size * self.batches).tensors
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(self.epoch)).view(self.batches, -1)
+        while self.served < self.batches:
+            self.served += 1
+            rows = order[self.served - 1]
+            yield [x[rows], y[rows]]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "served": self.served}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.served = state["epoch"], state["served"]
+
+
+def assert_identical(actual: Any, expected: Any, path: str = "") -> None:
+    """Equal all the way down, tensors by their bits."""
+    assert type(actual) is type(expected), path
+    if isinstance(expected, Tensor):
+        assert actual.dtype == expected.dtype, path
+        assert torch.equal(actual, expected), path
+    elif isinstance(expected, dict):
+        assert actual.keys() == expected.keys(), path
+        for key in expected:
+            assert_identical(actual[key], expected[key], f"{path}[{key!r}]")
+    elif isinstance(expected, list | tuple):
+        assert len(actual) == len(expected), path
+        for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+            assert_identical(a, e, f"{path}[{i}]")
+    else:
+        assert actual == expected, path

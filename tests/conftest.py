@@ -12,6 +12,11 @@ def _one_seed() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # tensors are tiny here: on a busy machine waiting for threads takes ten times the work
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _quiet_lightning() -> None:
     for name in ("lightning.pytorch", "pytorch_lightning", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)

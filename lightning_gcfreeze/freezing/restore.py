@@ -79,5 +79,5 @@ def _mask_sparse(grad: Tensor, index: Tensor) -> Tensor:
     grad = grad.coalesce()
     live = torch.ones(grad.shape, dtype=torch.bool, device=grad.device)
     live.view(-1)[index] = False
-    values = grad.values().masked_fill(~live[tuple(grad.indices())], 0.0)
-    return torch.sparse_coo_tensor(grad.indices(), values, grad.shape, is_coalesced=True)
+    grad.values().masked_fill_(~live[tuple(grad.indices())], 0.0)  # the values are a view
+    return grad

@@ -1,0 +1,192 @@
+"""What is refused, when, and in which words: never a run that silently does something else."""
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_gcfreeze import GradCovFreezeCallback
+from tests import cases
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"t0": 0}, ValueError, "`t0` must be at least 1, got 0"),
+        ({"t0": -3}, ValueError, "`t0` must be at least 1, got -3"),
+        ({"t0": 2.5}, TypeError, r"`t0` must be an int of at least 1, got 2.5 \(float\)"),
+        ({"t0": True}, TypeError, r"got True \(bool\)"),
+        ({"t0": "5"}, TypeError, r"got '5' \(str\)"),
+        ({"k": -1}, ValueError, "at least 0, got -1"),
+        ({"k": -0.1}, ValueError, r"must lie in \[0, 1\], got -0.1"),
+        ({"k": 1.5}, ValueError, r"must lie in \[0, 1\], got 1.5. A count is given as an int"),
+        ({"k": math.nan}, ValueError, r"must lie in \[0, 1\], got nan"),
+        ({"k": True}, TypeError, "got True of type bool"),
+        ({"k": "half"}, TypeError, "got 'half' of type str"),
+        ({"order": "varience"}, ValueError, "'variance', 'random', 'reverse', .*, got 'varience'"),
+        ({"order": 3}, TypeError, "or a callable .*, got 3"),
+        ({"samples": "all"}, ValueError, "`samples` must be one of 'first', got 'all'"),
+        ({"gradients": "guess"}, ValueError, "`gradients` must be one of 'replay', got 'guess'"),
+        ({"granularity": "row"}, ValueError, "`granularity` must be one of 'element', got 'row'"),
+        ({"hold": "firmly"}, ValueError, "`hold` must be one of 'restore', got 'firmly'"),
+        ({"covariance": "block"}, ValueError, "`covariance` must be one of 'diagonal', 'full', got 'block'"),
+        ({"gain": 0.0}, ValueError, r"must lie in \(0, 1\], got 0.0"),
+        ({"gain": 1.5}, ValueError, r"must lie in \(0, 1\], got 1.5"),
+        ({"gain": "2/t"}, ValueError, "`gain` must be '1/t'.*, got '2/t'"),
+        ({"gain": None}, TypeError, "`gain` must be '1/t'.*, got None"),
+        ({"every": 0}, ValueError, "`every` must be at least 1, got 0"),
+        ({"every": 6}, ValueError, "`every=6` leaves no step to observe among the first `t0=5`"),
+        ({"include": 3}, TypeError, "`include` must be a parameter-name pattern or a list of them, got 3"),
+        ({"exclude": [1]}, TypeError, r"`exclude` must be a parameter-name pattern or a list of them, got \[1\]"),
+        ({"seed": "x"}, TypeError, "`seed` must be an int"),
+        ({"log_every_n_steps": 0}, ValueError, "`log_every_n_steps` must be at least 1, got 0"),
+    ],
+    ids=str,
+)
+def test_arguments_are_refused_when_they_are_given(arguments, error, message):
+    """Before there is a Trainer; the message names the value and what is allowed."""
+    with pytest.raises(error, match=message):
+        GradCovFreezeCallback(**({"t0": 5, "k": 0.5} | arguments))
+
+
+class Manual(cases.Regression):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__(network)
+        self.automatic_optimization = False
+
+
+class TwoOptimizers(Manual):
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(layer.parameters(), 0.1) for layer in (self.network[0], self.network[2])]
+
+
+class FetchesItself(cases.Regression):
+    def training_step(self, dataloader_iter: Any) -> Tensor:  # type: ignore[override]
+        return super().training_step(next(dataloader_iter)[0], 0)
+
+
+def with_optimizer(make: Any) -> cases.Regression:
+    return cases.Regression(cases.mlp(), make)
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "error", "message"),
+    [
+        (lambda: with_optimizer(None), {"k": 58}, ValueError, "`k=58` is more than the 57 eligible elements"),
+        (
+            lambda: with_optimizer(None),
+            {"include": "nothing.*"},
+            ValueError,
+            r"`include=\('nothing.\*',\)`.* trains network.0.weight, network.0.bias",
+        ),
+        (lambda: with_optimizer(None), {"exclude": "*"}, ValueError, "No parameter is eligible"),
+        (lambda: with_optimizer(lambda p: torch.optim.LBFGS(p)), {}, MisconfigurationException, "LBFGS .* not exact"),
+        (lambda: Manual(cases.mlp()), {}, MisconfigurationException, "Manual optimization cannot be observed"),
+        (lambda: TwoOptimizers(cases.mlp()), {}, MisconfigurationException, "Manual optimization cannot be observed"),
+        (lambda: FetchesItself(cases.mlp()), {}, MisconfigurationException, "Take a `batch` instead"),
+        (
+            lambda: cases.Regression(nn.Sequential(nn.BatchNorm1d(5, track_running_stats=False), nn.Linear(5, 1))),
+            {},
+            MisconfigurationException,
+            "network.0: BatchNorm with `track_running_stats=False`",
+        ),
+        (
+            lambda: cases.Regression(nn.Sequential(nn.Linear(5, 20_000), nn.Linear(20_000, 1))),
+            {"covariance": "full"},
+            ValueError,
+            r"73.0 GiB for p = 140,001 eligible parameters; .*Use `covariance='diagonal'`",
+        ),
+    ],
+    ids=["k", "include", "exclude", "LBFGS", "manual", "manual, two", "dataloader_iter", "BatchNorm", "full"],
+)
+@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor")
+def test_what_does_not_fit_the_module_is_refused_before_it_trains(module, arguments, error, message):
+    """At the start of fit: no weight has moved."""
+    model = module()
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    with pytest.raises(error, match=message):
+        cases.trainer(callbacks=[GradCovFreezeCallback(**({"t0": 3, "k": 2} | arguments))]).fit(model, cases.loader())
+    cases.assert_identical(dict(model.state_dict()), before)
+
+
+def test_a_batch_of_one_is_refused():
+    """With one sample g_1 = g_S and C = 0: no order at all."""
+    with pytest.raises(MisconfigurationException, match=r"batch holds one sample.* at least 2 samples"):
+        cases.trainer(callbacks=[GradCovFreezeCallback(t0=3, k=2)]).fit(
+            cases.Regression(cases.mlp()), cases.loader(batch_size=1)
+        )
+
+
+def test_accumulating_batches_of_one_is_fine():
+    """Four micro-batches of one sample are a batch of four."""
+    callback = GradCovFreezeCallback(t0=3, k=2)
+    trainer = cases.trainer(callbacks=[callback], accumulate_grad_batches=4)
+    trainer.fit(cases.Regression(cases.mlp()), cases.loader(batch_size=1))
+    assert all((v > 0).all() for v in callback.variance.values())
+
+
+@pytest.mark.parametrize(("steps", "warns"), [(9, True), (10, False)])
+def test_a_t0_that_is_never_reached_is_told_at_the_end(steps, warns, recwarn):
+    """A warning with both numbers; none if step t0 is the last."""
+    callback = GradCovFreezeCallback(t0=10, k=2)
+    trainer = cases.trainer(callbacks=[callback], max_steps=steps, max_epochs=-1)
+    if warns:
+        with pytest.warns(UserWarning, match=r"ended after 9 optimizer steps, before `t0=10`"):
+            trainer.fit(cases.Regression(cases.mlp()), cases.loader())
+        assert (callback.phase, callback.frozen, callback.frozen_fraction) == ("observing", {}, 0.0)
+    else:
+        trainer.fit(cases.Regression(cases.mlp()), cases.loader())
+        assert callback.phase == "frozen"
+
+
+def test_a_batch_that_cannot_be_cut_names_the_way_out():
+    """Tensors of different lengths: the error names them and `gcfreeze_first_sample`."""
+    loader = DataLoader([0, 1], batch_size=None, collate_fn=lambda _: (torch.zeros(4, 5), torch.zeros(3, 1)))
+    with pytest.raises(ValueError, match=r"batch\[0\]: 4, batch\[1\]: 3.*gcfreeze_first_sample"):
+        cases.trainer(callbacks=[GradCovFreezeCallback(t0=3, k=2)]).fit(cases.Regression(cases.mlp()), loader)
+
+
+def test_a_step_that_fails_on_one_sample_is_explained():
+    """The loss of a single sample may be undefined: the error names the batch, the cause and the way out."""
+
+    class NeedsTwo(cases.Regression):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if len(batch[0]) < 2:
+                raise RuntimeError("contrast needs two")
+            return super().training_step(batch, batch_idx)
+
+    with pytest.raises(RuntimeError, match=r"first sample of batch 0 alone: RuntimeError: contrast needs two\. If"):
+        cases.trainer(callbacks=[GradCovFreezeCallback(t0=3, k=2)]).fit(NeedsTwo(cases.mlp()), cases.loader())
+
+
+def test_a_gain_that_leaves_its_range_is_caught_when_it_does():
+    """κ_3 = 0 is named with its t."""
+    callback = GradCovFreezeCallback(t0=5, k=2, gain=lambda t: 1.0 if t < 3 else 0.0)
+    with pytest.raises(ValueError, match=r"`gain\(3\)` \(κ_t\) must lie in \(0, 1\], got 0.0"):
+        cases.trainer(callbacks=[callback]).fit(cases.Regression(cases.mlp()), cases.loader())
+
+
+def test_an_order_with_nan_is_refused():
+    """A user's order that returns NaN does not freeze anything."""
+
+    def broken(evidence: Any) -> dict[str, Tensor]:
+        return {name: w * float("nan") for name, w in evidence.weights.items()}
+
+    with pytest.raises(ValueError, match=r"returned NaN for 40 elements of 'network.0.weight'"):
+        cases.trainer(callbacks=[GradCovFreezeCallback(t0=3, k=2, order=broken)]).fit(
+            cases.Regression(cases.mlp()), cases.loader()
+        )
+
+
+@pytest.mark.parametrize("strategy", [pl.strategies.ModelParallelStrategy, pl.strategies.FSDPStrategy])
+def test_sharding_strategies_are_refused_by_name(strategy):
+    """A rank of FSDP has shards, not tensors: refused until it is supported."""
+    trainer: Any = SimpleNamespace(strategy=strategy())
+    with pytest.raises(MisconfigurationException, match=f"{strategy.__name__} is not supported yet"):
+        GradCovFreezeCallback(t0=3, k=2).setup(trainer, cases.Regression(cases.mlp()), "fit")

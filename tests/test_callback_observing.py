@@ -1,0 +1,389 @@
+"""What the callback observes in a Trainer, against a training loop by hand, and that it leaves no trace."""
+
+import copy
+import dataclasses
+import random
+from collections import namedtuple
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+from torch.utils.data import DataLoader
+from torchmetrics import MeanSquaredError
+
+from lightning_gcfreeze import GradCovFreezeCallback
+from tests import cases
+from tests.oracles.recursion import covariance
+from tests.oracles.training import observed_run
+
+
+def mse(network: nn.Module, batch: Any) -> Tensor:
+    x, y = batch
+    return nn.functional.mse_loss(network(x), y)
+
+
+def first_of(batch: Any) -> Any:
+    return [tensor[:1] for tensor in batch]
+
+
+def fit(callback: GradCovFreezeCallback, batch_size: int = 8, samples: int = 64, **kwargs: Any) -> cases.Regression:
+    module = cases.Regression(cases.mlp(torch.float64))
+    trainer = cases.trainer(callbacks=[callback], **kwargs)
+    trainer.fit(module, cases.loader(batch_size, samples, torch.float64))
+    return module
+
+
+def by_hand(steps: list[list[Any]], **kwargs: Any) -> np.ndarray:
+    network = cases.mlp(torch.float64)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
+    return observed_run(network, steps, mse, first_of, optimizer, **kwargs)
+
+
+def flat(named: dict[str, Tensor]) -> np.ndarray:
+    return torch.cat([t.flatten() for t in named.values()]).numpy()
+
+
+@pytest.mark.parametrize(
+    ("gain", "kappa"),
+    [("1/t", lambda t: 1 / t), (0.2, lambda t: 0.2), (lambda t: 2 / (t + 1), lambda t: 2 / (t + 1))],
+    ids=["1/t", "constant", "callable"],
+)
+def test_the_diagonal_is_that_of_the_literal_recursion(gain, kappa):
+    """C_t0 of a run in a Trainer is that of a loop by hand, to float64 rounding."""
+    callback = GradCovFreezeCallback(t0=12, k=0.5, gain=gain)
+    fit(callback)
+    steps = [[batch] for batch in [*cases.loader(8, 64, torch.float64)] * 2][:12]
+    np.testing.assert_allclose(flat(callback.variance), np.diag(by_hand(steps, gain=kappa)), rtol=1e-10)
+
+
+def test_the_full_matrix_is_that_of_the_literal_recursion():
+    """All p x p of it, rows in the order of named_parameters; its diagonal is the diagonal run's variance."""
+    full = GradCovFreezeCallback(t0=12, k=0.5, covariance="full")
+    diagonal = GradCovFreezeCallback(t0=12, k=0.5)
+    fit(full)
+    fit(diagonal)
+    steps = [[batch] for batch in [*cases.loader(8, 64, torch.float64)] * 2][:12]
+    expected = by_hand(steps)
+    assert full.covariance is not None
+    np.testing.assert_allclose(full.covariance, expected, rtol=1e-9, atol=1e-12 * np.abs(expected).max())
+    assert diagonal.covariance is None
+    np.testing.assert_allclose(flat(full.variance), flat(diagonal.variance), rtol=1e-12)
+    assert_close(full.frozen, diagonal.frozen)
+
+
+def test_one_recursion_step_per_optimizer_step_under_accumulation():
+    """g_S is the mean over the micro-batches, g_1 belongs to the first sample of the first of them."""
+    callback = GradCovFreezeCallback(t0=3, k=0.5)
+    fit(callback, accumulate_grad_batches=3, max_epochs=1)
+    batches = [*cases.loader(8, 64, torch.float64)]  # 8 batches: 3 + 3 + 2
+    steps = [batches[:3], batches[3:6], batches[6:]]
+    network = cases.mlp(torch.float64)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
+
+    # Lightning divides by 3 in the short last window, too; its batch size is 16, not 24.
+    pairs = []
+    parameters = list(network.parameters())
+    for micro_batches in steps:
+        grads = [torch.autograd.grad(mse(network, b) / 3, parameters) for b in micro_batches]
+        g_batch = [sum(g) for g in zip(*grads, strict=True)]
+        g_one = torch.autograd.grad(mse(network, first_of(micro_batches[0])), parameters)
+        factor = np.sqrt((1 - 1 / 24) / (1 - 1 / (8 * len(micro_batches))))
+        difference = np.concatenate([(a - b).numpy().ravel() for a, b in zip(g_one, g_batch, strict=True)])
+        pairs.append((factor * difference, np.zeros_like(difference)))
+        for p, g in zip(parameters, g_batch, strict=True):
+            p.grad = g
+        optimizer.step()
+    expected = np.diag(covariance(pairs, lambda t: 1 / t))
+    np.testing.assert_allclose(flat(callback.variance), expected, rtol=1e-10)
+
+
+def test_each_nth_step_is_observed():
+    """every=3 takes the steps 3, 6, 9, … into C, and no other."""
+    callback = GradCovFreezeCallback(t0=10, k=0.5, every=3)
+    fit(callback)
+    steps = [[batch] for batch in [*cases.loader(8, 64, torch.float64)] * 2][:10]
+    np.testing.assert_allclose(flat(callback.variance), np.diag(by_hand(steps, every=3)), rtol=1e-10)
+
+
+def test_a_short_last_batch_is_put_on_the_scale_of_the_others():
+    """With S = 8 and a last batch of 4, its squared noise counts (1 - 1/8) / (1 - 1/4) times."""
+    callback = GradCovFreezeCallback(t0=3, k=0.5, gain=lambda t: 1.0)  # κ = 1: C is the last step's alone
+    fit(callback, samples=20, max_epochs=1)
+    batches = [*cases.loader(8, 20, torch.float64)]
+    uncorrected = np.diag(by_hand([[b] for b in batches], gain=lambda t: 1.0))
+    np.testing.assert_allclose(flat(callback.variance), uncorrected * (7 / 8) / (3 / 4), rtol=1e-10)
+
+
+def test_a_last_batch_of_one_is_left_out():
+    """Its g_1 is its g_S: it says nothing, and C is that of the other steps."""
+    callback = GradCovFreezeCallback(t0=3, k=0.5)
+    fit(callback, samples=17, max_epochs=1)
+    steps = [[b] for b in [*cases.loader(8, 17, torch.float64)][:2]]
+    np.testing.assert_allclose(flat(callback.variance), np.diag(by_hand(steps)), rtol=1e-10)
+
+
+def test_the_freeze_takes_the_k_lowest_after_step_t0():
+    """Masks and ranks follow from the oracle's diagonal; the phase changes with step t0, not before."""
+    seen = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            seen.append(callback.phase)
+
+    callback = GradCovFreezeCallback(t0=5, k=20)
+    module = cases.Regression(cases.mlp(torch.float64))
+    cases.trainer(callbacks=[Watch(), callback]).fit(module, cases.loader(dtype=torch.float64))
+    steps = [[batch] for batch in [*cases.loader(8, 64, torch.float64)]][:5]
+    order = np.argsort(np.diag(by_hand(steps)), kind="stable")
+    expected = np.zeros(57, dtype=bool)
+    expected[order[:20]] = True
+    assert flat(callback.frozen).tolist() == expected.tolist()
+    assert flat(callback.ranks)[order].tolist() == list(range(1, 58))
+    assert callback.frozen_fraction == 20 / 57
+    assert seen == ["observing"] * 4 + ["frozen"] * 12
+
+
+def test_displacement_second_moment_and_snr_see_the_run():
+    """Orders that need more than C get it: start weights, E[g_S²], E[g_S], each against the loop by hand."""
+    network = cases.mlp(torch.float64)
+    start = torch.cat([p.detach().flatten().clone() for p in network.parameters()])
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
+    gradients = []
+    for x, y in [*cases.loader(8, 64, torch.float64)][:6]:
+        optimizer.zero_grad()
+        mse(network, (x, y)).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in network.parameters()]).numpy().copy())
+        optimizer.step()
+    end = torch.cat([p.detach().flatten() for p in network.parameters()])
+    g = np.stack(gradients)
+    callbacks = {
+        order: GradCovFreezeCallback(t0=6, k=0.5, order=order) for order in ("displacement", "second_moment", "snr")
+    }
+    for callback in callbacks.values():
+        fit(callback)
+    variance = flat(callbacks["snr"].variance)
+    expected = {
+        "displacement": (end - start).abs().numpy(),
+        "second_moment": (g**2).mean(0),
+        "snr": np.divide(np.abs(g.mean(0)), np.sqrt(variance), out=np.zeros(57), where=variance > 0),
+    }
+    for order, callback in callbacks.items():
+        by_rank = expected[order][np.argsort(flat(callback.ranks))]
+        assert (np.diff(by_rank) >= -1e-12).all(), order
+        assert by_rank[0] < by_rank[-1]
+
+
+Pair = namedtuple("Pair", "x y")
+
+
+@dataclasses.dataclass
+class Record:
+    x: Tensor
+    y: Tensor
+    note: str = "plain"
+
+
+@pytest.mark.parametrize(
+    ("pack", "unpack"),
+    [
+        (lambda x, y: {"x": x, "y": y}, lambda b: (b["x"], b["y"])),
+        (lambda x, y: {"in": {"x": x}, "out": [y]}, lambda b: (b["in"]["x"], b["out"][0])),
+        (lambda x, y: Pair(x, y), lambda b: (b.x, b.y)),
+        (lambda x, y: Record(x, y), lambda b: (b.x, b.y)),
+        (lambda x, y: torch.cat([x, y], 1), lambda b: (b[:, :5], b[:, 5:])),
+        (lambda x, y: ((x, ["text"] * len(x)), y), lambda b: (b[0][0], b[1])),
+    ],
+    ids=["dict", "nested", "named tuple", "dataclass", "tensor", "texts"],
+)
+def test_batches_of_any_form_give_the_same_covariance(pack, unpack):
+    """The form of the batch does not reach C."""
+
+    class AnyForm(cases.Regression):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(unpack(batch), batch_idx)
+
+    callback = GradCovFreezeCallback(t0=4, k=0.5)
+    loader = DataLoader(
+        cases.data(dtype=torch.float64),
+        batch_size=8,
+        collate_fn=lambda rows: pack(torch.stack([r[0] for r in rows]), torch.stack([r[1] for r in rows])),
+    )
+    cases.trainer(callbacks=[callback], max_epochs=1).fit(AnyForm(cases.mlp(torch.float64)), loader)
+    plain = GradCovFreezeCallback(t0=4, k=0.5)
+    fit(plain)
+    assert_close(callback.variance, plain.variance, rtol=1e-12, atol=0.0)  # a strided y may sum in another order
+
+
+def test_the_module_can_cut_its_own_batch():
+    """`gcfreeze_first_sample` is asked first: time-major batches, which would be cut along time, come out right."""
+
+    class TimeMajor(cases.Regression):
+        def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+            x, y = batch
+            return nn.functional.mse_loss(self.network(x.T), y.T)
+
+        def gcfreeze_first_sample(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            x, y = batch
+            return x[:, :1], y[:, :1]
+
+    callback = GradCovFreezeCallback(t0=4, k=0.5)
+    loader = DataLoader(
+        cases.data(dtype=torch.float64),
+        batch_size=8,
+        collate_fn=lambda rows: (torch.stack([r[0] for r in rows], 1), torch.stack([r[1] for r in rows], 1)),
+    )
+    cases.trainer(callbacks=[callback], max_epochs=1).fit(TimeMajor(cases.mlp(torch.float64)), loader)
+    plain = GradCovFreezeCallback(t0=4, k=0.5)
+    fit(plain)
+    assert_close(callback.variance, plain.variance, rtol=1e-12, atol=0.0)
+
+
+class Talkative(cases.Regression):
+    """Keeps metrics, lists, counters and tensors, logs, and draws random numbers from three sources."""
+
+    def __init__(self) -> None:
+        super().__init__(cases.convnet(), lambda p: torch.optim.AdamW(p, lr=0.01))
+        self.metric = MeanSquaredError()
+        self.outputs: list[Tensor] = []
+        self.calls = 0
+        self.register_buffer("seen", torch.zeros(()))
+        self.history: dict[str, list[float]] = {"loss": []}
+        self.step_logged: list[float] = []
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        x.mul_(1.0 + 0.01 * random.random())
+        y = y + 0.01 * float(np.random.rand())
+        prediction = self.network(x)
+        loss = nn.functional.mse_loss(prediction, y)
+        self.calls += 1
+        self.seen += len(x)
+        self.outputs.append(loss.detach())
+        self.history["loss"].append(float(loss.detach()))
+        self.metric(prediction, y)
+        self.log("loss", loss, on_step=True, on_epoch=True)
+        self.log("metric", self.metric, on_epoch=True)
+        self.metric_updates = self.metric.update_count  # Lightning resets it with the epoch
+        return loss
+
+
+def run_talkative(callbacks: list[pl.Callback]) -> dict[str, Any]:
+    pl.seed_everything(3, verbose=False)
+    module = Talkative()
+    trainer = cases.trainer(callbacks=callbacks, max_epochs=2)
+    trainer.fit(module, cases.loader())
+    return {
+        "state": module.state_dict(),
+        "optimizer": trainer.optimizers[0].state_dict()["state"],
+        "metrics": trainer.callback_metrics,
+        "outputs": module.outputs,
+        "history": module.history["loss"],
+        "calls": module.calls,
+        "metric updates": module.metric_updates,
+        "random": (random.random(), float(np.random.rand()), float(torch.rand(()))),
+    }
+
+
+def test_observing_leaves_no_trace():
+    """Weights, BatchNorm's buffers, metrics, logged values, plain attributes and random streams are bit-identical."""
+    plain = run_talkative([])
+    with pytest.warns(UserWarning, match="Nothing was frozen"):
+        observed = run_talkative([observer := GradCovFreezeCallback(t0=1000, k=0.5)])
+    assert observer.variance["network.1.weight"].min() > 0  # it did observe
+    cases.assert_identical(observed, plain)
+    assert plain["calls"] == 16
+    assert plain["state"]["network.2.num_batches_tracked"] == 16
+
+
+def test_freezing_does_leave_one():
+    """The same comparison turns red once something is frozen: it can fail."""
+    plain = run_talkative([])
+    frozen = run_talkative([GradCovFreezeCallback(t0=2, k=0.5)])
+    with pytest.raises(AssertionError):
+        cases.assert_identical(frozen["state"], plain["state"])
+
+
+def test_a_replay_reaches_no_logger(tmp_path):
+    """What `training_step` writes to `self.logger` itself is written once."""
+
+    class Counting(pl.loggers.CSVLogger):
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            if "by hand" in metrics:
+                written.append(step)
+
+    class Direct(cases.Regression):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.logger.log_metrics({"by hand": 1.0}, step=batch_idx)
+            self.logger.experiment.log_metrics({"really": 1.0})
+            return super().training_step(batch, batch_idx)
+
+    written: list[int | None] = []
+    callback = GradCovFreezeCallback(t0=4, k=0.5)
+    trainer = cases.trainer(callbacks=[callback], max_epochs=1, logger=Counting(tmp_path), log_every_n_steps=1)
+    trainer.fit(Direct(cases.mlp()), cases.loader())
+    assert callback.phase == "frozen"
+    assert written == list(range(8))
+
+
+def test_non_finite_gradients_are_skipped_and_counted():
+    """A step with an infinite loss does not enter C; training goes on, and the order has no NaN."""
+
+    class Poisoned(cases.Regression):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            return loss * float("inf") if batch_idx == 2 and len(batch[0]) == 1 else loss
+
+    callback = GradCovFreezeCallback(t0=6, k=0.5)
+    cases.trainer(callbacks=[callback], max_epochs=1).fit(
+        Poisoned(cases.mlp(torch.float64)), cases.loader(dtype=torch.float64)
+    )
+    state = callback.state_dict()["state"]
+    assert (state["observed"], state["skipped"]) == (5, 1)
+    assert all(v.isfinite().all() for v in callback.variance.values())
+    healthy = GradCovFreezeCallback(t0=6, k=0.5)
+    fit(healthy, max_epochs=1)
+    assert healthy.state_dict()["state"]["observed"] == 6
+    assert not np.allclose(flat(healthy.variance), flat(callback.variance))
+
+
+def test_if_nothing_could_be_observed_nothing_is_frozen_silently():
+    """All steps skipped: an error that counts them, not an order of zeros."""
+
+    class Broken(cases.Regression):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) * float("nan")
+
+    with pytest.raises(RuntimeError, match=r"No step could be observed among the first `t0=3`: 3 were left out"):
+        cases.trainer(callbacks=[GradCovFreezeCallback(t0=3, k=0.5)]).fit(Broken(cases.mlp()), cases.loader())
+
+
+def test_elements_that_never_had_a_gradient_are_reported():
+    """Three constant inputs of five: 24 of the 28 frozen weights never moved, and a warning counts them."""
+
+    class Blind(cases.Regression):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x, y = batch
+            return super().training_step((x * torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0]), y), batch_idx)
+
+    callback = GradCovFreezeCallback(t0=4, k=28)
+    with pytest.warns(UserWarning, match=r"2[4-8] of the 28 frozen elements never had a gradient in the 4 observed"):
+        cases.trainer(callbacks=[callback], max_epochs=1).fit(Blind(cases.mlp()), cases.loader())
+    assert callback.frozen["network.0.weight"][:, 2:].all()
+
+
+def test_batch_norm_replays_with_running_statistics():
+    """g_1 of a BatchNorm network is that of the network with BatchNorm in eval mode and dropout off at p = 0."""
+    network = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1)).double()
+    reference = copy.deepcopy(network)
+    callback = GradCovFreezeCallback(t0=1, k=0.5)
+    cases.trainer(callbacks=[callback], max_steps=1).fit(cases.Regression(network), cases.loader(dtype=torch.float64))
+    x, y = next(iter(cases.loader(dtype=torch.float64)))
+    parameters = list(reference.parameters())
+    g_batch = torch.autograd.grad(mse(reference.train(), (x, y)), parameters)  # also moves the running statistics
+    g_one = torch.autograd.grad(mse(reference.eval(), (x[:1], y[:1])), parameters)
+    expected = [(a - b) ** 2 for a, b in zip(g_one, g_batch, strict=True)]
+    assert_close(list(callback.variance.values()), expected, rtol=1e-10, atol=1e-12)

@@ -1,0 +1,249 @@
+"""A run that is interrupted and resumed equals the unbroken one, to the bit; and whatever else becomes of a state."""
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_gcfreeze import GradCovFreezeCallback
+from tests import cases
+
+T0, STEPS = 7, 18
+ARGUMENTS: dict[str, Any] = {"t0": T0, "k": 0.5}
+
+
+class Interrupted(Exception):
+    """The power went out."""
+
+
+class SaveAndStop(pl.Callback):
+    """Saves a checkpoint after a batch, and pulls the plug."""
+
+    def __init__(self, path: Path, after_batches: int) -> None:
+        self.path, self.left = path, after_batches
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.left -= 1
+        if self.left == 0:
+            trainer.save_checkpoint(self.path)
+            raise Interrupted
+
+
+def module() -> cases.Regression:
+    return cases.Regression(cases.convnet(), lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.3))
+
+
+def run(callback: GradCovFreezeCallback | None, *more: pl.Callback, ckpt: Path | None = None, **kwargs: Any) -> Any:
+    """Weights, optimizer and callback after STEPS steps of three shuffled epochs with dropout."""
+    torch.manual_seed(5)
+    network = module()
+    trainer = cases.trainer(callbacks=[*([callback] if callback else []), *more], max_epochs=3, **kwargs)
+    trainer.fit(network, cases.ResumableLoader(), ckpt_path=ckpt, weights_only=True if ckpt else None)
+    return {
+        "weights": network.state_dict(),
+        "optimizer": trainer.optimizers[0].state_dict()["state"],
+        "callback": callback.state_dict() if callback else None,
+        "ranks": callback.ranks if callback else None,
+        "frozen": callback.frozen if callback else None,
+    }
+
+
+class DropoutByStep(pl.Callback):
+    """Random streams are no part of a Lightning checkpoint; with this they follow the step."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        torch.manual_seed(1000 + trainer.global_step)
+
+
+def interrupted(path: Path, after: int, arguments: dict[str, Any], **kwargs: Any) -> Any:
+    with pytest.raises(Interrupted):
+        run(GradCovFreezeCallback(**arguments), DropoutByStep(), SaveAndStop(path, after), **kwargs)
+    return run(GradCovFreezeCallback(**arguments), DropoutByStep(), ckpt=path, **kwargs)
+
+
+@pytest.mark.parametrize("after", [2, T0 - 1, T0, T0 + 1, 12, 15])
+def test_resuming_at_any_point_equals_the_unbroken_run(tmp_path, after):
+    """Interrupted before, right before, at, right after and long after t0, in and at the end of an epoch."""
+    unbroken = run(GradCovFreezeCallback(**ARGUMENTS), DropoutByStep())
+    resumed = interrupted(tmp_path / "run.ckpt", after, ARGUMENTS)
+    cases.assert_identical(resumed, unbroken)
+    assert unbroken["callback"]["steps"] == STEPS
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"order": "displacement"},
+        {"order": "snr"},
+        {"order": "second_moment", "gain": 0.3},
+        {"order": "random"},
+        {"order": "random", "seed": 4},
+        {"covariance": "full", "every": 2},
+        {"include": ["*weight"], "exclude": "network.2.*", "k": 10},
+    ],
+    ids=str,
+)
+def test_whatever_an_order_gathers_is_saved(tmp_path, arguments):
+    """Start weights, moments, the matrix and the seed survive an interruption while observing."""
+    unbroken = run(GradCovFreezeCallback(**(ARGUMENTS | arguments)), DropoutByStep())
+    resumed = interrupted(tmp_path / "run.ckpt", 4, ARGUMENTS | arguments)
+    cases.assert_identical(resumed, unbroken)
+    assert any(f.any() for f in unbroken["frozen"].values())
+
+
+def test_resuming_under_accumulation(tmp_path):
+    """Interrupted between optimizer steps of two micro-batches each."""
+    unbroken = run(GradCovFreezeCallback(t0=4, k=0.5), DropoutByStep(), accumulate_grad_batches=2)
+    for after in (4, 8, 10):
+        resumed = interrupted(tmp_path / "run.ckpt", after, {"t0": 4, "k": 0.5}, accumulate_grad_batches=2)
+        cases.assert_identical(resumed, unbroken)
+
+
+def test_a_checkpoint_of_a_frozen_run_goes_on_without_the_callback(tmp_path):
+    """Weights and optimizer load in a plain Trainer, whose optimizer state is of full shape, and everything moves."""
+    path = tmp_path / "run.ckpt"
+    callback = GradCovFreezeCallback(**ARGUMENTS)
+    with pytest.raises(Interrupted):
+        run(callback, SaveAndStop(path, T0 + 3))
+    saved = torch.load(path, weights_only=True)["state_dict"]
+    with pytest.warns(UserWarning, match="callbacks used to create the checkpoint"):
+        plain = run(None, ckpt=path)
+    for i, (name, _) in enumerate(module().named_parameters()):
+        assert plain["optimizer"][i]["exp_avg"].shape == saved[name].shape
+    moved = [(plain["weights"][name] != saved[name])[mask] for name, mask in callback.frozen.items()]
+    assert torch.cat(moved).float().mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": 0.6}, r"k=0.5 \(now 0.6\)"),
+        ({"t0": 9}, r"t0=7 \(now 9\)"),
+        ({"order": "magnitude"}, r"order='variance' \(now 'magnitude'\)"),
+        ({"exclude": "*bias"}, r"exclude=None \(now \['\*bias'\]\)"),
+        ({"covariance": "full"}, r"covariance='diagonal' \(now 'full'\)"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("after", [T0 - 2, T0 + 2])
+def test_resuming_with_other_arguments_says_so(tmp_path, change, message, after):
+    """The saved and the given value are named, in either phase."""
+    path = tmp_path / "run.ckpt"
+    with pytest.raises(Interrupted):
+        run(GradCovFreezeCallback(**ARGUMENTS), SaveAndStop(path, after))
+    with pytest.raises(MisconfigurationException, match=message):
+        run(GradCovFreezeCallback(**(ARGUMENTS | change)), ckpt=path)
+
+
+def test_how_often_to_log_may_change(tmp_path):
+    """It decides nothing."""
+    resumed = interrupted(tmp_path / "run.ckpt", 3, ARGUMENTS)
+    path = tmp_path / "run.ckpt"
+    other = run(GradCovFreezeCallback(**ARGUMENTS, log_every_n_steps=3), DropoutByStep(), ckpt=path)
+    cases.assert_identical(other, resumed)
+
+
+def test_a_second_fit_starts_afresh():
+    """The same object in a new run gives what a new object gives."""
+    callback = GradCovFreezeCallback(**ARGUMENTS)
+    first = run(callback, DropoutByStep())
+    assert callback.phase == "frozen"
+    again = run(callback, DropoutByStep())
+    cases.assert_identical(again, first)
+
+
+def test_testing_between_two_fits_changes_neither(tmp_path):
+    """Loading a checkpoint for `validate` is no resumption of the next fit."""
+
+    class Tested(cases.Regression):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.training_step(batch, batch_idx)
+
+    callback = GradCovFreezeCallback(t0=3, k=0.5)
+    trainer = cases.trainer(callbacks=[callback], max_epochs=1)
+    trainer.fit(Tested(cases.mlp()), cases.loader(), cases.loader())
+    frozen = callback.frozen
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    trainer.validate(Tested(cases.mlp()), cases.loader(), ckpt_path=tmp_path / "run.ckpt", verbose=False)
+    cases.assert_identical(callback.frozen, frozen)
+    cases.trainer(callbacks=[callback], max_epochs=1).fit(Tested(cases.mlp()), cases.loader(), cases.loader())
+    assert callback.state_dict()["steps"] == 8
+
+
+def test_after_an_exception_the_optimizer_is_let_go():
+    """The hook on the optimizer goes with the run; what was found stays."""
+    callback = GradCovFreezeCallback(**ARGUMENTS)
+
+    class Stop(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+            if trainer.global_step == T0 + 1:
+                hooks.append(len(trainer.optimizers[0]._optimizer_step_post_hooks))
+                optimizers.append(trainer.optimizers[0])
+                raise Interrupted
+
+    hooks: list[int] = []
+    optimizers: list[torch.optim.Optimizer] = []
+    with pytest.raises(Interrupted):
+        run(callback, Stop())
+    assert hooks == [1]
+    assert len(optimizers[0]._optimizer_step_post_hooks) == 0
+    assert callback.phase == "frozen"
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))], ids=["copy", "pickle"])
+def test_copies_and_pickles(clone):
+    """Before a run, in the middle of one and after it; the copy shares nothing, and can be trained with."""
+    copies = []
+
+    class Copy(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+            if trainer.global_step in (3, 10):
+                copies.append(clone(callback))
+
+    callback = GradCovFreezeCallback(**ARGUMENTS)
+    fresh = clone(callback)
+    expected = run(callback, DropoutByStep(), Copy())
+    observing, frozen = copies
+    assert observing.phase == "observing"
+    cases.assert_identical(frozen.frozen, expected["frozen"])
+    cases.assert_identical(clone(callback).ranks, expected["ranks"])
+    for each in (fresh, observing, frozen):
+        cases.assert_identical(run(each, DropoutByStep()), expected)
+
+
+def test_another_module_is_refused_by_name(tmp_path):
+    """A checkpoint whose masks do not fit the module says which parameters differ."""
+    callback = GradCovFreezeCallback(t0=3, k=0.5)
+    trainer = cases.trainer(callbacks=[callback], max_epochs=1)
+    trainer.fit(cases.Regression(cases.mlp()), cases.loader())
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    fewer = cases.Regression(cases.mlp())
+    fewer.network[2].requires_grad_(False)
+    with pytest.raises(MisconfigurationException, match=r"network\.2\.bias, network\.2\.weight differ"):
+        cases.trainer(callbacks=[GradCovFreezeCallback(t0=3, k=0.5)], max_epochs=2).fit(
+            fewer, cases.loader(), ckpt_path=tmp_path / "run.ckpt"
+        )
+
+
+def test_another_format_is_refused():
+    """A state of a later version is not guessed at."""
+    state = GradCovFreezeCallback(**ARGUMENTS).state_dict() | {"format": 99}
+    with pytest.raises(ValueError, match="has the format 99, this version reads 1"):
+        GradCovFreezeCallback(**ARGUMENTS).load_state_dict(state)
+
+
+def test_a_state_can_be_looked_at_without_a_run():
+    """`load_state_dict` alone fills the attributes."""
+    callback = GradCovFreezeCallback(**ARGUMENTS)
+    run(callback)
+    other = GradCovFreezeCallback(**ARGUMENTS)
+    other.load_state_dict(callback.state_dict())
+    assert other.phase == "frozen"
+    for name in ("frozen", "variance", "ranks"):
+        cases.assert_identical(getattr(other, name), getattr(callback, name))
+    assert other.frozen_fraction == callback.frozen_fraction > 0
