@@ -19,6 +19,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from lightning_utilities.core import rank_zero
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -34,8 +35,11 @@ if TYPE_CHECKING:
 else:
     # Lightning is published under two names whose classes know nothing of each other. The Trainer of either takes any
     # callback in a list, but a single `callbacks=callback` and the LightningCLI ask for their own class.
+    rank_zero_log = rank_zero.log
     try:
         from pytorch_lightning import Callback as _StandaloneCallback
+
+        rank_zero.log = rank_zero_log  # the import turns the Trainer's messages over to another logger
 
         class _Callback(pl.Callback, _StandaloneCallback):
             """A callback of both packages."""
@@ -73,6 +77,7 @@ class _Run:
     batch: _Window | None = None  # of the batch at hand
     window: _Window | None = None  # of all batches since the last optimizer step
     observed_step: int = 0
+    doubled: bool = False  # g_1 is taken from two copies of the sample
     logged_step: int = 0
     mute: DummyLogger = field(default_factory=DummyLogger)
 
@@ -379,20 +384,36 @@ class GradCovFreezeCallback(_Callback):
         return phase.observe(g_one, g_batch, self.gain, size)
 
     def _replay(self, pl_module: pl.LightningModule, window: _Window) -> dict[str, Tensor] | None:
+        """g_1, from the first sample alone; from two copies of it if `training_step` cannot take a batch of one."""
         run = self._running
-        arguments: tuple[Any, ...] = (window.sample,)
-        if is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2):
-            arguments += (window.batch_idx,)
+        try:
+            return self._gradient_of(pl_module, window, copies=2 if run.doubled else 1)
+        except Exception as error:
+            failure = error
+        explanation = f"`training_step` fails on the first sample of a batch alone: {failure!r}."
+        try:
+            if run.doubled or hasattr(pl_module, "gcfreeze_first_sample"):
+                raise failure
+            g_one = self._gradient_of(pl_module, window, copies=2)
+        except Exception:
+            raise RuntimeError(f"{explanation} If the sample was cut wrongly: {samples.WAY_OUT}") from failure
+        rank_zero_warn(
+            f"{explanation} Its gradient is taken from two copies of it instead: the same, if the loss is a mean over"
+            f" samples that do not interact. To decide yourself: {samples.WAY_OUT}"
+        )
+        run.doubled = True
+        return g_one
+
+    def _gradient_of(self, pl_module: pl.LightningModule, window: _Window, copies: int) -> dict[str, Tensor] | None:
+        run = self._running
+        sample = window.sample if copies == 1 else samples.first_sample(window.sample, copies)[0]
+        takes_index = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
+        arguments = (sample, window.batch_idx) if takes_index else (sample,)
         loggers = run.trainer.loggers
         run.trainer.loggers = [run.mute] * len(loggers)  # a `training_step` may talk to `self.logger` directly
         try:
             with run.trainer.precision_plugin.train_step_context():
                 return gradients.of_sample(pl_module, lambda: pl_module.training_step(*arguments), run.parameters)
-        except Exception as error:
-            raise RuntimeError(
-                f"`training_step` failed on the first sample of batch {window.batch_idx} alone:"
-                f" {type(error).__name__}: {error}. If the sample was cut wrongly: {samples.WAY_OUT}"
-            ) from error
         finally:
             run.trainer.loggers = loggers
 

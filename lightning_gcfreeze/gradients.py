@@ -88,7 +88,7 @@ def _dense(parameter: Parameter, grad: Tensor | None, scale: float = 1.0) -> Ten
 def _no_trace(module: nn.Module) -> Iterator[None]:
     """Whatever a module does inside leaves its state and the random streams as they were, to the bit."""
     with _same_random_numbers(module):
-        modules = list(module.modules())
+        modules = _modules_within(module)
         before = [dict(m.__dict__) for m in modules]
         copies: dict[int, Any] = {}
         try:
@@ -104,6 +104,24 @@ def _no_trace(module: nn.Module) -> Iterator[None]:
             for m, attributes in zip(modules, before, strict=True):
                 m.__dict__.clear()
                 m.__dict__.update(attributes)
+
+
+def _modules_within(module: nn.Module) -> list[nn.Module]:
+    """The module and all others it can reach, also those in plain containers, like the metrics of a composite loss."""
+    found: list[nn.Module] = []
+    seen: set[int] = set()
+    left: list[Any] = [module]
+    while left:
+        value = left.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, nn.Module):
+            found.append(value)
+            left.extend(value.__dict__.values())
+        elif type(value) in _CONTAINERS:
+            left.extend(value.values() if isinstance(value, dict) else value)
+    return found
 
 
 def _private(value: Any, copies: dict[int, Any]) -> Any:

@@ -24,7 +24,7 @@ class UnclearBatchError(ValueError):
     """The first sample cannot be cut out for certain; the message says why, and that the module can do it."""
 
 
-def first_sample(batch: Any) -> tuple[Any, int]:
+def first_sample(batch: Any, copies: int = 1) -> tuple[Any, int]:
     """Cut the first sample out of a batch.
 
     Understood are tensors and NumPy arrays (samples along the first axis), tuples, named tuples, lists, mappings and
@@ -32,15 +32,19 @@ def first_sample(batch: Any) -> tuple[Any, int]:
     like them, with the attributes ``edge_index`` and ``batch``. Other objects without tensors pass as they are.
     Tensors are copied: what `training_step` does to its batch in place does not reach the sample.
 
+    Args:
+        batch: of any of these forms. Not modified.
+        copies: how often the sample is to stand in the new batch.
+
     Returns:
-        The sample, a batch of the same form with S = 1, and S.
+        The sample, a batch of the same form with `copies` in place of S samples, and S.
 
     Raises:
         UnclearBatchError: the tensors do not agree on S, there is nothing to cut, or an object holds tensors in a way
             that is not known here.
     """
     size = batch_size(batch)
-    return _first(batch, size), size
+    return _first(batch, size, copies), size
 
 
 def batch_size(batch: Any) -> int:
@@ -57,7 +61,7 @@ def batch_size(batch: Any) -> int:
 
 class _Leaf(NamedTuple):
     size: int
-    first: Callable[[], Any]
+    first: Callable[[int], Any]  # copies -> the leaf with that many of its first sample
 
 
 class _Container(NamedTuple):
@@ -76,27 +80,27 @@ def _sizes(value: Any, path: str) -> Iterator[tuple[str, int]]:
         raise UnclearBatchError(f"Cannot cut the first sample out of {path} of type {type(value).__name__}. {WAY_OUT}")
 
 
-def _first(value: Any, size: int) -> Any:
+def _first(value: Any, size: int, copies: int) -> Any:
     if leaf := _as_leaf(value, "batch"):
-        return leaf.first()
+        return leaf.first(copies)
     if _is_plain_list(value):
-        return value[:1] if len(value) == size else value
+        return value[:1] * copies if len(value) == size else value
     if container := _as_container(value):
-        return container.rebuild([_first(item, size) for item in container.items.values()])
+        return container.rebuild([_first(item, size, copies) for item in container.items.values()])
     return value
 
 
 def _as_leaf(value: Any, path: str) -> _Leaf | None:
     if isinstance(value, Tensor):
-        return _Leaf(len(value), lambda: _copy_of(value[:1])) if value.dim() else None
+        return _Leaf(len(value), lambda copies: _repeated(value[:1], copies)) if value.dim() else None
     if isinstance(value, PackedSequence):
-        return _Leaf(int(value.batch_sizes[0]), lambda: _first_packed(value))
+        return _Leaf(int(value.batch_sizes[0]), lambda copies: _first_packed(value, copies))
     if (numpy := sys.modules.get("numpy")) and isinstance(value, numpy.ndarray):
-        return _Leaf(len(value), lambda: value[:1].copy()) if value.ndim else None
+        return _Leaf(len(value), lambda copies: value[:1].repeat(copies, axis=0)) if value.ndim else None
     if hasattr(value, "get_example") and hasattr(value, "num_graphs"):  # a batch of PyG
-        return _Leaf(value.num_graphs, lambda: type(value).from_data_list([copy.deepcopy(value.get_example(0))]))
+        return _Leaf(value.num_graphs, lambda copies: _first_of_pyg(value, copies))
     if isinstance(getattr(value, "edge_index", None), Tensor) and isinstance(getattr(value, "batch", None), Tensor):
-        return _Leaf(int(value.batch.max()) + 1, lambda: _first_graph(value, path))
+        return _Leaf(int(value.batch.max()) + 1, lambda copies: _first_graph(value, copies, path))
     return None
 
 
@@ -140,8 +144,9 @@ def _holds_tensors(value: Any) -> bool:
     return any(isinstance(item, Tensor) for item in getattr(value, "__dict__", {}).values())
 
 
-def _copy_of(view: Tensor) -> Tensor:
-    return view.detach().clone().requires_grad_(view.requires_grad)
+def _repeated(one: Tensor, copies: int) -> Tensor:
+    """New memory, in any case."""
+    return torch.cat([one.detach()] * copies).requires_grad_(one.requires_grad)
 
 
 def _refill(mapping: Mapping[Any, Any], items: list[Any]) -> Mapping[Any, Any]:
@@ -158,17 +163,23 @@ def _with_attributes(value: Any, attributes: dict[str, Any]) -> Any:
     return changed
 
 
-def _first_packed(packed: PackedSequence) -> PackedSequence:
+def _first_packed(packed: PackedSequence, copies: int) -> PackedSequence:
     padded, lengths = pad_packed_sequence(packed, batch_first=True)
-    one = pack_padded_sequence(padded[:1], lengths[:1], batch_first=True)
-    if packed.unsorted_indices is not None:
-        only = torch.zeros_like(packed.unsorted_indices[:1])
-        one = PackedSequence(one.data, one.batch_sizes, only, only)
-    return one
+    one = pack_padded_sequence(_repeated(padded[:1], copies), lengths[:1].repeat(copies), batch_first=True)
+    if packed.unsorted_indices is None:
+        return one
+    as_they_are = torch.arange(copies, device=packed.unsorted_indices.device)
+    return PackedSequence(one.data, one.batch_sizes, as_they_are, as_they_are)
 
 
-def _first_graph(graph: Any, path: str) -> Any:
+def _first_of_pyg(batch: Any, copies: int) -> Any:
+    return type(batch).from_data_list([copy.deepcopy(batch.get_example(0)) for _ in range(copies)])
+
+
+def _first_graph(graph: Any, copies: int, path: str) -> Any:
     """The first of several graphs that are stored one behind the other as one graph: nodes, edges, then the rest."""
+    if copies != 1:
+        raise UnclearBatchError(f"The first graph of {path} can be cut, but not be repeated. {WAY_OUT}")
     is_first = graph.batch == 0
     of_first = is_first[graph.edge_index[0]]
     lengths = {  # in the batch -> in the first graph
@@ -187,7 +198,7 @@ def _first_graph(graph: Any, path: str) -> Any:
             cuts = {cut for length, cut in lengths.values() if length == value.shape[axis]}
             if len(cuts) != 1:
                 raise UnclearBatchError(f"Unclear what {path}.{name} of shape {tuple(value.shape)} counts. {WAY_OUT}")
-            attributes[name] = _copy_of(value.narrow(axis, 0, cuts.pop()))
+            attributes[name] = _repeated(value.narrow(axis, 0, cuts.pop()), 1)
         elif isinstance(value, int) and name.endswith("size") and value == lengths["graphs"][0]:
             attributes[name] = 1
     return _with_attributes(graph, attributes)

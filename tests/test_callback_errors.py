@@ -152,17 +152,35 @@ def test_a_batch_that_cannot_be_cut_names_the_way_out():
         cases.trainer(callbacks=[GradCovFreezeCallback(t0=3, k=2)]).fit(cases.Regression(cases.mlp()), loader)
 
 
-def test_a_step_that_fails_on_one_sample_is_explained():
-    """The loss of a single sample may be undefined: the error names the batch, the cause and the way out."""
+class Needs(cases.Regression):
+    """Fails on fewer than `least` samples."""
 
-    class NeedsTwo(cases.Regression):
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            if len(batch[0]) < 2:
-                raise RuntimeError("contrast needs two")
-            return super().training_step(batch, batch_idx)
+    def __init__(self, least: int) -> None:
+        super().__init__(cases.mlp(torch.float64))
+        self.least = least
 
-    with pytest.raises(RuntimeError, match=r"first sample of batch 0 alone: RuntimeError: contrast needs two\. If"):
-        cases.trainer(callbacks=[GradCovFreezeCallback(t0=3, k=2)]).fit(NeedsTwo(cases.mlp()), cases.loader())
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if len(batch[0]) < self.least:
+            raise RuntimeError(f"needs {self.least}")
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_step_that_fails_on_one_sample_gets_two_copies_of_it():
+    """A `squeeze()` too many is common. The gradient is the same; a warning names the cause and the way out."""
+    doubled, plain = GradCovFreezeCallback(t0=5, k=20), GradCovFreezeCallback(t0=5, k=20)
+    with pytest.warns(
+        UserWarning, match=r"RuntimeError\('needs 2'\)\. .* two copies of it instead.*gcfreeze_first_sample"
+    ):
+        cases.trainer(callbacks=[doubled]).fit(Needs(2), cases.loader(dtype=torch.float64))
+    cases.trainer(callbacks=[plain]).fit(Needs(1), cases.loader(dtype=torch.float64))
+    torch.testing.assert_close(doubled.variance, plain.variance, rtol=1e-9, atol=0.0)
+    cases.assert_identical(doubled.frozen, plain.frozen)
+
+
+def test_a_step_that_fails_on_two_copies_is_explained():
+    """The error names the cause and the way out."""
+    with pytest.raises(RuntimeError, match=r"first sample of a batch alone: RuntimeError\('needs 3'\)\. If the sample"):
+        cases.trainer(callbacks=[GradCovFreezeCallback(t0=3, k=2)]).fit(Needs(3), cases.loader(dtype=torch.float64))
 
 
 def test_a_gain_that_leaves_its_range_is_caught_when_it_does():
