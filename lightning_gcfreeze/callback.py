@@ -209,7 +209,7 @@ class GradCovFreezeCallback(_Callback):
             return selection.ranks(self._phase.scores)
         if self._run is None or not self._phase.observed:
             return {}
-        return selection.ranks(self._phase.scores(self._ordering, _weights(self._run.parameters), self._seed))
+        return selection.ranks(self._phase.scores(self._ordering, self._run.parameters, self._seed))
 
     # Hooks, in the order in which they run -------------------------------------------------------------------------
 
@@ -426,7 +426,7 @@ class GradCovFreezeCallback(_Callback):
             )
         if run.trainer.world_size > 1:
             phase.average(lambda tensor: run.trainer.strategy.reduce(tensor, reduce_op="mean"))
-        frozen = phase.freeze(self._ordering, _weights(run.parameters), self._seed, run.k)
+        frozen = phase.freeze(self._ordering, run.parameters, self._seed, run.k)
         rank_zero_info(
             f"{type(self).__name__}: after {self._steps} optimizer steps ({phase.observed} observed, {phase.skipped}"
             f" left out) {frozen.fraction:.1%} of the eligible elements are frozen: {run.k:,}."
@@ -475,7 +475,3 @@ def _first_sample(pl_module: pl.LightningModule, batch: Any) -> tuple[Any, int |
         return cut(batch), samples.batch_size(batch)
     except samples.UnclearBatchError:
         return cut(batch), None
-
-
-def _weights(parameters: dict[str, Parameter]) -> dict[str, Tensor]:
-    return {name: p.detach() for name, p in parameters.items()}

@@ -5,6 +5,7 @@ memory of about 1/κ steps. t counts *observed* steps from 1.
 """
 
 from collections.abc import Callable
+from numbers import Real
 from typing import Literal, TypeAlias
 
 Gain: TypeAlias = Literal["1/t"] | float | Callable[[int], float]
@@ -21,7 +22,7 @@ def check(gain: Gain) -> Gain:
         return gain
     if isinstance(gain, str):
         raise ValueError(f"`gain` must be '1/t', a number in (0, 1] or a callable t -> κ, got {gain!r}.")
-    if isinstance(gain, bool) or not isinstance(gain, int | float):
+    if isinstance(gain, bool) or not isinstance(gain, Real):
         raise TypeError(f"`gain` must be '1/t', a number in (0, 1] or a callable t -> κ, got {gain!r}.")
     return _in_range(float(gain), "`gain` (κ)")
 

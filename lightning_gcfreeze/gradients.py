@@ -10,9 +10,10 @@ interact. During a replay
   `log` says nothing.
 """
 
+import copy
 import random
 import sys
-from collections import OrderedDict, defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -25,7 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 # Attributes that every module has. Buffers and the training flag may change in a step; the others may not, and hooks
 # must not be copied, since their handles point at these very dictionaries.
 _OF_EVERY_MODULE = nn.Module().__dict__.keys() - {"_buffers", "training"}
-_CONTAINERS = (list, dict, set, tuple, deque, OrderedDict, defaultdict)
+_CONTAINERS = (dict, list, deque, set, tuple)
 
 
 def of_batch(parameters: Mapping[str, Parameter], scale: float = 1.0) -> dict[str, Tensor]:
@@ -55,13 +56,13 @@ def of_sample(
     Returns:
         ``{name: (*p.shape)}``, zeros where the loss does not depend on the parameter; None if there was no loss.
     """
-    active = {name: p for name, p in parameters.items() if p.requires_grad}
     with _no_trace(module), torch.enable_grad():
         value = loss()
         if isinstance(value, Mapping):
             value = value["loss"]
         if value is None:
             return None
+        active = {name: p for name, p in parameters.items() if p.requires_grad}
         found = dict(zip(active, torch.autograd.grad(value, list(active.values()), allow_unused=True), strict=True))
     return {name: _dense(p, found.get(name)) for name, p in parameters.items()}
 
@@ -87,10 +88,13 @@ def _dense(parameter: Parameter, grad: Tensor | None, scale: float = 1.0) -> Ten
 @contextmanager
 def _no_trace(module: nn.Module) -> Iterator[None]:
     """Whatever a module does inside leaves its state and the random streams as they were, to the bit."""
+    modules = _modules_within(module)
+    before = [dict(m.__dict__) for m in modules]
+    # Parameters are put back rather than replaced by copies: recurrent layers want them where they are in memory.
+    parameters = {p for m in modules for p in m._parameters.values() if p is not None}
+    kept = [(p, p.requires_grad, p.detach().clone()) for p in parameters]
+    copies: dict[int, Any] = {}
     with _same_random_numbers(module):
-        modules = _modules_within(module)
-        before = [dict(m.__dict__) for m in modules]
-        copies: dict[int, Any] = {}
         try:
             for m in modules:
                 for name in m.__dict__.keys() - _OF_EVERY_MODULE:
@@ -104,6 +108,9 @@ def _no_trace(module: nn.Module) -> Iterator[None]:
             for m, attributes in zip(modules, before, strict=True):
                 m.__dict__.clear()
                 m.__dict__.update(attributes)
+            for p, requires_grad, values in kept:
+                p.data.copy_(values)
+                p.requires_grad_(requires_grad)
 
 
 def _modules_within(module: nn.Module) -> list[nn.Module]:
@@ -119,7 +126,7 @@ def _modules_within(module: nn.Module) -> list[nn.Module]:
         if isinstance(value, nn.Module):
             found.append(value)
             left.extend(value.__dict__.values())
-        elif type(value) in _CONTAINERS:
+        elif isinstance(value, _CONTAINERS):
             left.extend(value.values() if isinstance(value, dict) else value)
     return found
 
@@ -132,20 +139,31 @@ def _private(value: Any, copies: dict[int, Any]) -> Any:
     if id(value) in copies:
         return copies[id(value)]
     if isinstance(value, Tensor):
-        if value.requires_grad:  # a parameter, or computed from one
-            return value
-        copied: Any = value.detach().clone()
-    elif type(value) not in _CONTAINERS:
-        return value
-    elif isinstance(value, dict):
-        copied = value.copy()
-        copied.update((key, _private(item, copies)) for key, item in value.items())
-    elif isinstance(value, deque):
-        copied = deque((_private(item, copies) for item in value), value.maxlen)
+        copied: Any = value if value.requires_grad else value.detach().clone()  # else a parameter, or made from one
+    elif isinstance(value, dict | list | deque):
+        copied = copies[id(value)] = copy.copy(value)
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            copied[key] = _private(item, copies)
+    elif isinstance(value, set):
+        copied = copy.copy(value)
+    elif isinstance(value, _own_kinds()):
+        copied = copy.deepcopy(value)
+    elif isinstance(value, torch.Generator):
+        copied = torch.Generator(value.device).set_state(value.get_state())
+    elif type(value) is tuple or hasattr(value, "_fields"):
+        items = [_private(item, copies) for item in value]
+        copied = tuple(items) if type(value) is tuple else type(value)(*items)
     else:
-        copied = type(value)(_private(item, copies) for item in value)
+        return value
     copies[id(value)] = copied
     return copied
+
+
+def _own_kinds() -> tuple[type, ...]:
+    """Arrays and random generators that a module may keep for itself."""
+    if (numpy := sys.modules.get("numpy")) is None:
+        return (random.Random,)
+    return (random.Random, numpy.ndarray, numpy.random.Generator, numpy.random.RandomState)
 
 
 @contextmanager

@@ -79,6 +79,7 @@ class Observing:
         Raises:
             ValueError: the ordering did not score every element, or with NaN.
         """
+        weights = {name: w.detach().clone() for name, w in weights.items()}  # what they are now may be the score
         moments = {name: estimator.tensors for name, estimator in self.moments.items()}
         evidence = orderings.Evidence(self.covariance.variance, weights, seed, start=self.start, **moments)
         scores = ordering(evidence)
@@ -101,6 +102,7 @@ class Observing:
         """Tensors, numbers and strings alone."""
         return {
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "full": isinstance(self.covariance, FullCovariance),
             "covariance": self.covariance.tensors,
             "moments": {name: estimator.tensors for name, estimator in self.moments.items()},
             "start": self.start,
@@ -112,12 +114,8 @@ class Observing:
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> "Observing":
         """The phase that `state_dict` was taken of, its tensors on the device where they are."""
-        full = state["shapes"].keys() != state["covariance"].keys()
-        phase = cls(
-            {name: torch.empty(shape, device="meta") for name, shape in state["shapes"].items()},
-            full=full,
-            needs=frozenset(state["moments"]),
-        )
+        parameters = {name: torch.empty(shape, device="meta") for name, shape in state["shapes"].items()}
+        phase = cls(parameters, full=state["full"], needs=frozenset(state["moments"]))
         phase.covariance.tensors = dict(state["covariance"])
         for name, tensors in state["moments"].items():
             phase.moments[name].tensors = dict(tensors)
@@ -165,7 +163,7 @@ class Frozen:
 
         A dead unit, an embedding row that did not occur or an unused parameter looks like this. It has not converged.
         """
-        least = min(score.min() for score in self.scores.values())
+        least = min(score.min() for score in self.scores.values() if score.numel())
         dead = (m & (self.variance[n] == 0) & (self.scores[n] == least) for n, m in self.frozen.items())
         return sum(int(elements.sum()) for elements in dead)
 

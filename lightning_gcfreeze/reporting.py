@@ -10,7 +10,7 @@ from lightning_gcfreeze._types import Named
 def scalars(names: Iterable[str], frozen: Named, fraction: float, observed: int) -> dict[str, float]:
     """The fractions of frozen elements, in all and of each parameter in `names`, and the number of observed steps."""
     of_each = {
-        f"gcfreeze/frozen_fraction/{name}": float(frozen[name].float().mean()) if name in frozen else 0.0
+        f"gcfreeze/frozen_fraction/{name}": float(frozen[name].sum()) / max(frozen[name].numel(), 1) if frozen else 0.0
         for name in names
     }
     return {"gcfreeze/frozen_fraction": fraction, "gcfreeze/observed_steps": float(observed), **of_each}

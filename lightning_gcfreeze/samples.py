@@ -7,7 +7,7 @@ have the length 1. What cannot be cut for certain is refused: a wrong cut would 
 import copy
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any, NamedTuple
 
 import torch
@@ -50,7 +50,7 @@ def first_sample(batch: Any, copies: int = 1) -> tuple[Any, int]:
 def batch_size(batch: Any) -> int:
     """S: see `first_sample`, whose errors are these."""
     sizes = dict(_sizes(batch, "batch"))
-    size = max(sizes.values()) if sizes else _length_of_plain_lists(batch)
+    size = max(sizes.values(), default=0) or _length_of_lists(batch)
     if any(n not in (1, size) for n in sizes.values()):
         listing = ", ".join(f"{path}: {n}" for path, n in sizes.items())
         raise UnclearBatchError(f"The tensors of the batch differ in their first axis ({listing}). {WAY_OUT}")
@@ -60,7 +60,7 @@ def batch_size(batch: Any) -> int:
 
 
 class _Leaf(NamedTuple):
-    size: int
+    size: int | None  # None: there is no axis to cut along
     first: Callable[[int], Any]  # copies -> the leaf with that many of its first sample
 
 
@@ -72,18 +72,19 @@ class _Container(NamedTuple):
 def _sizes(value: Any, path: str) -> Iterator[tuple[str, int]]:
     """Where there is a leaf -> how many samples it holds."""
     if leaf := _as_leaf(value, path):
-        yield path, leaf.size
+        if leaf.size is not None:
+            yield path, leaf.size
     elif container := _as_container(value):
         for key, item in container.items.items():
             yield from _sizes(item, path + key)
-    elif not _is_plain(value) and (callable(getattr(value, "to", None)) or _holds_tensors(value)):
+    elif callable(getattr(value, "to", None)) or any(_holds_tensors(item) for item in _attributes(value).values()):
         raise UnclearBatchError(f"Cannot cut the first sample out of {path} of type {type(value).__name__}. {WAY_OUT}")
 
 
 def _first(value: Any, size: int, copies: int) -> Any:
     if leaf := _as_leaf(value, "batch"):
         return leaf.first(copies)
-    if _is_plain_list(value):
+    if _is_list_without_tensors(value):
         return value[:1] * copies if len(value) == size else value
     if container := _as_container(value):
         return container.rebuild([_first(item, size, copies) for item in container.items.values()])
@@ -92,11 +93,15 @@ def _first(value: Any, size: int, copies: int) -> Any:
 
 def _as_leaf(value: Any, path: str) -> _Leaf | None:
     if isinstance(value, Tensor):
-        return _Leaf(len(value), lambda copies: _repeated(value[:1], copies)) if value.dim() else None
+        if not value.dim():
+            return _Leaf(None, lambda copies: value.clone())
+        return _Leaf(len(value), lambda copies: _repeated(value, copies))
     if isinstance(value, PackedSequence):
         return _Leaf(int(value.batch_sizes[0]), lambda copies: _first_packed(value, copies))
     if (numpy := sys.modules.get("numpy")) and isinstance(value, numpy.ndarray):
-        return _Leaf(len(value), lambda copies: value[:1].repeat(copies, axis=0)) if value.ndim else None
+        if not value.ndim:
+            return _Leaf(None, lambda copies: value.copy())
+        return _Leaf(len(value), lambda copies: value[:1].repeat(copies, axis=0))
     if hasattr(value, "get_example") and hasattr(value, "num_graphs"):  # a batch of PyG
         return _Leaf(value.num_graphs, lambda copies: _first_of_pyg(value, copies))
     if isinstance(getattr(value, "edge_index", None), Tensor) and isinstance(getattr(value, "batch", None), Tensor):
@@ -108,10 +113,10 @@ def _as_container(value: Any) -> _Container | None:
     if isinstance(value, Mapping):
         return _Container({f"[{key!r}]": item for key, item in value.items()}, lambda items: _refill(value, items))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = [field.name for field in dataclasses.fields(value) if hasattr(value, field.name)]
+        attributes = _attributes(value)
         return _Container(
-            {f".{name}": getattr(value, name) for name in names},
-            lambda items: _with_attributes(value, dict(zip(names, items, strict=True))),
+            {f".{name}": item for name, item in attributes.items()},
+            lambda items: _with_attributes(value, dict(zip(attributes, items, strict=True))),
         )
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         items = {f".{name}": item for name, item in zip(value._fields, value, strict=True)}
@@ -121,37 +126,47 @@ def _as_container(value: Any) -> _Container | None:
     return None
 
 
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, str | bytes | bool | int | float | complex)
-
-
-def _is_plain_list(value: Any) -> bool:
-    """A list of texts or numbers: one a sample, if there are S of them, and else a remark on the batch."""
+def _is_list_without_tensors(value: Any) -> bool:
+    """A list of texts, numbers, …: one a sample, if there are S of them, and else a remark on the batch."""
     if not isinstance(value, list | tuple) or hasattr(value, "_fields"):
         return False
-    return len(value) > 0 and all(_is_plain(item) for item in value)
+    return len(value) > 0 and next(_sizes(value, ""), None) is None
 
 
-def _length_of_plain_lists(value: Any) -> int:
+def _length_of_lists(value: Any) -> int:
     """S of a batch without a single tensor, such as a list of texts; 0 if there is no list."""
-    if _is_plain_list(value):
+    if _is_list_without_tensors(value):
         return len(value)
     container = _as_container(value)
-    return max(map(_length_of_plain_lists, container.items.values()), default=0) if container else 0
+    return max(map(_length_of_lists, container.items.values()), default=0) if container else 0
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """What an object keeps, in its ``__dict__`` or in slots."""
+    slots = [name for cls in type(value).__mro__ for name in _names(getattr(cls, "__slots__", ()))]
+    return {name: getattr(value, name) for name in slots if hasattr(value, name)} | getattr(value, "__dict__", {})
+
+
+def _names(slots: str | Iterable[str]) -> Iterable[str]:
+    return (slots,) if isinstance(slots, str) else slots
 
 
 def _holds_tensors(value: Any) -> bool:
-    return any(isinstance(item, Tensor) for item in getattr(value, "__dict__", {}).values())
+    if isinstance(value, Mapping):
+        return any(map(_holds_tensors, value.values()))
+    return isinstance(value, Tensor) or (isinstance(value, list | tuple | set) and any(map(_holds_tensors, value)))
 
 
-def _repeated(one: Tensor, copies: int) -> Tensor:
-    """New memory, in any case."""
-    return torch.cat([one.detach()] * copies).requires_grad_(one.requires_grad)
+def _repeated(batch: Tensor, copies: int) -> Tensor:
+    """The first sample in new memory; of dense and sparse tensors."""
+    first = torch.zeros(copies, dtype=torch.long, device=batch.device)
+    return batch.detach().index_select(0, first).requires_grad_(batch.requires_grad)
 
 
 def _refill(mapping: Mapping[Any, Any], items: list[Any]) -> Mapping[Any, Any]:
     filled = copy.copy(mapping) if isinstance(mapping, MutableMapping) else dict(mapping)
-    filled.update(zip(mapping, items, strict=True))
+    for key, item in zip(mapping, items, strict=True):
+        filled[key] = item
     return filled
 
 
@@ -165,7 +180,7 @@ def _with_attributes(value: Any, attributes: dict[str, Any]) -> Any:
 
 def _first_packed(packed: PackedSequence, copies: int) -> PackedSequence:
     padded, lengths = pad_packed_sequence(packed, batch_first=True)
-    one = pack_padded_sequence(_repeated(padded[:1], copies), lengths[:1].repeat(copies), batch_first=True)
+    one = pack_padded_sequence(_repeated(padded, copies), lengths[:1].repeat(copies), batch_first=True)
     if packed.unsorted_indices is None:
         return one
     as_they_are = torch.arange(copies, device=packed.unsorted_indices.device)
@@ -189,16 +204,14 @@ def _first_graph(graph: Any, copies: int, path: str) -> Any:
     }
     if not (is_first[: lengths["nodes"][1]].all() and of_first[: lengths["edges"][1]].all()):
         raise UnclearBatchError(f"The graphs of {path} are not stored one behind the other. {WAY_OUT}")
-    names = [f.name for f in dataclasses.fields(graph)] if dataclasses.is_dataclass(graph) else list(vars(graph))
     attributes: dict[str, Any] = {}
-    for name in names:
-        value = getattr(graph, name)
+    for name, value in _attributes(graph).items():
         if isinstance(value, Tensor) and value.dim():
             axis = value.dim() - 1 if "edge_index" in name and value.dim() == 2 else 0
             cuts = {cut for length, cut in lengths.values() if length == value.shape[axis]}
             if len(cuts) != 1:
                 raise UnclearBatchError(f"Unclear what {path}.{name} of shape {tuple(value.shape)} counts. {WAY_OUT}")
-            attributes[name] = _repeated(value.narrow(axis, 0, cuts.pop()), 1)
+            attributes[name] = value.narrow(axis, 0, cuts.pop()).clone()
         elif isinstance(value, int) and name.endswith("size") and value == lengths["graphs"][0]:
             attributes[name] = 1
     return _with_attributes(graph, attributes)

@@ -1,0 +1,178 @@
+"""Orderings against plain NumPy, and which objects are orderings."""
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_gcfreeze import orderings, selection
+from lightning_gcfreeze.orderings import Evidence
+
+SHAPES = {"scalar": (), "vector": (4,), "matrix": (2, 3)}
+
+
+@pytest.fixture
+def arrays():
+    """Every field of the evidence as NumPy arrays; the weights, means and starts of either sign."""
+    draw = np.random.default_rng(3)
+    fields = ("variance", "weights", "mean", "second_moment", "start")
+    found = {field: {name: draw.normal(size=shape) for name, shape in SHAPES.items()} for field in fields}
+    for field in ("variance", "second_moment"):
+        found[field] = {name: np.square(array) for name, array in found[field].items()}
+    return found
+
+
+def evidence_of(arrays, seed=0):
+    return Evidence(seed=seed, **{f: {n: torch.tensor(a) for n, a in named.items()} for f, named in arrays.items()})
+
+
+ORACLES = {
+    "variance": lambda a, n: a["variance"][n],
+    "reverse": lambda a, n: -a["variance"][n],
+    "magnitude": lambda a, n: np.abs(a["weights"][n]),
+    "second_moment": lambda a, n: a["second_moment"][n],
+    "snr": lambda a, n: np.abs(a["mean"][n]) / np.sqrt(a["variance"][n]),
+    "displacement": lambda a, n: np.abs(a["weights"][n] - a["start"][n]),
+}
+
+
+@pytest.mark.parametrize("name", [*ORACLES, "random"])
+def test_an_ordering_scores_as_numpy_does(name, arrays):
+    """Every named ordering gives the NumPy formula's scores, one an element, and leaves the evidence alone."""
+    evidence = evidence_of(arrays)
+    scores = orderings.ORDERINGS[name](evidence)
+    selection.check_scores(scores, evidence.weights)
+    for parameter in SHAPES:
+        if name in ORACLES:
+            oracle = torch.as_tensor(ORACLES[name](arrays, parameter))
+            torch.testing.assert_close(scores[parameter], oracle, rtol=1e-14, atol=0)
+        for field, named in arrays.items():
+            assert np.array_equal(getattr(evidence, field)[parameter].numpy(), named[parameter]), field
+
+
+def test_every_named_ordering_has_an_oracle():
+    """A new ordering needs a line above ("random" has its own tests)."""
+    assert orderings.ORDERINGS.keys() == ORACLES.keys() | {"random"}
+
+
+def test_reverse_turns_the_order_of_variance_round(arrays):
+    """Where no two variances are equal, the ranks of the one are p + 1 minus those of the other."""
+    evidence = evidence_of(arrays)
+    forwards = selection.ranks(orderings.variance(evidence))
+    backwards = selection.ranks(orderings.reverse(evidence))
+    elements = sum(v.numel() for v in evidence.variance.values())
+    for name in SHAPES:
+        assert torch.equal(backwards[name], elements + 1 - forwards[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_snr_knows_zeros(dtype):
+    """0/0, a gradient that is always 0, scores 0 and comes first; mean without noise scores inf and comes last."""
+    mean = torch.tensor([0.0, 3.0, 0.0, -2.0, -0.0], dtype=dtype)
+    variance = torch.tensor([0.0, 0.0, 4.0, 4.0, 0.0], dtype=dtype)
+    scores = orderings.snr(Evidence({"w": variance}, {"w": mean}, seed=0, mean={"w": mean}))
+    assert scores["w"].tolist() == [0.0, float("inf"), 0.0, 1.0, 0.0]
+    assert selection.ranks(scores)["w"].tolist() == [1, 5, 2, 4, 3]
+
+
+class TestRandom:
+    """The random order, which must be the same everywhere."""
+
+    @staticmethod
+    def scores(seed, shapes=((2, 3), (4,)), dtype=torch.float32):
+        weights = {f"w{i}": torch.randn(shape).to(dtype) for i, shape in enumerate(shapes)}
+        return orderings.random(Evidence({}, weights, seed))
+
+    def test_goes_by_the_seed_alone(self):
+        """The same seed gives the same order whatever the weights, their dtype and the global stream; another not."""
+        first = self.scores(seed=5)
+        torch.manual_seed(999)
+        again = self.scores(seed=5, dtype=torch.bfloat16)
+        other = self.scores(seed=6)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+        assert not any(torch.equal(first[name], other[name]) for name in first)
+
+    def test_leaves_the_global_stream_alone(self):
+        """Drawing an order does not move torch's own generator; drawing a number does."""
+        before = torch.get_rng_state()
+        orderings.random(Evidence({}, {"w": torch.zeros(10)}, seed=0))
+        assert torch.equal(torch.get_rng_state(), before)
+        torch.rand(1)
+        assert not torch.equal(torch.get_rng_state(), before)
+
+    def test_draws_element_by_element(self):
+        """Shapes matter through their order alone: 12 elements in one tensor or in three, the same 12 numbers."""
+        apart = self.scores(seed=5, shapes=[(2, 3), (), (5,)])
+        together = self.scores(seed=5, shapes=[(12,)])
+        assert torch.equal(torch.cat([s.flatten() for s in apart.values()]), together["w0"])
+
+    def test_is_uniform(self):
+        """Over 400 seeds each of 5 elements comes first about as often (80 ± 8, here within 5 standard errors)."""
+        firsts = [int(self.scores(seed, shapes=[(5,)])["w0"].argmin()) for seed in range(400)]
+        assert all(abs(firsts.count(i) - 80) < 40 for i in range(5))
+
+
+class Custom:
+    """An ordering that is an object, with fields that it needs."""
+
+    needs = ("start", "mean")
+
+    def __call__(self, evidence):
+        return evidence.weights
+
+
+@pytest.mark.parametrize(
+    ("ordering", "fields"),
+    [
+        (orderings.variance, set()),
+        (orderings.second_moment, {"second_moment"}),
+        (orderings.snr, {"mean"}),
+        (orderings.displacement, {"start"}),
+        (Custom(), {"start", "mean"}),
+        (lambda evidence: evidence.weights, set()),
+    ],
+    ids=["variance", "second_moment", "snr", "displacement", "object", "lambda"],
+)
+def test_an_ordering_names_the_fields_that_it_reads(ordering, fields):
+    """Only these are gathered; an ordering without `needs` reads none of the optional ones."""
+    assert set(orderings.needed_by(ordering)) == fields
+    assert orderings.resolve(ordering) is ordering
+
+
+@pytest.mark.parametrize("name", orderings.ORDERINGS)
+def test_a_named_ordering_makes_do_with_what_it_names(name, arrays):
+    """With the optional fields that it does not name left out, it scores the same."""
+    ordering = orderings.resolve(name)
+    fewer = {f: arrays[f] for f in arrays if f not in orderings.OPTIONAL_FIELDS or f in orderings.needed_by(ordering)}
+    with_all, with_few = ordering(evidence_of(arrays)), ordering(evidence_of(fewer))
+    assert all(torch.equal(with_all[parameter], with_few[parameter]) for parameter in SHAPES)
+
+
+def test_the_optional_fields_are_those_of_the_evidence():
+    """What `needs` may name are exactly the fields of `Evidence` that may be None."""
+    optional = {name for name, field in Evidence.__dataclass_fields__.items() if field.default is None}
+    assert optional == orderings.OPTIONAL_FIELDS
+
+
+def test_an_unknown_name_is_refused_with_the_known_ones():
+    """The error lists every ordering."""
+    known = ", ".join(map(repr, orderings.ORDERINGS))
+    with pytest.raises(ValueError, match=rf"`order` must be one of {known}, or a callable, got 'varience'"):
+        orderings.resolve("varience")
+
+
+@pytest.mark.parametrize("order", [None, 3, ["variance"]], ids=repr)
+def test_neither_name_nor_callable_is_refused(order):
+    """The error says what a callable would have to do."""
+    with pytest.raises(TypeError, match=r"'variance'.*or a callable that takes `Evidence` and returns scores.*got"):
+        orderings.resolve(order)
+
+
+def test_an_unknown_need_is_refused():
+    """A field that nobody gathers would be None when the order is asked for at t0."""
+
+    @orderings.needs("mean", "median")
+    def ordering(evidence):
+        return evidence.mean
+
+    with pytest.raises(ValueError, match=r"`order.needs` may name \['mean', 'second_moment', 'start'\], got \['median"):
+        orderings.resolve(ordering)

@@ -1,0 +1,147 @@
+"""What is refused, with which words, and what is not."""
+
+import pytest
+import torch
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
+from torch import nn
+from torch.optim import LBFGS, SGD
+
+from lightning_gcfreeze import refusals
+from tests import conformance
+
+
+def assert_says(reason, *parts):
+    """A refusal is a sentence in which every part occurs."""
+    assert reason is not None
+    assert reason.endswith(".")
+    for part in parts:
+        assert part in reason
+
+
+class TestOfStrategy:
+    """By class names, so that both of Lightning's packages are understood."""
+
+    @pytest.mark.parametrize("strategy", [SingleDeviceStrategy, DDPStrategy])
+    def test_whole_tensors_on_every_rank_are_served(self, strategy):
+        """So are subclasses, and classes of the same name from the other package."""
+        namesake = type(strategy.__name__, (), {})
+        for cls in (strategy, type("Mine", (strategy,), {}), namesake, type("Mine", (namesake,), {})):
+            assert refusals.of_strategy(object.__new__(cls)) is None
+
+    @pytest.mark.parametrize(
+        "strategy",
+        [FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy, type("DeepSpeedStrategy", (DDPStrategy,), {})],
+    )
+    def test_shards_are_refused(self, strategy):
+        """DeepSpeed shards although it is a kind of DDP; the error names the strategy and what is supported."""
+        reason = refusals.of_strategy(object.__new__(strategy))
+        assert_says(reason, strategy.__name__, "only a single device and DDP")
+
+
+class TestOfModule:
+    """Modules whose loss cannot be replayed on one sample."""
+
+    @staticmethod
+    def training_step(batch, batch_idx):
+        """As usual."""
+
+    def test_an_ordinary_module_is_served(self):
+        """Also with a BatchNorm that tracks, with one that does not but is in eval mode, or with no batch_idx."""
+        untracked = nn.BatchNorm1d(3, track_running_stats=False).eval()
+        for module in (nn.Linear(2, 2), nn.BatchNorm1d(3), untracked):
+            assert refusals.of_module(module, self.training_step, automatic_optimization=True) is None
+        assert refusals.of_module(nn.Linear(2, 2), lambda batch: None, automatic_optimization=True) is None
+
+    def test_manual_optimization(self):
+        """Its `training_step` would move the weights during a replay."""
+        reason = refusals.of_module(nn.Linear(2, 2), self.training_step, automatic_optimization=False)
+        assert_says(reason, "Manual optimization", "`automatic_optimization = True`")
+
+    def test_a_step_that_fetches_its_batch(self):
+        """There is no batch to cut."""
+        reason = refusals.of_module(nn.Linear(2, 2), lambda dataloader_iter: None, automatic_optimization=True)
+        assert_says(reason, "dataloader_iter", "Take a `batch` instead")
+
+    def test_batch_norm_without_statistics(self):
+        """Every such layer is named."""
+        module = nn.ModuleDict({name: nn.BatchNorm1d(3, track_running_stats=name == "c") for name in "abc"})
+        reason = refusals.of_module(module, self.training_step, automatic_optimization=True)
+        assert_says(reason, "a, b: BatchNorm with `track_running_stats=False`", "GroupNorm or LayerNorm")
+
+
+class TestOfOptimizers:
+    """One optimizer, whose steps can be followed."""
+
+    PARAMETERS = [nn.Parameter(torch.zeros(2))]  # noqa: RUF012
+
+    @pytest.mark.parametrize("name", conformance.optimizers_of_torch())
+    def test_every_first_order_optimizer_is_served(self, name):
+        """All of torch but LBFGS."""
+        parameters = conformance.parameters_for(name, torch.float32).values()
+        assert refusals.of_optimizers([getattr(torch.optim, name)(parameters)]) is None
+
+    def test_none_or_several(self):
+        """The error says how many came, and where they come from."""
+        assert_says(refusals.of_optimizers([]), "0 optimizers, but exactly one", "`configure_optimizers`")
+        both = [SGD(self.PARAMETERS), SGD(self.PARAMETERS)]
+        assert_says(refusals.of_optimizers(both), "2 optimizers, but exactly one")
+
+    def test_lbfgs(self):
+        """Its search directions mix frozen and live elements; subclasses are refused too."""
+        for cls in (LBFGS, type("Mine", (LBFGS,), {})):
+            assert_says(refusals.of_optimizers([cls(self.PARAMETERS)]), "LBFGS", "not exact", "first-order optimizer")
+
+    def test_what_is_no_optimizer(self):
+        """A wrapper has no hook that runs right after a step."""
+
+        class Wrapper:
+            pass
+
+        assert_says(refusals.of_optimizers([Wrapper()]), "Wrapper is no torch.optim.Optimizer")
+
+
+class TestOfResuming:
+    """A checkpoint must be of the same run."""
+
+    ARGUMENTS = {"t0": 5, "k": 0.5, "include": ["*.weight"]}  # noqa: RUF012
+    PARAMETERS = {"a": torch.zeros(2, 3), "b": torch.zeros(())}  # noqa: RUF012
+
+    @property
+    def shapes(self):
+        return {name: p.shape for name, p in self.PARAMETERS.items()}
+
+    def test_the_same_run_goes_on(self):
+        """Equal arguments and shapes, in any order."""
+        reversed_shapes = dict(reversed(self.shapes.items()))
+        assert refusals.of_resuming(dict(self.ARGUMENTS), self.ARGUMENTS, self.shapes, self.PARAMETERS) is None
+        assert refusals.of_resuming(self.ARGUMENTS, self.ARGUMENTS, reversed_shapes, self.PARAMETERS) is None
+
+    def test_other_arguments(self):
+        """Each that differs is named with its saved value and its present one; those that agree are not."""
+        now = self.ARGUMENTS | {"t0": 7, "include": None, "order": "snr"}
+        reason = refusals.of_resuming(self.ARGUMENTS, now, self.shapes, self.PARAMETERS)
+        assert_says(
+            reason, "t0=5 (now 7)", "include=['*.weight'] (now None)", "order=None (now 'snr')", "without `ckpt_"
+        )
+        assert "k=" not in reason
+
+    @pytest.mark.parametrize(
+        ("parameters", "names"),
+        [
+            ({"a": torch.zeros(2, 3)}, "b differ"),
+            (PARAMETERS | {"c": torch.zeros(1)}, "c differ"),
+            (PARAMETERS | {"a": torch.zeros(3, 2)}, "a differ"),
+            ({"x": torch.zeros(2, 3), "b": torch.zeros(1)}, "a, b, x differ"),
+        ],
+        ids=["fewer", "more", "another shape", "several"],
+    )
+    def test_other_parameters(self, parameters, names):
+        """Each that was added, is gone, or has another shape is named once."""
+        reason = refusals.of_resuming(self.ARGUMENTS, self.ARGUMENTS, self.shapes, parameters)
+        assert_says(reason, names, "Resume with the module and optimizer")
