@@ -9,8 +9,9 @@ One optimizer step, t = 1, 2, …, in hooks of the Trainer:
     on_train_batch_end          log
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
@@ -25,10 +26,11 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_gcfreeze import _checks, gains, gradients, orderings, refusals, reporting, samples, selection
+from lightning_gcfreeze import _checks, gains, gradients, orderings, refusals, reporting, selection
 from lightning_gcfreeze.estimators import FullCovariance
 from lightning_gcfreeze.freezing import Restore
 from lightning_gcfreeze.phases import Frozen, Observing
+from lightning_gcfreeze.replay import Replay, Window
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback as _Callback
@@ -52,34 +54,17 @@ _DECISIVE = ("t0", "k", "order", "samples", "every", "gain", "granularity", "inc
 
 
 @dataclass
-class _Window:
-    """The micro-batches that make one optimizer step, so far: g_1 is for the first sample of the first one."""
-
-    sample: Any
-    batch_idx: int
-    batch_size: int | None
-
-    def joined_by(self, batch: "_Window") -> "_Window":
-        if self.batch_size is None or batch.batch_size is None:
-            return replace(self, batch_size=None)
-        return replace(self, batch_size=self.batch_size + batch.batch_size)
-
-
-@dataclass
 class _Run:
     """What exists only while a Trainer trains: everything that refers to its module or optimizer."""
 
     trainer: pl.Trainer
     parameters: dict[str, Parameter]  # the eligible ones
     k: int
+    replay: Replay
     post_hook: RemovableHandle | None = None
     holder: Restore | None = None
-    batch: _Window | None = None  # of the batch at hand
-    window: _Window | None = None  # of all batches since the last optimizer step
     observed_step: int = 0
-    doubled: bool = False  # g_1 is taken from two copies of the sample
     logged_step: int = 0
-    mute: DummyLogger = field(default_factory=DummyLogger)
 
 
 class GradCovFreezeCallback(_Callback):
@@ -251,7 +236,8 @@ class GradCovFreezeCallback(_Callback):
         k = selection.resolve_count(self.k, sum(p.numel() for p in parameters.values()))
         if self._full:
             FullCovariance(parameters)  # refuses a matrix that is too large
-        self._run = _Run(trainer, parameters, k)
+        replay = Replay(pl_module, parameters, _training_step(pl_module), lambda: _aside(trainer))
+        self._run = _Run(trainer, parameters, k, replay)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin, or go on where the checkpoint stopped: by now all of it is loaded under every strategy."""
@@ -274,8 +260,7 @@ class GradCovFreezeCallback(_Callback):
         """Keep the first sample, before `training_step` can change the batch in place."""
         run = self._running
         if isinstance(self._phase, Observing) and (self._steps + 1) % self.every == 0:
-            sample, size = _first_sample(pl_module, batch)
-            run.batch = _Window(sample, batch_idx, size)
+            run.replay.keep(batch, batch_idx)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Observe one step, while observing.
@@ -283,14 +268,10 @@ class GradCovFreezeCallback(_Callback):
         Runs after every micro-batch's backward; ``p.grad`` is g_S, times the loss scale, on the last one of a step.
         """
         run = self._running
-        if not isinstance(self._phase, Observing) or run.batch is None:
+        if not isinstance(self._phase, Observing) or not run.replay.join() or trainer.fit_loop._should_accumulate():
             return
-        run.window = run.batch if run.window is None else run.window.joined_by(run.batch)
-        run.batch = None
-        if trainer.fit_loop._should_accumulate() or run.observed_step > self._steps:
-            return
-        window, run.window = run.window, None
-        if self._observe(self._phase, pl_module, window):
+        window = run.replay.take()
+        if run.observed_step <= self._steps and self._observe(self._phase, run, window):
             run.observed_step = self._steps + 1
 
     def on_before_optimizer_step(
@@ -363,59 +344,21 @@ class GradCovFreezeCallback(_Callback):
         """Leave the Trainer out of copies and pickles, and the module, whose `log` Lightning attaches to callbacks."""
         return {name: v for name, v in self.__dict__.items() if name not in ("log", "log_dict")} | {"_run": None}
 
-    def _observe(self, phase: Observing, pl_module: pl.LightningModule, window: _Window) -> bool:
+    def _observe(self, phase: Observing, run: _Run, window: Window) -> bool:
         """Take one pair into the statistics, if it can be had and is finite; tell whether it was."""
-        trainer = self._running.trainer
-        size = None if window.batch_size is None else window.batch_size * trainer.world_size
-        if size == 1:
-            if not phase.observed:  # the first step, so no short last batch
-                raise MisconfigurationException(
-                    "The batch holds one sample: its gradient is the batch's, and there is no noise to see. Use batches"
-                    " of at least 2 samples, or accumulate gradients."
-                )
-            phase.skipped += 1
-            return False
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        g_batch = gradients.of_batch(self._running.parameters, scaler.get_scale() if scaler else 1.0)
-        g_one = self._replay(pl_module, window)
+        size = None if window.batch_size is None else window.batch_size * run.trainer.world_size
+        if size == 1 and not phase.observed:  # the first step, so this is no short last batch
+            raise MisconfigurationException(
+                "The batch holds one sample: its gradient is the batch's, and there is no noise to see. Use batches of"
+                " at least 2 samples, or accumulate gradients."
+            )
+        scaler = getattr(run.trainer.precision_plugin, "scaler", None)
+        g_batch = gradients.of_batch(run.parameters, scaler.get_scale() if scaler else 1.0)
+        g_one = None if size == 1 else run.replay.gradient(window)
         if g_one is None:
             phase.skipped += 1
             return False
         return phase.observe(g_one, g_batch, self.gain, size)
-
-    def _replay(self, pl_module: pl.LightningModule, window: _Window) -> dict[str, Tensor] | None:
-        """g_1, from the first sample alone; from two copies of it if `training_step` cannot take a batch of one."""
-        run = self._running
-        try:
-            return self._gradient_of(pl_module, window, copies=2 if run.doubled else 1)
-        except Exception as error:
-            failure = error
-        explanation = f"`training_step` fails on the first sample of a batch alone: {failure!r}."
-        try:
-            if run.doubled or hasattr(pl_module, "gcfreeze_first_sample"):
-                raise failure
-            g_one = self._gradient_of(pl_module, window, copies=2)
-        except Exception:
-            raise RuntimeError(f"{explanation} If the sample was cut wrongly: {samples.WAY_OUT}") from failure
-        rank_zero_warn(
-            f"{explanation} Its gradient is taken from two copies of it instead: the same, if the loss is a mean over"
-            f" samples that do not interact. To decide yourself: {samples.WAY_OUT}"
-        )
-        run.doubled = True
-        return g_one
-
-    def _gradient_of(self, pl_module: pl.LightningModule, window: _Window, copies: int) -> dict[str, Tensor] | None:
-        run = self._running
-        sample = window.sample if copies == 1 else samples.first_sample(window.sample, copies)[0]
-        takes_index = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
-        arguments = (sample, window.batch_idx) if takes_index else (sample,)
-        loggers = run.trainer.loggers
-        run.trainer.loggers = [run.mute] * len(loggers)  # a `training_step` may talk to `self.logger` directly
-        try:
-            with run.trainer.precision_plugin.train_step_context():
-                return gradients.of_sample(pl_module, lambda: pl_module.training_step(*arguments), run.parameters)
-        finally:
-            run.trainer.loggers = loggers
 
     def _decide(self, phase: Observing, run: _Run) -> Frozen:
         """Rank and mark, the same on all ranks: their statistics are averaged first."""
@@ -467,11 +410,20 @@ def _refuse(reason: str | None) -> None:
         raise MisconfigurationException(reason)
 
 
-def _first_sample(pl_module: pl.LightningModule, batch: Any) -> tuple[Any, int | None]:
-    """The first sample, by the module's own method if it has one, and the batch size, if that can be told."""
-    if (cut := getattr(pl_module, "gcfreeze_first_sample", None)) is None:
-        return samples.first_sample(batch)
+@contextmanager
+def _aside(trainer: pl.Trainer) -> Iterator[None]:
+    """The surroundings of a training step, but with mute loggers: a `training_step` may talk to `self.logger`."""
+    loggers = trainer.loggers
+    trainer.loggers = [DummyLogger() for _ in loggers]
     try:
-        return cut(batch), samples.batch_size(batch)
-    except samples.UnclearBatchError:
-        return cut(batch), None
+        with trainer.precision_plugin.train_step_context():
+            yield
+    finally:
+        trainer.loggers = loggers
+
+
+def _training_step(pl_module: pl.LightningModule) -> Callable[[Any, int], Any]:
+    """`training_step` of (batch, batch_idx), also where it takes the batch alone."""
+    if is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2):
+        return pl_module.training_step
+    return lambda batch, batch_idx: pl_module.training_step(batch)

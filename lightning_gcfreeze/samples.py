@@ -59,6 +59,14 @@ def batch_size(batch: Any) -> int:
     return size
 
 
+def batch_size_or_none(batch: Any) -> int | None:
+    """S, or None where it is not clear."""
+    try:
+        return batch_size(batch)
+    except UnclearBatchError:
+        return None
+
+
 class _Leaf(NamedTuple):
     size: int | None  # None: there is no axis to cut along
     first: Callable[[int], Any]  # copies -> the leaf with that many of its first sample

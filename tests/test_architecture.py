@@ -17,7 +17,7 @@ LAYERS = (
     ("_types", "_checks"),  # shapes and arguments: no tensors are touched
     ("gains", "estimators", "orderings"),  # the paper's formulas: tensors in, tensors out
     ("gradients", "samples", "selection", "freezing"),  # what they apply to: modules, batches, names, optimizers
-    ("phases", "refusals", "reporting"),  # put together: a warm-up, a decision, sentences, tags
+    ("phases", "refusals", "replay", "reporting"),  # put together: a warm-up, a decision, sentences, a sample, tags
     ("callback",),  # when each of it happens
     ("__init__",),  # public names
 )

@@ -1,0 +1,117 @@
+"""g_1 by replay: the training step once more, on the first sample of what an optimizer step sees.
+
+That is all micro-batches since the last step; the first sample is that of the first of them. What computing it must not
+leave behind is `gradients.of_sample`'s business; here it is which sample, and what to do if it cannot be had alone.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from lightning_gcfreeze import gradients, samples
+
+
+@dataclass
+class Window:
+    """The micro-batches of one optimizer step."""
+
+    sample: Any
+    """The first."""
+    batch_idx: int
+    batch_size: int | None
+    """Of all together; None if it cannot be told."""
+
+
+class Replay:
+    """Keeps the first sample of each optimizer step, and computes its gradient on demand.
+
+    Args:
+        module: whose state must not change.
+        parameters: by name, those whose gradient is wanted.
+        step: (batch, batch_idx) -> what `training_step` returns.
+        context: what the step has to run in.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        parameters: Mapping[str, Parameter],
+        step: Callable[[Any, int], Tensor | Mapping[str, Any] | None],
+        context: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        self._module, self._parameters, self._step, self._context = module, parameters, step, context
+        self._cut_by_module: Callable[[Any], Any] | None = getattr(module, "gcfreeze_first_sample", None)
+        self._copies = 1
+        self._batch: Window | None = None  # the batch at hand
+        self._window: Window | None = None  # all since the last optimizer step
+
+    def keep(self, batch: Any, batch_idx: int) -> None:
+        """Copy the first sample of a batch, before the training step can change it in place.
+
+        Raises:
+            samples.UnclearBatchError: it cannot be cut, and the module has no `gcfreeze_first_sample`.
+        """
+        if self._cut_by_module is None:
+            sample, size = samples.first_sample(batch)
+            self._batch = Window(sample, batch_idx, size)
+        else:
+            self._batch = Window(self._cut_by_module(batch), batch_idx, samples.batch_size_or_none(batch))
+
+    def join(self) -> bool:
+        """After a batch's backward: it has become part of the optimizer step. Tell whether one was kept."""
+        batch, self._batch = self._batch, None
+        if batch is None:
+            return False
+        if self._window is None:
+            self._window = batch
+        elif self._window.batch_size is None or batch.batch_size is None:
+            self._window.batch_size = None
+        else:
+            self._window.batch_size += batch.batch_size
+        return True
+
+    def take(self) -> Window:
+        """End the optimizer step: its window, to be given to `gradient`."""
+        window, self._window = self._window, None
+        assert window is not None  # `join` came first
+        return window
+
+    def gradient(self, window: Window) -> dict[str, Tensor] | None:
+        """g_1, from the first sample alone; from two copies of it if the training step cannot take a batch of one.
+
+        Returns:
+            ``{name: (*p.shape)}``, or None if the training step returned no loss.
+
+        Raises:
+            RuntimeError: the training step fails either way.
+        """
+        try:
+            return self._gradient(window)
+        except Exception as error:
+            failure = error
+        explanation = f"`training_step` fails on the first sample of a batch alone: {failure!r}."
+        try:
+            if self._copies == 2 or self._cut_by_module is not None:
+                raise failure
+            self._copies = 2
+            g_one = self._gradient(window)
+        except Exception:
+            raise RuntimeError(f"{explanation} If the sample was cut wrongly: {samples.WAY_OUT}") from failure
+        warnings.warn(
+            f"{explanation} Its gradient is taken from two copies of it instead: the same, if the loss is a mean over"
+            f" samples that do not interact. To decide yourself: {samples.WAY_OUT}",
+            stacklevel=2,
+        )
+        return g_one
+
+    def _gradient(self, window: Window) -> dict[str, Tensor] | None:
+        sample = window.sample
+        if self._copies != 1:
+            sample, _ = samples.first_sample(sample, self._copies)
+        with self._context():
+            return gradients.of_sample(self._module, lambda: self._step(sample, window.batch_idx), self._parameters)
