@@ -6,18 +6,21 @@ from numbers import Integral, Real
 from typing import Any
 
 
-def integer(name: str, value: Any, at_least: int) -> int:
+def integer(name: str, value: Any, at_least: int, at_most: int | None = None) -> int:
     """Return `value` as an int.
 
     Raises:
         TypeError: `value` is no integer (a bool is none).
-        ValueError: `value` is below `at_least`.
+        ValueError: `value` is below `at_least` or above `at_most`.
     """
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"`{name}` must be an int of at least {at_least}, got {value!r} ({type(value).__name__}).")
-    if value < at_least:
-        raise ValueError(f"`{name}` must be at least {at_least}, got {value}.")
-    return int(value)
+    number = int(value)
+    if number < at_least:
+        raise ValueError(f"`{name}` must be at least {at_least}, got {number}.")
+    if at_most is not None and number > at_most:
+        raise ValueError(f"`{name}` must be at most {at_most}, got {number}.")
+    return number
 
 
 def count_or_fraction(name: str, value: Any) -> int | float:

@@ -18,9 +18,8 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_module, rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from lightning_utilities.core import rank_zero
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -37,11 +36,11 @@ if TYPE_CHECKING:
 else:
     # Lightning is published under two names whose classes know nothing of each other. The Trainer of either takes any
     # callback in a list, but a single `callbacks=callback` and the LightningCLI ask for their own class.
-    rank_zero_log = rank_zero.log
+    rank_zero_log = rank_zero_module.log
     try:
         from pytorch_lightning import Callback as _StandaloneCallback
 
-        rank_zero.log = rank_zero_log  # the import turns the Trainer's messages over to another logger
+        rank_zero_module.log = rank_zero_log  # the import turns the Trainer's messages over to another logger
 
         class _Callback(pl.Callback, _StandaloneCallback):
             """A callback of both packages."""
@@ -63,7 +62,9 @@ class _Run:
     replay: Replay
     post_hook: RemovableHandle | None = None
     holder: Restore | None = None
-    observed_step: int = 0
+    batch_size: int | None = None  # of the latest optimizer step, over all its micro-batches and ranks
+    tried: bool = False  # whether the optimizer step to come was tried to observe
+    observed_step: int = 0  # the last that was observed
     logged_step: int = 0
 
 
@@ -138,7 +139,7 @@ class GradCovFreezeCallback(_Callback):
         self.hold = _checks.one_of("hold", hold, ["restore"])
         self.include = _checks.patterns("include", include)
         self.exclude = _checks.patterns("exclude", exclude)
-        self.seed = None if seed is None else _checks.integer("seed", seed, at_least=0)
+        self.seed = None if seed is None else _checks.integer("seed", seed, at_least=0, at_most=2**63 - 1)
         self.log_every_n_steps = (
             None if log_every_n_steps is None else _checks.integer("log_every_n_steps", log_every_n_steps, at_least=1)
         )
@@ -188,7 +189,7 @@ class GradCovFreezeCallback(_Callback):
     def ranks(self) -> dict[str, Tensor]:
         """The paper's I, ``{name: int64 (*p.shape)}``: places in the order from 1, the lowest score; frozen is <= k.
 
-        While observing, the order as it would be now; empty before the first observed step.
+        While a run is observing, the order as it would be now; empty before its first observed step.
         """
         if isinstance(self._phase, Frozen):
             return selection.ranks(self._phase.scores)
@@ -206,11 +207,13 @@ class GradCovFreezeCallback(_Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a saved state. Runs between `setup` and `on_fit_start`, under some strategies after it."""
-        if state_dict["format"] != _FORMAT:
+        if (version := state_dict.get("format")) != _FORMAT:
             raise ValueError(
-                f"The checkpoint's {type(self).__name__} state has the format {state_dict['format']}, this version"
-                f" reads {_FORMAT}. Resume with the version that wrote it."
+                f"The checkpoint's {type(self).__name__} state has the format {version}, this version reads {_FORMAT}."
+                " Resume with the version that wrote it."
             )
+        if not state_dict["state"]["begun"]:  # saved before training began, as LearningRateFinder does
+            return
         phase = Frozen if state_dict["phase"] == Frozen.name else Observing
         self._phase = phase.from_state_dict(state_dict["state"])
         self._steps = state_dict["steps"]
@@ -243,8 +246,9 @@ class GradCovFreezeCallback(_Callback):
         """Begin, or go on where the checkpoint stopped: by now all of it is loaded under every strategy."""
         run = self._running
         if self._resumed is None:
-            self._seed = trainer.strategy.broadcast(torch.initial_seed() if self.seed is None else self.seed)
-            self._phase = Observing(run.parameters, self._full, frozenset(orderings.needed_by(self._ordering)))
+            seed = torch.initial_seed() % 2**63 if self.seed is None else self.seed
+            self._seed = trainer.strategy.broadcast(seed)
+            self._phase = Observing(run.parameters, self._full, orderings.needed_by(self._ordering))
         else:
             _refuse(refusals.of_resuming(self._resumed, self._arguments(), self._phase.shapes, run.parameters))
         run.logged_step = self._steps
@@ -259,7 +263,9 @@ class GradCovFreezeCallback(_Callback):
     ) -> None:
         """Keep the first sample, before `training_step` can change the batch in place."""
         run = self._running
-        if isinstance(self._phase, Observing) and (self._steps + 1) % self.every == 0:
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            run.replay.forget()  # Lightning zeroes the gradients here, also of a window that was broken off
+        if isinstance(self._phase, Observing) and (self._due or self._steps == 0):
             run.replay.keep(batch, batch_idx)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -271,8 +277,16 @@ class GradCovFreezeCallback(_Callback):
         if not isinstance(self._phase, Observing) or not run.replay.join() or trainer.fit_loop._should_accumulate():
             return
         window = run.replay.take()
-        if run.observed_step <= self._steps and self._observe(self._phase, run, window):
-            run.observed_step = self._steps + 1
+        run.batch_size = None if window.batch_size is None else window.batch_size * trainer.world_size
+        if run.batch_size == 1 and self._steps == 0:  # at the first step it is no short last batch
+            raise MisconfigurationException(
+                "The batch holds one sample: its gradient is the batch's, and there is no noise to see. Use batches of"
+                " at least 2 samples, or accumulate gradients."
+            )
+        if self._due and run.observed_step <= self._steps:
+            run.tried = True
+            if self._observe(self._phase, run, window):
+                run.observed_step = self._steps + 1
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -291,6 +305,10 @@ class GradCovFreezeCallback(_Callback):
         if found_inf is not None and bool(found_inf):
             return
         run = self._running
+        if isinstance(self._phase, Observing) and self._due and not run.tried:
+            self._phase.skipped += 1  # `training_step` returned no loss
+        run.tried = False
+        run.replay.forget()
         self._steps += 1
         if run.holder:
             run.holder.restore_()
@@ -330,6 +348,11 @@ class GradCovFreezeCallback(_Callback):
     # Behind the hooks ----------------------------------------------------------------------------------------------
 
     @property
+    def _due(self) -> bool:
+        """Whether the optimizer step to come is to be observed."""
+        return (self._steps + 1) % self.every == 0
+
+    @property
     def _running(self) -> _Run:
         if self._run is None:
             raise RuntimeError(f"{type(self).__name__} needs a Trainer's fit: `on_fit_start` has not run.")
@@ -346,23 +369,20 @@ class GradCovFreezeCallback(_Callback):
 
     def _observe(self, phase: Observing, run: _Run, window: Window) -> bool:
         """Take one pair into the statistics, if it can be had and is finite; tell whether it was."""
-        size = None if window.batch_size is None else window.batch_size * run.trainer.world_size
-        if size == 1 and not phase.observed:  # the first step, so this is no short last batch
-            raise MisconfigurationException(
-                "The batch holds one sample: its gradient is the batch's, and there is no noise to see. Use batches of"
-                " at least 2 samples, or accumulate gradients."
-            )
         scaler = getattr(run.trainer.precision_plugin, "scaler", None)
-        g_batch = gradients.of_batch(run.parameters, scaler.get_scale() if scaler else 1.0)
-        g_one = None if size == 1 else run.replay.gradient(window)
+        # Lightning divides each loss by the full number of micro-batches, also in the short last window of an epoch.
+        share = window.micro_batches / run.trainer.accumulate_grad_batches
+        g_batch = gradients.of_batch(run.parameters, share * (scaler.get_scale() if scaler else 1.0))
+        g_one = None if run.batch_size == 1 else run.replay.gradient(window)
         if g_one is None:
             phase.skipped += 1
             return False
-        return phase.observe(g_one, g_batch, self.gain, size)
+        return phase.observe(g_one, g_batch, self.gain, run.batch_size)
 
     def _decide(self, phase: Observing, run: _Run) -> Frozen:
         """Rank and mark, the same on all ranks: their statistics are averaged first."""
-        if not phase.observed:
+        blind = torch.tensor(float(not phase.observed), device=run.trainer.strategy.root_device)
+        if run.trainer.strategy.reduce(blind, reduce_op="sum") > 0:
             raise RuntimeError(
                 f"No step could be observed among the first `t0={self.t0}`: {phase.skipped} were left out because a"
                 " gradient was not finite, there was no loss, or the batch had one sample."

@@ -18,9 +18,11 @@ def check(gain: Gain) -> Gain:
         ValueError: a number outside (0, 1], or a string other than "1/t".
         TypeError: neither a string, a number nor a callable.
     """
-    if callable(gain) or gain == "1/t":
+    if callable(gain):
         return gain
     if isinstance(gain, str):
+        if gain == "1/t":
+            return gain
         raise ValueError(f"`gain` must be '1/t', a number in (0, 1] or a callable t -> κ, got {gain!r}.")
     if isinstance(gain, bool) or not isinstance(gain, Real):
         raise TypeError(f"`gain` must be '1/t', a number in (0, 1] or a callable t -> κ, got {gain!r}.")

@@ -1,8 +1,8 @@
 """g_S and g_1 of a module as {name: tensor}, and what computing g_1 must not leave behind.
 
 g_S is what backward left in ``p.grad``. g_1 is had by *replay*: the loss once more, on the first sample alone, and its
-gradient by `torch.autograd.grad`, which fires no hook of ``p.grad``. Right for every module whose samples do not
-interact. During a replay
+gradient by `torch.autograd.grad`, which leaves ``p.grad``, and DDP, which waits for it, alone. Right for every module
+whose samples do not interact. During a replay
 
 - BatchNorm uses its running statistics: a batch of one has none of its own;
 - dropout stays active, and draws from the random stream as it stands; the stream is put back afterwards;
@@ -44,13 +44,13 @@ def of_batch(parameters: Mapping[str, Parameter], scale: float = 1.0) -> dict[st
 
 
 def of_sample(
-    module: nn.Module, loss: Callable[[], Tensor | Mapping[str, Any] | None], parameters: Mapping[str, Parameter]
+    module: nn.Module, loss: Callable[[], Tensor | None], parameters: Mapping[str, Parameter]
 ) -> dict[str, Tensor] | None:
     """g_1, the gradient of a loss on one sample, without a trace in the module, ``p.grad`` or the random streams.
 
     Args:
         module: keeps all state that `loss` may change.
-        loss: runs the module on the sample. Returns what `training_step` does: a loss, a mapping with one, or None.
+        loss: runs the module on the sample; None if it has no loss.
         parameters: of the module, by name.
 
     Returns:
@@ -58,13 +58,25 @@ def of_sample(
     """
     with _no_trace(module), torch.enable_grad():
         value = loss()
-        if isinstance(value, Mapping):
-            value = value["loss"]
         if value is None:
             return None
         active = {name: p for name, p in parameters.items() if p.requires_grad}
         found = dict(zip(active, torch.autograd.grad(value, list(active.values()), allow_unused=True), strict=True))
     return {name: _dense(p, found.get(name)) for name, p in parameters.items()}
+
+
+def has_reentrant_checkpoint(loss: Tensor) -> bool:
+    """Whether a part of the graph is checkpointed in the way that keeps its parameters out of the graph."""
+    seen, left = set(), [loss.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        if "CheckpointFunction" in node.name():
+            return True
+        seen.add(node)
+        left.extend(function for function, _ in node.next_functions)
+    return False
 
 
 def batch_norms_without_statistics(module: nn.Module) -> list[str]:

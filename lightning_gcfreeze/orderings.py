@@ -125,7 +125,7 @@ def resolve(order: str | Ordering) -> Ordering:
             f"`order` must be one of {', '.join(map(repr, ORDERINGS))}, or a callable that takes"
             f" `Evidence` and returns scores by parameter name, got {order!r}."
         )
-    if unknown := set(needed_by(order)) - OPTIONAL_FIELDS:
+    if unknown := needed_by(order) - OPTIONAL_FIELDS:
         raise ValueError(f"`order.needs` may name {sorted(OPTIONAL_FIELDS)}, got {sorted(unknown)}.")
     return order
 
@@ -133,6 +133,7 @@ def resolve(order: str | Ordering) -> Ordering:
 OPTIONAL_FIELDS = frozenset({"mean", "second_moment", "start"})
 
 
-def needed_by(ordering: Ordering) -> Collection[str]:
+def needed_by(ordering: Ordering) -> frozenset[str]:
     """The optional fields of `Evidence` that an ordering reads."""
-    return getattr(ordering, "needs", frozenset())
+    named: str | Collection[str] = getattr(ordering, "needs", ())
+    return frozenset([named] if isinstance(named, str) else named)

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_gcfreeze import gains, orderings, selection
 from lightning_gcfreeze._types import Named
 from lightning_gcfreeze.estimators import BatchMean, BatchSecondMoment, DiagonalCovariance, Estimator, FullCovariance
-from lightning_gcfreeze.estimators.base import finite_batch_correction
+from lightning_gcfreeze.estimators.base import accumulator_dtype, finite_batch_correction
 
 
 class Observing:
@@ -57,7 +57,7 @@ class Observing:
         Returns:
             Whether the pair entered C_t.
         """
-        if not all(bool(g.isfinite().all()) for g in (*g_one.values(), *g_batch.values())):
+        if not _finite(g_one, g_batch):
             self.skipped += 1
             return False
         self.observed += 1
@@ -101,6 +101,7 @@ class Observing:
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers and strings alone."""
         return {
+            "begun": bool(self.shapes),
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "full": isinstance(self.covariance, FullCovariance),
             "covariance": self.covariance.tensors,
@@ -116,9 +117,9 @@ class Observing:
         """The phase that `state_dict` was taken of, its tensors on the device where they are."""
         parameters = {name: torch.empty(shape, device="meta") for name, shape in state["shapes"].items()}
         phase = cls(parameters, full=state["full"], needs=frozenset(state["moments"]))
-        phase.covariance.tensors = dict(state["covariance"])
+        phase.covariance.tensors = _cloned(state["covariance"])  # they go on changing in place
         for name, tensors in state["moments"].items():
-            phase.moments[name].tensors = dict(tensors)
+            phase.moments[name].tensors = _cloned(tensors)
         phase.start = state["start"]
         phase.observed, phase.skipped, phase.batch_size = state["observed"], state["skipped"], state["batch_size"]
         return phase
@@ -130,6 +131,16 @@ class Observing:
             estimator.tensors = {n: t.to(parameters.get(n, default).device) for n, t in estimator.tensors.items()}
         if self.start is not None:
             self.start = {name: t.to(parameters[name].device) for name, t in self.start.items()}
+
+
+def _finite(*gradients: Named) -> bool:
+    """Whether all elements are finite, by their sums: one look at the device for all of them."""
+    sums = [g.sum(dtype=accumulator_dtype(g)) for named in gradients for g in named.values()]
+    return bool(torch.stack(sums).isfinite().all())
+
+
+def _cloned(named: Named) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in named.items()}
 
 
 @dataclass
@@ -169,8 +180,8 @@ class Frozen:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers alone."""
-        return dict(vars(self))
+        return {"begun": True} | vars(self)
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> "Frozen":
-        return cls(**state)
+        return cls(**{name: value for name, value in state.items() if name != "begun"})

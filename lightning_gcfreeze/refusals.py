@@ -35,6 +35,11 @@ def of_module(module: nn.Module, training_step: Any, automatic_optimization: boo
             "A `training_step(self, dataloader_iter)` fetches its batch itself, so it cannot be replayed on one sample."
             " Take a `batch` instead."
         )
+    if scripted := [name for name, layer in module.named_modules() if isinstance(layer, torch.jit.ScriptModule)]:
+        return (
+            f"{', '.join(scripted)}: the state of TorchScript modules cannot be put back after a replay. Use the module"
+            " that was scripted, or `torch.compile`."
+        )
     if layers := gradients.batch_norms_without_statistics(module):
         return (
             f"{', '.join(layers)}: BatchNorm with `track_running_stats=False` cannot take a single sample. Let it track"
@@ -61,7 +66,7 @@ def of_resuming(
     saved: Mapping[str, Any], now: Mapping[str, Any], saved_shapes: Mapping[str, torch.Size], parameters: Named
 ) -> str | None:
     """A checkpoint of a run with other arguments or other eligible parameters."""
-    if different := [name for name in now if saved.get(name) != now[name]]:
+    if different := [name for name in now if (type(saved.get(name)), saved.get(name)) != (type(now[name]), now[name])]:
         listing = ", ".join(f"{name}={saved.get(name)!r} (now {now[name]!r})" for name in different)
         return (
             f"The checkpoint was saved with other arguments of the callback: {listing}. Resume with the saved ones; to"

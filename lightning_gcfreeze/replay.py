@@ -25,6 +25,7 @@ class Window:
     batch_idx: int
     batch_size: int | None
     """Of all together; None if it cannot be told."""
+    micro_batches: int = 1
 
 
 class Replay:
@@ -47,6 +48,7 @@ class Replay:
         self._module, self._parameters, self._step, self._context = module, parameters, step, context
         self._cut_by_module: Callable[[Any], Any] | None = getattr(module, "gcfreeze_first_sample", None)
         self._copies = 1
+        self._looked_through = False  # the graph of a loss
         self._batch: Window | None = None  # the batch at hand
         self._window: Window | None = None  # all since the last optimizer step
 
@@ -69,11 +71,17 @@ class Replay:
             return False
         if self._window is None:
             self._window = batch
-        elif self._window.batch_size is None or batch.batch_size is None:
+            return True
+        self._window.micro_batches += 1
+        if self._window.batch_size is None or batch.batch_size is None:
             self._window.batch_size = None
         else:
             self._window.batch_size += batch.batch_size
         return True
+
+    def forget(self) -> None:
+        """What was kept is not part of the next optimizer step."""
+        self._batch = self._window = None
 
     def take(self) -> Window:
         """End the optimizer step: its window, to be given to `gradient`."""
@@ -114,4 +122,16 @@ class Replay:
         if self._copies != 1:
             sample, _ = samples.first_sample(sample, self._copies)
         with self._context():
-            return gradients.of_sample(self._module, lambda: self._step(sample, window.batch_idx), self._parameters)
+            return gradients.of_sample(self._module, lambda: self._loss(sample, window.batch_idx), self._parameters)
+
+    def _loss(self, sample: Any, batch_idx: int) -> Tensor | None:
+        output = self._step(sample, batch_idx)
+        loss = output["loss"] if isinstance(output, Mapping) else output
+        if not self._looked_through and loss is not None:
+            if gradients.has_reentrant_checkpoint(loss):
+                raise RuntimeError(
+                    "activation checkpointing with `use_reentrant=True` hides parameters from `torch.autograd.grad`;"
+                    " set `use_reentrant=False`"
+                )
+            self._looked_through = True
+        return loss

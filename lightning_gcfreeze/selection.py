@@ -5,7 +5,7 @@ Elements are compared by score; equal scores go by the order of the parameters, 
 contained in the choice for k + 1. This is α(k) of the paper, Eq. (2.7), read as: rank <= k is frozen.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -26,7 +26,7 @@ def eligible(
         exclude: fnmatch patterns, none of which a name may match.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or one is complex.
     """
     optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad and id(p) in optimized}
@@ -41,6 +41,8 @@ def eligible(
             f"No parameter is eligible with `include={include}` and `exclude={exclude}`. The optimizer trains"
             f" {', '.join(trained) or 'none that belongs to the module and requires a gradient'}."
         )
+    if wrong := [name for name, p in chosen.items() if p.is_complex()]:
+        raise ValueError(f"Complex parameters cannot be ordered: {', '.join(wrong)}. Leave them out by `exclude`.")
     return chosen
 
 
@@ -71,7 +73,7 @@ def lowest(scores: Named, k: int) -> dict[str, Tensor]:
     """
     flat = _flatten(scores)
     if 0 < k < flat.numel():
-        threshold = flat.kthvalue(k).values
+        threshold = flat.sort().values[k - 1]  # kthvalue is not deterministic on CUDA, and refused where that is asked
         chosen = flat < threshold
         missing = k - int(chosen.sum())
         chosen[(flat == threshold).nonzero()[:missing]] = True
@@ -99,8 +101,11 @@ def check_scores(scores: Named, parameters: Named) -> None:
     """Refuse scores that do not order the parameters.
 
     Raises:
+        TypeError: `scores` is no mapping of tensors.
         ValueError: names or shapes differ from those of `parameters`, or a score is NaN.
     """
+    if not isinstance(scores, Mapping) or not all(isinstance(score, Tensor) for score in scores.values()):
+        raise TypeError(f"`order` must return a mapping of parameter names to tensors of scores, got {scores!r:.200}.")
     if scores.keys() != parameters.keys():
         raise ValueError(
             f"`order` must score every eligible parameter: {sorted(parameters.keys() - scores.keys())} missing,"

@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from lightning_gcfreeze import GradCovFreezeCallback
@@ -45,6 +46,7 @@ from tests import cases
         ({"include": 3}, TypeError, "`include` must be a parameter-name pattern or a list of them, got 3"),
         ({"exclude": [1]}, TypeError, r"`exclude` must be a parameter-name pattern or a list of them, got \[1\]"),
         ({"seed": "x"}, TypeError, "`seed` must be an int"),
+        ({"seed": 2**63}, ValueError, "`seed` must be at most 9223372036854775807"),
         ({"log_every_n_steps": 0}, ValueError, "`log_every_n_steps` must be at least 1, got 0"),
     ],
     ids=str,
@@ -208,3 +210,40 @@ def test_sharding_strategies_are_refused_by_name(strategy):
     trainer: Any = SimpleNamespace(strategy=strategy())
     with pytest.raises(MisconfigurationException, match=f"{strategy.__name__} is not supported yet"):
         GradCovFreezeCallback(t0=3, k=2).setup(trainer, cases.Regression(cases.mlp()), "fit")
+
+
+def test_an_order_that_returns_no_scores_is_refused():
+    """None, or lists: the message says what is wanted."""
+    with pytest.raises(TypeError, match="must return a mapping of parameter names to tensors of scores, got None"):
+        cases.trainer(callbacks=[GradCovFreezeCallback(t0=3, k=2, order=lambda evidence: None)]).fit(
+            cases.Regression(cases.mlp()), cases.loader()
+        )
+
+
+def test_reentrant_checkpointing_is_refused():
+    """It hides parameters from autograd.grad, so g_1 would be zero without a word; the other kind is served."""
+
+    class Checkpointed(cases.Regression):
+        reentrant = True
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x, y = batch
+            x = x.clone().requires_grad_()
+            return nn.functional.mse_loss(checkpoint(self.network, x, use_reentrant=self.reentrant), y)
+
+    with pytest.raises(RuntimeError, match=r"hides parameters from `torch.autograd.grad`; set `use_reentrant=False`"):
+        cases.trainer(callbacks=[GradCovFreezeCallback(t0=3, k=2)]).fit(Checkpointed(cases.mlp()), cases.loader())
+    served, plain = GradCovFreezeCallback(t0=3, k=2), GradCovFreezeCallback(t0=3, k=2)
+    module = Checkpointed(cases.mlp())
+    module.reentrant = False
+    cases.trainer(callbacks=[served]).fit(module, cases.loader())
+    cases.trainer(callbacks=[plain]).fit(cases.Regression(cases.mlp()), cases.loader())
+    cases.assert_identical(served.variance, plain.variance)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_torchscript_is_refused():
+    """Its buffers live where a replay cannot put them back."""
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)))
+    with pytest.raises(MisconfigurationException, match=r"network.*TorchScript"):
+        cases.trainer(callbacks=[GradCovFreezeCallback(t0=3, k=2)]).fit(cases.Regression(scripted), cases.loader())

@@ -76,7 +76,11 @@ def test_the_full_matrix_is_that_of_the_literal_recursion():
 
 
 def test_one_recursion_step_per_optimizer_step_under_accumulation():
-    """g_S is the mean over the micro-batches, g_1 belongs to the first sample of the first of them."""
+    """g_S is the mean over the micro-batches, g_1 belongs to the first sample of the first of them.
+
+    In the last window, of two micro-batches, the optimizer gets two thirds of the mean: Lightning divides by three all
+    the same. C must see the mean itself, or a mean gradient far from zero would pass for noise.
+    """
     callback = GradCovFreezeCallback(t0=3, k=0.5)
     fit(callback, accumulate_grad_batches=3, max_epochs=1)
     batches = [*cases.loader(8, 64, torch.float64)]  # 8 batches: 3 + 3 + 2
@@ -84,18 +88,17 @@ def test_one_recursion_step_per_optimizer_step_under_accumulation():
     network = cases.mlp(torch.float64)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
 
-    # Lightning divides by 3 in the short last window, too; its batch size is 16, not 24.
     pairs = []
     parameters = list(network.parameters())
     for micro_batches in steps:
-        grads = [torch.autograd.grad(mse(network, b) / 3, parameters) for b in micro_batches]
-        g_batch = [sum(g) for g in zip(*grads, strict=True)]
+        grads = [torch.autograd.grad(mse(network, b), parameters) for b in micro_batches]
+        g_batch = [sum(g) / len(micro_batches) for g in zip(*grads, strict=True)]
         g_one = torch.autograd.grad(mse(network, first_of(micro_batches[0])), parameters)
         factor = np.sqrt((1 - 1 / 24) / (1 - 1 / (8 * len(micro_batches))))
         difference = np.concatenate([(a - b).numpy().ravel() for a, b in zip(g_one, g_batch, strict=True)])
         pairs.append((factor * difference, np.zeros_like(difference)))
         for p, g in zip(parameters, g_batch, strict=True):
-            p.grad = g
+            p.grad = g * len(micro_batches) / 3
         optimizer.step()
     expected = np.diag(covariance(pairs, lambda t: 1 / t))
     np.testing.assert_allclose(flat(callback.variance), expected, rtol=1e-10)
@@ -307,6 +310,19 @@ def test_freezing_does_leave_one():
         cases.assert_identical(frozen["state"], plain["state"])
 
 
+def test_training_step_may_return_a_mapping():
+    """{"loss": ...}: the same C as with the loss alone."""
+
+    class Dict(cases.Regression):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return {"loss": super().training_step(batch, batch_idx), "more": 1}
+
+    callback, plain = GradCovFreezeCallback(t0=4, k=0.5), GradCovFreezeCallback(t0=4, k=0.5)
+    cases.trainer(callbacks=[callback]).fit(Dict(cases.mlp(torch.float64)), cases.loader(dtype=torch.float64))
+    fit(plain)
+    cases.assert_identical(callback.variance, plain.variance)
+
+
 def test_a_replay_reaches_no_logger(tmp_path):
     """What `training_step` writes to `self.logger` itself is written once."""
 
@@ -387,3 +403,49 @@ def test_batch_norm_replays_with_running_statistics():
     g_one = torch.autograd.grad(mse(reference.eval(), (x[:1], y[:1])), parameters)
     expected = [(a - b) ** 2 for a, b in zip(g_one, g_batch, strict=True)]
     assert_close(list(callback.variance.values()), expected, rtol=1e-10, atol=1e-12)
+
+
+class SometimesNone(cases.Regression):
+    """Returns no loss on one batch of the epoch."""
+
+    without_loss = 1
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:  # type: ignore[override]
+        loss = super().training_step(batch, batch_idx)
+        return None if batch_idx == self.without_loss else loss
+
+
+def test_a_window_without_a_loss_is_skipped_and_leaves_nothing_behind():
+    """A step whose last micro-batch has no loss is counted as skipped; the next window has its own first sample."""
+    seen: list[tuple[int, int]] = []
+    callback = GradCovFreezeCallback(t0=4, k=0.5)
+
+    class Watch(pl.Callback):
+        def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            take = callback._running.replay.take
+
+            def spy() -> Any:
+                window = take()
+                seen.append((window.batch_idx, window.batch_size or 0))
+                return window
+
+            callback._running.replay.take = spy  # type: ignore[method-assign]
+
+    with pytest.warns(UserWarning, match="returned `None`"):
+        cases.trainer(callbacks=[callback, Watch()], accumulate_grad_batches=2, max_epochs=1).fit(
+            SometimesNone(cases.mlp()), cases.loader()
+        )
+    assert seen == [(2, 16), (4, 16), (6, 16)]
+    state = callback.state_dict()["state"]
+    assert (state["observed"], state["skipped"]) == (3, 1)
+
+
+def test_a_short_last_batch_of_one_may_be_the_first_observed():
+    """Where the first observed step is an epoch's last batch, of one sample, it is left out and counted."""
+    callback = GradCovFreezeCallback(t0=12, k=0.5, every=4)  # epochs of 4 steps and of 25 samples: 8 + 8 + 8 + 1
+    with pytest.raises(RuntimeError, match="No step could be observed among the first `t0=12`: 3 were left out"):
+        cases.trainer(callbacks=[callback], max_epochs=3).fit(cases.Regression(cases.mlp()), cases.loader(8, 25))
+    callback = GradCovFreezeCallback(t0=6, k=0.5, every=2)  # observed: the 2nd, 4th (one sample) and 6th
+    cases.trainer(callbacks=[callback], max_epochs=2).fit(cases.Regression(cases.mlp()), cases.loader(8, 25))
+    state = callback.state_dict()["state"]
+    assert (state["observed"], state["skipped"]) == (2, 1)

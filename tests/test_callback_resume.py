@@ -123,6 +123,7 @@ def test_a_checkpoint_of_a_frozen_run_goes_on_without_the_callback(tmp_path):
     ("change", "message"),
     [
         ({"k": 0.6}, r"k=0.5 \(now 0.6\)"),
+        ({"k": 1}, r"k=0.5 \(now 1\)"),
         ({"t0": 9}, r"t0=7 \(now 9\)"),
         ({"order": "magnitude"}, r"order='variance' \(now 'magnitude'\)"),
         ({"exclude": "*bias"}, r"exclude=None \(now \['\*bias'\]\)"),
@@ -247,3 +248,39 @@ def test_a_state_can_be_looked_at_without_a_run():
     for name in ("frozen", "variance", "ranks"):
         cases.assert_identical(getattr(other, name), getattr(callback, name))
     assert other.frozen_fraction == callback.frozen_fraction > 0
+
+
+def test_one_and_one_point_zero_are_different_arguments(tmp_path):
+    """k=1 is one element, k=1.0 is all of them."""
+    path = tmp_path / "run.ckpt"
+    with pytest.raises(Interrupted):
+        run(GradCovFreezeCallback(t0=T0, k=1), SaveAndStop(path, 3))
+    with pytest.raises(MisconfigurationException, match=r"k=1 \(now 1\.0\)"):
+        run(GradCovFreezeCallback(t0=T0, k=1.0), ckpt=path)
+
+
+@pytest.mark.parametrize(
+    "finder",
+    [
+        lambda: pl.callbacks.LearningRateFinder(num_training_steps=5),
+        lambda: pl.callbacks.BatchSizeFinder(steps_per_trial=1, max_trials=1, init_val=8),
+    ],
+    ids=["LearningRateFinder", "BatchSizeFinder"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_finders_that_try_before_the_run_do_not_disturb_it(finder, tmp_path, monkeypatch):
+    """They save and restore a checkpoint before anything has begun: that is no resumption."""
+    monkeypatch.chdir(tmp_path)
+
+    class Tuned(cases.Regression):
+        def __init__(self) -> None:
+            super().__init__(cases.mlp(), lambda p: torch.optim.SGD(p, self.lr))
+            self.lr, self.batch_size = 0.01, 8
+
+        def train_dataloader(self) -> Any:
+            return cases.loader(self.batch_size)
+
+    callback = GradCovFreezeCallback(t0=5, k=0.5)
+    cases.trainer(callbacks=[finder(), callback], max_epochs=2).fit(Tuned())
+    assert callback.phase == "frozen"
+    assert callback.state_dict()["state"]["observed"] == 5

@@ -27,9 +27,9 @@ class Restore:
     def __init__(self, parameters: Mapping[str, Parameter], frozen: Named) -> None:
         self._held: list[tuple[Parameter, Tensor, Tensor]] = []
         for name, mask in frozen.items():
-            index = mask.flatten().nonzero().squeeze(1)
+            p = parameters[name]
+            index = mask.to(p.device).flatten().nonzero().squeeze(1)
             if index.numel():
-                p = parameters[name]
                 self._held.append((p, index, p.detach().reshape(-1)[index]))
 
     @torch.no_grad()
