@@ -162,7 +162,7 @@ def _private(value: Any, copies: dict[int, Any]) -> Any:
         copied = copy.deepcopy(value)
     elif isinstance(value, torch.Generator):
         copied = torch.Generator(value.device).set_state(value.get_state())
-    elif type(value) is tuple or hasattr(value, "_fields"):
+    elif isinstance(value, tuple) and (type(value) is tuple or hasattr(value, "_fields")):
         items = [_private(item, copies) for item in value]
         copied = tuple(items) if type(value) is tuple else type(value)(*items)
     else:

@@ -3,6 +3,7 @@
 import random
 import warnings
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -320,6 +321,10 @@ def hidden_layer():
     return [nn.BatchNorm1d(5).double()]
 
 
+class Kept(NamedTuple):
+    values: list
+
+
 def clip(self, x):
     """What Wasserstein critics do in their `training_step`."""
     with torch.no_grad():
@@ -391,6 +396,12 @@ TRACES = {
         momentum_update,
         lambda self: dict(self.teacher.named_parameters()),
         teacher=lambda: nn.Linear(5, 1).double().requires_grad_(False),
+    ),
+    "list in a named tuple": traced(
+        lambda self, x: self.kept.values.append(1.0),
+        lambda self: self.kept,
+        kept=lambda: Kept([]),
+        kind=lambda: Kept,  # the class itself is no container
     ),
     "module in a list": traced(
         lambda self, x: self.parts[0](twice(x)), lambda self: buffers(self.parts[0]), parts=hidden_layer
