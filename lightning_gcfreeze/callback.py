@@ -62,7 +62,6 @@ class _Run:
     replay: Replay
     post_hook: RemovableHandle | None = None
     holder: Restore | None = None
-    batch_size: int | None = None  # of the latest optimizer step, over all its micro-batches and ranks
     tried: bool = False  # whether the optimizer step to come was tried to observe
     observed_step: int = 0  # the last that was observed
     logged_step: int = 0
@@ -238,7 +237,7 @@ class GradCovFreezeCallback(_Callback):
         parameters = selection.eligible(pl_module, trainer.optimizers[0], self.include, self.exclude)
         k = selection.resolve_count(self.k, sum(p.numel() for p in parameters.values()))
         if self._full:
-            FullCovariance(parameters)  # refuses a matrix that is too large
+            FullCovariance({name: p.to("meta") for name, p in parameters.items()})  # refuses one that is too large
         replay = Replay(pl_module, parameters, _training_step(pl_module), lambda: _aside(trainer))
         self._run = _Run(trainer, parameters, k, replay)
 
@@ -277,15 +276,15 @@ class GradCovFreezeCallback(_Callback):
         if not isinstance(self._phase, Observing) or not run.replay.join() or trainer.fit_loop._should_accumulate():
             return
         window = run.replay.take()
-        run.batch_size = None if window.batch_size is None else window.batch_size * trainer.world_size
-        if run.batch_size == 1 and self._steps == 0:  # at the first step it is no short last batch
+        size = None if window.batch_size is None else window.batch_size * trainer.world_size
+        if size == 1 and self._steps == 0:  # at the first step it is no short last batch
             raise MisconfigurationException(
                 "The batch holds one sample: its gradient is the batch's, and there is no noise to see. Use batches of"
                 " at least 2 samples, or accumulate gradients."
             )
         if self._due and run.observed_step <= self._steps:
             run.tried = True
-            if self._observe(self._phase, run, window):
+            if self._observe(self._phase, run, window, size):
                 run.observed_step = self._steps + 1
 
     def on_before_optimizer_step(
@@ -367,17 +366,17 @@ class GradCovFreezeCallback(_Callback):
         """Leave the Trainer out of copies and pickles, and the module, whose `log` Lightning attaches to callbacks."""
         return {name: v for name, v in self.__dict__.items() if name not in ("log", "log_dict")} | {"_run": None}
 
-    def _observe(self, phase: Observing, run: _Run, window: Window) -> bool:
+    def _observe(self, phase: Observing, run: _Run, window: Window, size: int | None) -> bool:
         """Take one pair into the statistics, if it can be had and is finite; tell whether it was."""
         scaler = getattr(run.trainer.precision_plugin, "scaler", None)
         # Lightning divides each loss by the full number of micro-batches, also in the short last window of an epoch.
         share = window.micro_batches / run.trainer.accumulate_grad_batches
         g_batch = gradients.of_batch(run.parameters, share * (scaler.get_scale() if scaler else 1.0))
-        g_one = None if run.batch_size == 1 else run.replay.gradient(window)
+        g_one = None if size == 1 else run.replay.gradient(window)
         if g_one is None:
             phase.skipped += 1
             return False
-        return phase.observe(g_one, g_batch, self.gain, run.batch_size)
+        return phase.observe(g_one, g_batch, self.gain, size)
 
     def _decide(self, phase: Observing, run: _Run) -> Frozen:
         """Rank and mark, the same on all ranks: their statistics are averaged first."""

@@ -34,7 +34,7 @@ def of_batch(parameters: Mapping[str, Parameter], scale: float = 1.0) -> dict[st
 
     Args:
         parameters: by name, after backward.
-        scale: what a loss scaler multiplied the loss by.
+        scale: what the gradients are too large by: a loss scale, or the share of a short accumulation window.
 
     Returns:
         ``{name: (*p.shape)}``, ``p.grad`` itself where it is dense and unscaled: do not write to it. A parameter
