@@ -156,14 +156,16 @@ class Synthetic(ArrayDataModule):
     """x ~ N(0, I), w ~ N(0, I); y ~ N(wᵀx, 1) or y ~ Bernoulli(sigmoid(wᵀx))                                (3.1)
 
     Not scaled: x has unit variance by construction, a shift of x would call for a bias that the paper's linear models
-    lack, and as it is the weights of a linear model estimate w, and no model's ``test/mse`` can tend below 1.
+    lack, and as it is the weights of a linear model estimate w, and no model's ``test/mse`` can tend below `noise`².
 
     Args:
         task: Which y. "regression" is Synthetic 1 and 3, "classification" Synthetic 2.
         objects: How many, in all three splits together.
         features: n.
         batch_size: S.
-        seed: Of w, x and y too.
+        seed: Of x and y too, and of w unless `w_seed` is given.
+        w_seed: Of w alone, for several samples of objects from one distribution.
+        noise: Standard deviation of a regression's y around wᵀx. The paper's is 1.
     """
 
     w: FloatArray  # (features,); known after `setup`
@@ -175,6 +177,8 @@ class Synthetic(ArrayDataModule):
         features: int = 200,
         batch_size: int = 32,
         seed: int = 0,
+        w_seed: int | None = None,
+        noise: float = 1.0,
     ) -> None:
         super().__init__(batch_size, seed)
         if task not in ("regression", "classification"):
@@ -182,14 +186,20 @@ class Synthetic(ArrayDataModule):
         self.task = task
         self.objects = objects
         self.features = features
+        self.w_seed = w_seed
+        self.noise = noise
 
     @override
     def splits(self) -> dict[Stage, Arrays]:
         random = np.random.default_rng(self.seed)
-        self.w = random.normal(size=self.features)
+        self.w = (random if self.w_seed is None else np.random.default_rng(self.w_seed)).normal(size=self.features)
         x = random.normal(size=(self.objects, self.features))
         mean = x @ self.w
-        y = random.normal(mean) if self.task == "regression" else random.binomial(1, 1 / (1 + np.exp(-mean)))
+        y = (
+            random.normal(mean, self.noise)
+            if self.task == "regression"
+            else random.binomial(1, 1 / (1 + np.exp(-mean)))
+        )
         return three_way(x, y, self.seed)
 
 

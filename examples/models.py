@@ -71,7 +71,7 @@ class SupervisedModule(pl.LightningModule):
         super().__init__()
         self.layers = layers
         self.lr = lr
-        self._loss = loss
+        self.loss = loss
         self._predict = predict
         collection = MetricCollection(dict(metrics))
         self.train_metrics = collection.clone(prefix="train/")
@@ -106,7 +106,7 @@ class SupervisedModule(pl.LightningModule):
     def _step(self, batch: Batch, stage: str, metrics: MetricCollection) -> Tensor:
         x, y = batch
         output = self(x)
-        loss = self._loss(output, y)
+        loss = self.loss(output, y)
         metrics.update(self._predict(output.detach()), y)
         self.log(f"{stage}/loss", loss, prog_bar=True, batch_size=len(y))
         self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=len(y))

@@ -1,0 +1,129 @@
+"""The pictures of a summary: losses against the fraction frozen, α̂ as heat maps like the paper's, and its stability."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from examples.paper.summary import middle
+
+STYLE: dict[str, dict[str, Any]] = {
+    "variance": {"color": "#1f5fa8", "linewidth": 2.2, "zorder": 4},
+    "random": {"color": "#6b7280", "linewidth": 2.2, "zorder": 3},
+    "reverse": {"color": "#9ec5ee", "linestyle": "--"},
+    "magnitude": {"color": "#c2410c", "marker": "o"},
+    "second_moment": {"color": "#15803d", "marker": "s"},
+    "snr": {"color": "#a16207", "marker": "^"},
+    "displacement": {"color": "#9333ea", "marker": "D"},
+}
+SPREAD = ("variance", "random")  # the two whose spread is drawn: more bands would hide each other
+
+
+def loss(summary: Mapping[str, Any], title: str) -> Figure:
+    """Mean loss over the runs, training and test, a line per order; two have a band of one standard deviation."""
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for axes, stage in zip(panels, ("train", "test"), strict=True):
+        for order, curves in summary["orders"].items():
+            mean = np.array(curves[stage]["mean"])
+            axes.plot(summary["fractions"], mean, label=order, markersize=3.5, **STYLE[order])
+            if order in SPREAD and summary["runs"] > 1:
+                std = np.array(curves[stage]["std"])
+                axes.fill_between(
+                    summary["fractions"], mean - std, mean + std, color=STYLE[order]["color"], alpha=0.15, linewidth=0
+                )
+        axes.set_title("training loss" if stage == "train" else "test loss", fontsize=10)
+        axes.set_xlabel("fraction frozen")
+        axes.set_ylim(bottom=0)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(
+        f"{title}: {summary['runs']} runs, frozen at step {summary['t0']} of {summary['steps']}", fontsize=11
+    )
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False)
+    return figure
+
+
+def alpha(summary: Mapping[str, Any], title: str) -> Figure:
+    """α̂, a column for each fraction: above by place in the model, below sorted by how often a parameter froze."""
+    figure = Figure(figsize=(8, 7), layout="constrained")
+    panels = figure.subplots(2, 2, sharex=True)
+    fractions = summary["fractions"]
+    for column, order in enumerate(SPREAD):
+        share = np.array(list(summary["alpha"][order].values())).T  # (p, F)
+        for axes, rows in zip(
+            panels[:, column], (share, share[np.argsort(-share.mean(1), kind="stable")]), strict=True
+        ):
+            image = axes.imshow(rows, aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
+        panels[0, column].set_title(order, fontsize=10)
+        panels[1, column].set_xlabel("fraction frozen")
+        panels[1, column].set_xticks(range(len(fractions)), [f"{f:g}" for f in fractions])
+    panels[0, 0].set_ylabel("parameter, by place")
+    panels[1, 0].set_ylabel("parameter, sorted by its mean")
+    figure.colorbar(image, ax=panels, label=f"share of the {summary['runs']} runs in which it is frozen", shrink=0.6)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def stability(summary: Mapping[str, Any], title: str) -> Figure:
+    """How much the frozen sets of two runs overlap, and in how many runs a parameter is frozen, against chance."""
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    overlap, counts = figure.subplots(1, 2)
+    inner = [f for f in summary["fractions"] if 0 < f < 1]
+    keys = [f"{f:g}" for f in inner]
+    half = f"{summary['fractions'][middle(summary['fractions'])]:g}"
+    found = summary["stability"]
+    for order in SPREAD:
+        overlap.plot(inner, [found[order][key]["jaccard"] for key in keys], label=order, **STYLE[order])
+        if found[order][keys[0]]["aligned"] is not None:
+            overlap.plot(
+                inner,
+                [found[order][key]["aligned"] for key in keys],
+                label=f"{order}, hidden units aligned",
+                color=STYLE[order]["color"],
+                linestyle=":",
+            )
+        _steps(counts, found[order][half]["alpha"], **STYLE[order])
+    overlap.plot(inner, [found["chance"][key]["jaccard"] for key in keys], "k--", linewidth=1, label="chance", zorder=5)
+    _steps(counts, found["chance"][half]["alpha"], color="black", linestyle="--", linewidth=1, zorder=5)
+    overlap.set(xlabel="fraction frozen", ylabel="Jaccard overlap of two runs", ylim=(0, 1))
+    counts.set(xlabel=f"runs of {summary['runs']} that froze a parameter, fraction {half}", ylabel="parameters")
+    for axes in (overlap, counts):
+        axes.spines[["top", "right"]].set_visible(False)
+    overlap.legend(frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def scan(summaries: Sequence[Mapping[str, Any]], title: str) -> Figure:
+    """By t0: what freezing everything costs, and which part of chance's cost each order pays for freezing a half."""
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    ends, costs = figure.subplots(1, 2)
+    t0s = [summary["t0"] for summary in summaries]
+    half = middle(summaries[0]["fractions"])
+    for stage, line in (("train", "-"), ("test", ":")):
+        for end, marker, label in ((-1, "s", "all"), (0, "o", "nothing")):
+            values = [summary["orders"]["random"][stage]["mean"][end] for summary in summaries]
+            ends.plot(t0s, values, line, color="black", marker=marker, label=f"{label} frozen, {stage}")
+    for order in summaries[0]["growth"]:
+        found = [summary["growth"][order]["train"] for summary in summaries]
+        mean = np.array([one["mean"][half] for one in found])
+        interval = np.array([one["interval"][half] for one in found])
+        error = np.abs(interval.T - mean)
+        costs.errorbar(t0s, mean, error, label=order, markersize=4, capsize=2, **STYLE[order])
+    costs.axhline(1, color=STYLE["random"]["color"], label="random")
+    ends.set(xlabel="t0", ylabel="loss after the last step", xscale="log", yscale="log")
+    costs.set(xlabel="t0", ylabel=f"growth, {summaries[0]['fractions'][half]:g} frozen, training", xscale="log")
+    costs.set_ylim(0, min(3, costs.get_ylim()[1]))
+    for axes in (ends, costs):
+        axes.set_xticks(t0s, [f"{t0:,}" for t0 in t0s], minor=False)
+        axes.minorticks_off()
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8)
+    figure.suptitle(f"{title}: {summaries[0]['runs']} runs", fontsize=11)
+    return figure
+
+
+def _steps(axes: Axes, counts: list[float], **style: Any) -> None:
+    axes.step(range(len(counts)), counts, where="mid", **style)

@@ -1,0 +1,214 @@
+"""One run of an experiment: train to t0 once, then go on from there with every frozen set.
+
+Both parts are fits of a Lightning Trainer with `GradCovFreezeCallback`. All continuations are one fit: a batched model,
+resumed from a checkpoint of the warm-up in which every tensor is repeated for each member and the callback's masks are
+those of the frozen sets.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.func import functional_call, vmap
+from torch.nn import Parameter
+from torch.utils.data import DataLoader, TensorDataset
+from typing_extensions import override
+
+from examples.models import Batch, SupervisedModule
+from examples.paper.tasks import TASKS, Settings
+from lightning_gcfreeze import Evidence, GradCovFreezeCallback, orderings, selection
+from lightning_gcfreeze._types import Named
+
+Losses = NDArray[np.float64]
+Masks = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run leaves behind, for O orders and F fractions of p parameters."""
+
+    train: Losses  # (O, F): mean loss over the training objects after the last step
+    test: Losses  # (O, F)
+    frozen: Masks  # (O, F, p): the paper's α(k), parameters in the order of ``named_parameters()``
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What a run starts from."""
+
+    settings: Settings
+    seed: int
+    model: SupervisedModule
+    train: TensorDataset
+    test: TensorDataset
+    batches: list[list[int]]  # the objects of every step, before and after t0
+
+
+class Members(pl.LightningModule):
+    """M copies of a model, each with weights of its own, trained at once on the same batches.
+
+    Every parameter has a first axis more, of the M members. The loss is the sum of the members' losses, so a member's
+    gradient is that of its own loss; Adam works element by element. So M members in one Trainer take the steps of M
+    Trainers, to rounding, at the price of one Trainer's bookkeeping.
+    """
+
+    def __init__(self, model: SupervisedModule, members: int, lr: float) -> None:
+        super().__init__()
+        self.model = deepcopy(model)
+        for name, p in model.named_parameters():
+            owner, _, leaf = name.rpartition(".")
+            stacked = p.detach().expand(members, *p.shape).clone()
+            setattr(self.model.get_submodule(owner), leaf, Parameter(stacked))
+        self.lr = lr
+
+    def losses(self, batch: Batch) -> Tensor:
+        """The mean loss of each member over the batch, (M,)."""
+        x, y = batch
+
+        def loss(parameters: Named) -> Tensor:
+            return self.model.loss(functional_call(self.model, dict(parameters), (x,)), y)
+
+        return vmap(loss)(dict(self.model.named_parameters()))
+
+    @override
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self.losses(batch).sum()
+
+    @override
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        # Not fused, Adam would take the square root of frozen elements' second moments, which is slow on zeros.
+        return torch.optim.Adam(self.parameters(), lr=self.lr, fused=True)
+
+    @torch.no_grad()
+    def evaluate(self, data: TensorDataset) -> Losses:
+        """The mean loss of each member over a data set, (M,)."""
+        total = torch.zeros((), dtype=torch.float64)
+        for batch in DataLoader(data, batch_size=1000):
+            total = total + self.losses(batch).double() * len(batch[0])
+        return (total / len(data)).numpy()
+
+
+class Recorder:
+    """An ordering that keeps the evidence it was given: what any other ordering would have seen at this t0."""
+
+    needs = orderings.OPTIONAL_FIELDS
+    evidence: Evidence
+
+    def __call__(self, evidence: Evidence) -> Named:
+        self.evidence = evidence
+        return evidence.variance
+
+
+def run(settings: Settings, index: int) -> Run:
+    """Train run number `index`, from its warm-up to the losses of all its continuations."""
+    experiment = prepare(settings, index)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Path(folder) / "t0.ckpt"
+        frozen = frozen_sets(warm_up(experiment, checkpoint), settings.orders, settings.fractions)
+        # Equal sets, as those of no and of all elements are in every order, are trained once.
+        sets, member = np.unique(frozen.reshape(-1, frozen.shape[-1]), axis=0, return_inverse=True)
+        members = go_on(experiment, checkpoint, sets)
+    train, test = (
+        members.evaluate(data)[member].reshape(frozen.shape[:2]) for data in (experiment.train, experiment.test)
+    )
+    return Run(train, test, frozen)
+
+
+def prepare(settings: Settings, index: int) -> Experiment:
+    """What run number `index` starts from: its seed fixes objects, split, weights and batches."""
+    task, seed = TASKS[settings.data], settings.seed + index
+    pl.seed_everything(seed, verbose=False)
+    data = task.data(settings, settings.seed if settings.same_data else seed)
+    data.setup()
+    train, test = data.dataset["train"], data.dataset["test"]
+    return Experiment(
+        settings, seed, task.model(), train, test, epochs(len(train), settings.batch_size, settings.steps, seed)
+    )
+
+
+def epochs(objects: int, batch_size: int, steps: int, seed: int) -> list[list[int]]:
+    """The objects of each step's batch: epoch after epoch in a new order, the last batch of each may be short."""
+    generator = torch.Generator().manual_seed(seed)
+    batches: list[list[int]] = []
+    while len(batches) < steps:
+        batches += [batch.tolist() for batch in torch.randperm(objects, generator=generator).split(batch_size)]
+    return batches[:steps]
+
+
+def warm_up(experiment: Experiment, checkpoint: Path) -> Evidence:
+    """Train for t0 steps while the callback observes; leave a checkpoint, and return what an ordering may look at."""
+    recorder = Recorder()
+    members = Members(experiment.model, 1, experiment.settings.lr)
+    trainer = _fit(members, experiment, recorder, slice(None, experiment.settings.t0))
+    trainer.save_checkpoint(checkpoint)
+    return recorder.evidence
+
+
+def frozen_sets(evidence: Evidence, orders: Sequence[str], fractions: Sequence[float]) -> Masks:
+    """α(k) of every order and fraction, Eq. (2.7), (O, F, p)."""
+    p = sum(w.numel() for w in evidence.weights.values())
+    scores = [orderings.resolve(order)(evidence) for order in orders]
+    sets = [[selection.lowest(s, selection.resolve_count(f, p)) for f in fractions] for s in scores]
+    return np.array([[torch.cat([mask.flatten() for mask in masks.values()]).numpy() for masks in row] for row in sets])
+
+
+def go_on(experiment: Experiment, checkpoint: Path, frozen: Masks) -> Members:
+    """Train on from a warm-up's checkpoint, once for each of the M rows of `frozen`, (M, p)."""
+    members = Members(experiment.model, len(frozen), experiment.settings.lr)
+    repeated = checkpoint.with_name("members.ckpt")
+    torch.save(_repeated(torch.load(checkpoint, weights_only=True), frozen), repeated)
+    _fit(members, experiment, Recorder(), slice(experiment.settings.t0, None), repeated)
+    return members
+
+
+def _repeated(checkpoint: dict[str, Any], frozen: Masks) -> dict[str, Any]:
+    """A checkpoint of one member as that of M, each of which has the same past and its own frozen set."""
+
+    def repeat(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: repeat(v) for key, v in value.items()}
+        if isinstance(value, Tensor) and value.dim():  # Adam's count of steps is one for all
+            return value.expand(len(frozen), *value.shape[1:]).clone()
+        return value
+
+    (callback,) = checkpoint["callbacks"].values()
+    callback["state"] = repeat(callback["state"])
+    masks = callback["state"]["frozen"]
+    parts = torch.as_tensor(frozen).split([mask[0].numel() for mask in masks.values()], dim=1)
+    masks.update({name: part.reshape(mask.shape) for (name, mask), part in zip(masks.items(), parts, strict=True)})
+    checkpoint["state_dict"] = repeat(checkpoint["state_dict"])
+    checkpoint["optimizer_states"] = [repeat(state) for state in checkpoint["optimizer_states"]]
+    del checkpoint["loops"]  # the new Trainer counts its own steps, and has its own batches
+    return checkpoint
+
+
+def _fit(
+    members: Members, experiment: Experiment, recorder: Recorder, steps: slice, checkpoint: Path | None = None
+) -> pl.Trainer:
+    """Take these steps of the experiment with the callback; where it is to freeze, `checkpoint` says what."""
+    batches = experiment.batches[steps]
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_steps=len(batches),
+        callbacks=GradCovFreezeCallback(experiment.settings.t0, k=0, order=recorder, seed=experiment.seed),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    try:
+        trainer.fit(members, DataLoader(experiment.train, sampler=batches, batch_size=None), ckpt_path=checkpoint)
+    except SystemExit as error:  # so Lightning passes Ctrl-C on
+        raise KeyboardInterrupt from error
+    if trainer.global_step != len(batches):  # and so did earlier versions: no word, and half of the training
+        raise KeyboardInterrupt
+    return trainer

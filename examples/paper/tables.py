@@ -1,0 +1,108 @@
+"""Summaries as tables: Markdown for files, Rich for the screen."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from examples.paper.summary import middle
+from examples.paper.tasks import TASKS
+
+Summary = Mapping[str, Any]
+
+
+def report(summary: Summary, title: str) -> str:
+    """NAME.md: losses beside the published ones, what each order costs against chance, and stability."""
+    fractions, orders = summary["fractions"], list(summary["orders"])
+    published = TASKS[summary["data"]].published
+    parts = [f"# {title}", _setting(summary)]
+    for stage in ("train", "test"):
+        columns = {
+            order: [_spread(*pair) for pair in zip(curves[stage]["mean"], curves[stage]["std"], strict=True)]
+            for order, curves in summary["orders"].items()
+        }
+        for order, curves in published.items():
+            at = dict(zip((i / 10 for i in range(11)), curves[stage], strict=True))
+            columns[f"{order}, published"] = [_number(at.get(f)) for f in fractions]
+        parts += [f"## Loss, {stage}: mean ± standard deviation over runs", _by_fraction(fractions, columns)]
+    for stage in ("train", "test"):
+        columns = {
+            order: [_interval(*pair) for pair in zip(growth[stage]["mean"], growth[stage]["interval"], strict=True)]
+            for order, growth in _each(summary, "growth")
+        }
+        parts += [f"## Growth, {stage}: cost of freezing, of which random's is 1, with 95 % interval"]
+        parts += [_by_fraction(fractions, columns)]
+    for stage in ("train", "test"):
+        columns = {
+            order: [_interval(*pair) for pair in zip(paired[stage]["mean"], paired[stage]["interval"], strict=True)]
+            for order, paired in _each(summary, "paired")
+        }
+        parts += [f"## Loss minus that of random, {stage}, with 95 % interval", _by_fraction(fractions, columns)]
+    overlap = {"chance": [_number(summary["stability"]["chance"][f"{f:g}"]["jaccard"]) for f in fractions]}
+    for order in orders:
+        found = [summary["stability"][order][f"{f:g}"] for f in fractions]
+        overlap[order] = [_number(one["jaccard"]) for one in found]
+        if found[-1]["aligned"] is not None:
+            overlap[f"{order}, aligned"] = [_number(one["aligned"]) for one in found]
+    parts += ["## Jaccard overlap of the frozen sets of two runs, mean over pairs", _by_fraction(fractions, overlap)]
+    return "\n\n".join(parts) + "\n"
+
+
+def scan(summaries: Sequence[Summary], title: str) -> str:
+    """NAME_t0.md: what freezing costs and what the orders save, by t0."""
+    rows = []
+    for summary in summaries:
+        none, every = (
+            [_number(summary["orders"]["random"][stage]["mean"][end]) for stage in ("train", "test")] for end in (0, -1)
+        )
+        at = middle(summary["fractions"])
+        growth = [_interval(g["train"]["mean"][at], g["train"]["interval"][at]) for _, g in _each(summary, "growth")]
+        rows.append([str(summary["t0"]), " / ".join(none), " / ".join(every), *growth])
+    half = f"{summaries[0]['fractions'][middle(summaries[0]['fractions'])]:g}"
+    header = ["t0", "none frozen, train / test", "all frozen, train / test"]
+    header += [f"{order}, growth at {half}" for order in summaries[0]["growth"]]
+    return "\n\n".join([f"# {title}", _setting(summaries[0], scanned=True), _markdown(header, rows)]) + "\n"
+
+
+def costs(summary: Summary) -> Table:
+    """Growth of the training loss, a row per order and a column per fraction."""
+    inner = [i for i, f in enumerate(summary["fractions"]) if 0 < f < 1]
+    table = Table("order", *(f"{summary['fractions'][i]:g}" for i in inner))
+    for order, growth in summary["growth"].items():
+        table.add_row(order, *(_number(growth["train"]["mean"][i], 2) for i in inner))
+    return table
+
+
+def _setting(summary: Summary, scanned: bool = False) -> str:
+    after = summary["steps"] - summary["t0"]
+    steps = f"{after} steps after t0" if scanned else f"t0 = {summary['t0']} of {summary['steps']} steps"
+    text = f"{summary['runs']} runs, {steps}, S = {summary['batch_size']}, learning rate {summary['lr']:g}"
+    if summary["data"].startswith("synthetic"):
+        text += f", {summary['objects']} objects, noise {summary['noise']:g}"
+    return f"{text}, p = {summary['p']}, seed {summary['seed']}{', same data in all runs' * summary['same_data']}."
+
+
+def _each(summary: Summary, key: str) -> Iterable[tuple[str, Any]]:
+    return summary[key].items()  # type: ignore[no-any-return]
+
+
+def _by_fraction(fractions: Sequence[float], columns: Mapping[str, Sequence[str]]) -> str:
+    return _markdown(
+        ["frozen", *columns], [[f"{f:g}", *(column[i] for column in columns.values())] for i, f in enumerate(fractions)]
+    )
+
+
+def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "" if value is None else f"{value:.{digits}f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def _spread(mean: float, std: float | None) -> str:
+    return f"{_number(mean)} ± {_number(std)}" if std is not None else _number(mean)
+
+
+def _interval(mean: float | None, interval: Sequence[float | None]) -> str:
+    return "" if mean is None else f"{_number(mean)} [{_number(interval[0])}, {_number(interval[1])}]"

@@ -1,0 +1,156 @@
+"""The command from outside: what it writes, what it refuses, and that it goes on where it stopped."""
+
+import contextlib
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from examples.paper import study
+from examples.paper.__main__ import main
+from examples.paper.run import run
+from examples.paper.tasks import TASKS, Settings
+
+TINY = ["--runs", "2", "--t0", "4", "--steps", "9", "--lr", "0.02", "--seed", "5", "--jobs", "1"]
+OPTIONS = [*TINY, "--fractions", "0.5", "--orders", "second_moment"]
+
+
+def call(*argv):
+    """What the command prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        main([str(argument) for argument in argv])
+    return printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    out = tmp_path_factory.mktemp("paper")
+    return out, call("boston", *OPTIONS, "--out", out)
+
+
+def test_the_json_is_what_the_runs_say(written):
+    found = json.loads((written[0] / "boston.json").read_text())
+    settings = Settings("boston", 4, 9, 32, 0.02, ("variance", "random", "second_moment"), (0.0, 0.5, 1.0), seed=5)
+    runs = [run(settings, index) for index in (0, 1)]
+    assert found["fractions"] == [0, 0.5, 1]
+    assert list(found["orders"]) == ["variance", "random", "second_moment"]
+    assert (found["t0"], found["steps"], found["batch_size"], found["lr"], found["runs"]) == (4, 9, 32, 0.02, 2)
+    for i, curves in enumerate(found["orders"].values()):
+        for stage in ("train", "test"):
+            assert curves[stage]["runs"] == [getattr(one, stage)[i].tolist() for one in runs]
+            np.testing.assert_allclose(curves[stage]["mean"], np.mean(curves[stage]["runs"], axis=0))
+    assert np.array(found["alpha"]["variance"]["0.5"]).sum() == pytest.approx(150)  # half of 301, to even
+
+
+def test_the_markdown_has_the_same_numbers(written):
+    found = json.loads((written[0] / "boston.json").read_text())
+    text = (written[0] / "boston.md").read_text()
+    row = next(line for line in text.split("## ")[1].splitlines() if line.startswith("| 0.5 |"))
+    means = [curves["train"]["mean"][1] for curves in found["orders"].values()]
+    assert [float(cell.split("±")[0]) for cell in row.strip("| ").split("|")[1:]] == [round(m, 3) for m in means]
+
+
+@pytest.mark.parametrize("picture", ["loss", "alpha", "stability"])
+def test_the_pictures_are_there(written, picture):
+    pixels = imread(written[0] / f"boston_{picture}.png")
+    assert min(pixels.shape[:2]) > 300
+    assert pixels.min() < 0.5 < pixels.max()
+    assert f"_{picture}.png" in written[1]
+
+
+def test_a_second_call_computes_nothing(written, monkeypatch):
+    before = (written[0] / "boston.json").read_bytes()
+    monkeypatch.setattr(study, "run", lambda *_: pytest.fail("computed again"))
+    assert "second_moment" in call("boston", *OPTIONS, "--out", written[0])
+    assert (written[0] / "boston.json").read_bytes() == before
+
+
+def test_interrupted_it_says_how_to_go_on(tmp_path, monkeypatch):
+    def interrupted(settings, index):
+        if index:
+            raise KeyboardInterrupt
+        return run(settings, index)
+
+    monkeypatch.setattr(study, "run", interrupted)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit, match="130"):
+        main(["boston", *OPTIONS, "--out", str(tmp_path)])
+    assert "the same command goes on from there" in " ".join(printed.getvalue().split())
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["run000.npz"]
+    computed = []
+    monkeypatch.setattr(study, "run", lambda settings, index: computed.append(index) or run(settings, index))
+    call("boston", *OPTIONS, "--out", tmp_path)
+    assert computed == [1]
+
+
+def test_a_scan_trains_as_long_after_every_t0(tmp_path):
+    printed = call("synthetic3", *TINY, "--fractions", "0.5", "--scan-t0", "6,2", "--out", tmp_path)
+    found = json.loads((tmp_path / "synthetic3_t0.json").read_text())
+    assert [(one["t0"], one["steps"]) for one in found] == [(2, 7), (6, 11)]
+    ends = [[one["orders"]["random"]["train"]["mean"][end] for one in found] for end in (0, -1)]
+    assert ends[1][0] > ends[1][1] > ends[0][1]  # more training before the freeze, less that it costs
+    rows = (tmp_path / "synthetic3_t0.md").read_text().splitlines()[-2:]
+    assert [row.split("|")[1].strip() for row in rows] == ["2", "6"]
+    assert imread(tmp_path / "synthetic3_t0.png").shape[0] > 300
+    assert "synthetic3_t0" in printed
+
+
+def _planned(monkeypatch, *argv):
+    """The units that a command line would compute."""
+
+    class Planned(Exception):
+        pass
+
+    def stop(units, jobs, out):
+        raise Planned(units)
+
+    monkeypatch.setattr(study, "compute", stop)
+    with pytest.raises(Planned) as caught:
+        call(*argv)
+    return caught.value.args[0]
+
+
+def test_all_are_the_five_experiments_with_their_own_settings(monkeypatch):
+    units = _planned(monkeypatch, "all")
+    assert [(settings.data, index) for settings, index in units] == [(name, i) for name in TASKS for i in range(25)]
+    for settings, _ in units:
+        task = TASKS[settings.data]
+        assert (settings.t0, settings.steps, settings.lr) == (task.t0, task.steps, task.lr)
+        assert settings.fractions == tuple(i / 10 for i in range(11))
+        assert len(settings.orders) == 7
+
+
+def test_quick_is_five_runs_of_five_fractions(monkeypatch):
+    units = _planned(monkeypatch, "mnist", "--quick")
+    assert [index for _, index in units] == [0, 1, 2, 3, 4]
+    assert units[0][0].fractions == (0, 0.25, 0.5, 0.75, 1)
+
+
+def test_a_scan_without_values_takes_the_tasks_four(monkeypatch):
+    units = _planned(monkeypatch, "boston", "--scan-t0", "--runs", "2")
+    assert [settings.t0 for settings, _ in units] == sorted([*TASKS["boston"].scan] * 2)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["iris"], "invalid choice: 'iris'"),
+        (["boston", "--orders", "variance,hessian"], "got hessian"),
+        (["boston", "--fractions", "0.5,1.5"], r"must lie in \[0, 1\], got 1.5"),
+        (["boston", "--fractions", "nan"], r"must lie in \[0, 1\], got nan"),
+        (["boston", "--runs", "1"], "must be at least 2, got 1"),
+        (["boston", "--t0", "0"], "must be at least 1, got 0"),
+        (["boston", "--lr", "inf"], "must be .*, got inf"),
+        (["boston", "--lr", "0"], "must be .*, got 0"),
+        (["all", "--t0", "500", "--steps", "500"], "--steps 500 leaves boston no step after --t0 500"),
+        (["boston", "--batch-size", "1"], "must be at least 2, got 1"),
+        (["boston", "--jobs", "two"], "invalid int value: 'two'"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(argv, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(argv)
+    assert re.search(message, " ".join(capsys.readouterr().err.split()))

@@ -1,0 +1,200 @@
+"""A run against NumPy by hand, and its batched continuations against Trainers of their own, one for each."""
+
+from dataclasses import replace
+from itertools import chain
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from examples.paper.run import Members, epochs, frozen_sets, go_on, prepare, run, warm_up
+from examples.paper.tasks import TASKS, Settings
+from lightning_gcfreeze import GradCovFreezeCallback
+from lightning_gcfreeze.orderings import ORDERINGS
+from tests.oracles.experiment import linear_regression
+
+ORDERS = tuple(ORDERINGS)
+SHORT = Settings(
+    "boston", t0=9, steps=20, batch_size=32, lr=1e-2, orders=ORDERS, fractions=(0.0, 0.3, 0.8, 1.0), seed=3
+)
+
+
+def of(data, **changes):
+    return replace(SHORT, data=data, **changes)
+
+
+def in_float64(experiment):
+    x, y = experiment.train.tensors
+    train = TensorDataset(x.double(), y.double() if y.is_floating_point() else y)
+    return replace(experiment, model=experiment.model.double(), train=train)
+
+
+def trained_alone(experiment, order, fraction):
+    """The plain way: one Trainer, the task's own module, the callback as a user adds it, from the first step on."""
+    experiment.model.lr = experiment.settings.lr
+    callback = GradCovFreezeCallback(experiment.settings.t0, k=fraction, order=order, seed=experiment.seed)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_steps=len(experiment.batches),
+        callbacks=callback,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(experiment.model, DataLoader(experiment.train, sampler=experiment.batches, batch_size=None))
+    return callback
+
+
+def flat(tensors):
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
+
+
+def by_member(members):
+    """All weights, (M, p)."""
+    return torch.cat([p.detach().flatten(1) for p in members.parameters()], 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("data", "orders"),
+    [
+        ("boston", ORDERS),
+        ("mnist", ("variance", "random")),
+        ("synthetic1", ("variance", "second_moment")),
+        ("synthetic2", ("variance", "displacement")),
+        ("synthetic3", ("snr", "magnitude")),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.* never had a gradient", "ignore:You defined a `validation_step`")
+def test_a_member_is_the_model_that_a_trainer_of_its_own_trains(data, orders, tmp_path):
+    """In float64 equal to rounding: the frozen set, every weight, and Adam went the same way for 60 steps."""
+    settings = of(data, t0=15, steps=60, orders=orders, fractions=(0.3, 0.8))
+    experiment = in_float64(prepare(settings, index=2))
+    evidence = warm_up(experiment, tmp_path / "t0.ckpt")
+    frozen = np.concatenate(frozen_sets(evidence, settings.orders, settings.fractions))
+    members = go_on(experiment, tmp_path / "t0.ckpt", frozen)
+    weights, losses = by_member(members), members.evaluate(experiment.train)
+    pairs = [(order, fraction) for order in orders for fraction in settings.fractions]
+    for member, (order, fraction) in enumerate(pairs):
+        alone = in_float64(prepare(settings, index=2))
+        before = flat(alone.model.parameters())
+        callback = trained_alone(alone, order, fraction)
+        assert torch.equal(flat(callback.frozen.values()), torch.as_tensor(frozen[member])), (order, fraction)
+        torch.testing.assert_close(weights[member], flat(alone.model.parameters()), rtol=1e-8, atol=1e-10)
+        x, y = alone.train.tensors
+        assert losses[member] == pytest.approx(float(alone.model.loss(alone.model(x), y).detach()), rel=1e-8)
+        assert (weights[member] - before).abs().max() > 0.01
+    assert len({tuple(row) for row in frozen}) == len(pairs)  # they are different models
+
+
+@pytest.mark.parametrize("fraction", [0.3, 0.8])
+def test_a_run_is_what_numpy_makes_of_the_papers_equations(fraction):
+    """Weights, batches and data alone are taken from the code; loss and frozen set come out the same."""
+    settings = of("synthetic3", t0=30, steps=70, fractions=(0.0, fraction, 1.0))
+    found = run(settings, index=1)
+    loss, frozen = by_hand(settings, fraction)
+    np.testing.assert_array_equal(found.frozen[ORDERS.index("variance"), 1], frozen)
+    assert found.train[ORDERS.index("variance"), 1] == pytest.approx(loss, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        {"score": lambda c: -c},
+        {"gain": lambda t: 0.1 if t > 1 else 1.0},
+        {"sample": lambda gradients: 0 * gradients[0]},
+        {"sample": lambda gradients: gradients[-1]},
+        {"held": False},
+    ],
+    ids=["descending", "constant gain", "no g_1", "last sample", "drift"],
+)
+def test_the_comparison_with_numpy_would_notice(mistake):
+    """Each mistake changes the frozen set or the loss by more than the tolerance of the test above."""
+    settings = of("synthetic3", t0=30, steps=70)
+    right, wrong = by_hand(settings, 0.8), by_hand(settings, 0.8, **mistake)
+    assert (right[1] != wrong[1]).any() or wrong[0] != pytest.approx(right[0], rel=1e-3)
+
+
+def by_hand(settings, fraction, **method):
+    """Training loss and frozen set of run number 1, in NumPy."""
+    experiment = prepare(settings, index=1)
+    x, y = (tensor.numpy().astype(np.float64) for tensor in experiment.train.tensors)
+    start = flat(experiment.model.parameters()).numpy()
+    k = round(fraction * 200)
+    w, frozen = linear_regression(start, (x, y), experiment.batches, settings.t0, k, settings.lr, **method)
+    return np.mean((x @ w - y) ** 2), frozen
+
+
+def test_frozen_elements_keep_their_bits_and_the_others_move(tmp_path):
+    experiment = prepare(SHORT, index=0)
+    frozen = np.concatenate(frozen_sets(warm_up(experiment, tmp_path / "t0.ckpt"), SHORT.orders, SHORT.fractions))
+    at_t0 = flat(torch.load(tmp_path / "t0.ckpt", weights_only=True)["state_dict"].values())
+    weights = by_member(go_on(experiment, tmp_path / "t0.ckpt", frozen))
+    same = (weights.view(torch.int32) == at_t0.view(torch.int32)).numpy()
+    assert same[frozen].all()
+    assert same[~frozen].mean() < 0.1  # weights of dead units may stay, too
+    assert (flat(experiment.model.parameters()) != at_t0).float().mean() > 0.9  # the warm-up trained
+
+
+def test_curves_begin_at_no_freeze_and_end_at_the_state_of_t0(tmp_path):
+    """All orders share both ends: the first is a run without the callback, the last is the model that froze."""
+    found = run(SHORT, index=0)
+    assert found.train.shape == found.test.shape == (7, 4)
+    assert found.frozen.sum(-1).tolist() == [[0, 90, 241, 301]] * 7
+    experiment = prepare(SHORT, index=0)
+    warm_up(experiment, tmp_path / "t0.ckpt")
+    at_t0 = Members(experiment.model, 1, SHORT.lr)
+    at_t0.load_state_dict(torch.load(tmp_path / "t0.ckpt", weights_only=True)["state_dict"])
+    np.testing.assert_allclose(found.train[:, -1], at_t0.evaluate(experiment.train)[0], rtol=1e-6)
+    model = experiment.model
+    optimizer = torch.optim.Adam(model.parameters(), lr=SHORT.lr)
+    for batch in experiment.batches:
+        x, y = experiment.train[batch]
+        optimizer.zero_grad()
+        model.loss(model(x), y).backward()
+        optimizer.step()
+    for curves, data in ((found.train, experiment.train), (found.test, experiment.test)):
+        x, y = data.tensors
+        np.testing.assert_allclose(curves[:, 0], float(model.loss(model(x), y).detach()), rtol=1e-4)
+    assert found.train[0, -1] > 1.2 * found.train[0, 0]
+    assert len(set(found.train[:, 2])) == 7
+
+
+def test_a_run_is_fixed_by_its_seed():
+    once, again, other, shifted = run(SHORT, 0), run(SHORT, 0), run(SHORT, 1), run(replace(SHORT, seed=4), 0)
+    for field in ("train", "test", "frozen"):
+        assert np.array_equal(getattr(once, field), getattr(again, field))
+        assert np.array_equal(getattr(other, field), getattr(shifted, field))  # run i has the seed `seed` + i
+        assert not np.array_equal(getattr(once, field), getattr(other, field))
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_runs_share_w_and_only_on_request_the_objects(monkeypatch, same):
+    """A synthetic parameter means the same in every run; weights and batches are new each time."""
+    made, task = [], TASKS["synthetic3"]
+    monkeypatch.setitem(TASKS, "synthetic3", replace(task, data=lambda *a: made.append(task.data(*a)) or made[-1]))
+    one, other = (prepare(of("synthetic3", same_data=same), index) for index in (0, 1))
+    assert np.array_equal(made[0].w, made[1].w)
+    assert torch.equal(one.train.tensors[0], other.train.tensors[0]) == same
+    assert not torch.equal(flat(one.model.parameters()), flat(other.model.parameters()))
+    assert one.batches != other.batches
+
+
+def test_an_epoch_visits_every_object_once_and_ends_in_a_short_batch():
+    batches = epochs(objects=10, batch_size=4, steps=7, seed=0)
+    assert [len(batch) for batch in batches] == [4, 4, 2, 4, 4, 2, 4]
+    for first in (0, 3):
+        assert sorted(chain(*batches[first : first + 3])) == list(range(10))
+    assert batches[:3] != batches[3:6]
+    assert batches == epochs(10, 4, 7, seed=0) != epochs(10, 4, 7, seed=1)
+
+
+def test_ctrl_c_is_no_result(monkeypatch):
+    """Lightning ends a fit early on Ctrl-C, by exit or, before 2.5, without a word: neither may pass for a run."""
+    for interrupt in (lambda *_, **__: (_ for _ in ()).throw(SystemExit(1)), lambda *_, **__: None):
+        monkeypatch.setattr(pl.Trainer, "fit", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(SHORT, 0)
