@@ -192,7 +192,9 @@ class Synthetic(ArrayDataModule):
     @override
     def splits(self) -> dict[Stage, Arrays]:
         random = np.random.default_rng(self.seed)
-        self.w = (random if self.w_seed is None else np.random.default_rng(self.w_seed)).normal(size=self.features)
+        # Of [seed, 1], not of the seed alone: that stream also begins with the first object of the module of that seed.
+        own = random if self.w_seed is None else np.random.default_rng([self.w_seed, 1])
+        self.w = own.normal(size=self.features)
         x = random.normal(size=(self.objects, self.features))
         mean = x @ self.w
         y = (

@@ -29,14 +29,18 @@ def loss(summary: Mapping[str, Any], title: str) -> Figure:
         for order, curves in summary["orders"].items():
             mean = np.array(curves[stage]["mean"])
             axes.plot(summary["fractions"], mean, label=order, markersize=3.5, **STYLE[order])
-            if order in SPREAD and summary["runs"] > 1:
+            if order in SPREAD:
                 std = np.array(curves[stage]["std"])
                 axes.fill_between(
                     summary["fractions"], mean - std, mean + std, color=STYLE[order]["color"], alpha=0.15, linewidth=0
                 )
         axes.set_title("training loss" if stage == "train" else "test loss", fontsize=10)
         axes.set_xlabel("fraction frozen")
-        axes.set_ylim(bottom=0)
+        ends = summary["orders"]["random"][stage]["mean"]
+        if ends[-1] > 10 * ends[0]:
+            axes.set_yscale("log")  # or the curves would lie on the axis
+        else:
+            axes.set_ylim(bottom=0)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(
         f"{title}: {summary['runs']} runs, frozen at step {summary['t0']} of {summary['steps']}", fontsize=11
@@ -71,8 +75,8 @@ def stability(summary: Mapping[str, Any], title: str) -> Figure:
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     overlap, counts = figure.subplots(1, 2)
     inner = [f for f in summary["fractions"] if 0 < f < 1]
-    keys = [f"{f:g}" for f in inner]
-    half = f"{summary['fractions'][middle(summary['fractions'])]:g}"
+    keys = [str(f) for f in inner]
+    half = str(summary["fractions"][middle(summary["fractions"])])
     found = summary["stability"]
     for order in SPREAD:
         overlap.plot(inner, [found[order][key]["jaccard"] for key in keys], label=order, **STYLE[order])
@@ -84,9 +88,9 @@ def stability(summary: Mapping[str, Any], title: str) -> Figure:
                 color=STYLE[order]["color"],
                 linestyle=":",
             )
-        _steps(counts, found[order][half]["alpha"], **STYLE[order])
+        _staircase(counts, found[order][half]["alpha"], **STYLE[order])
     overlap.plot(inner, [found["chance"][key]["jaccard"] for key in keys], "k--", linewidth=1, label="chance", zorder=5)
-    _steps(counts, found["chance"][half]["alpha"], color="black", linestyle="--", linewidth=1, zorder=5)
+    _staircase(counts, found["chance"][half]["alpha"], color="black", linestyle="--", linewidth=1, zorder=5)
     overlap.set(xlabel="fraction frozen", ylabel="Jaccard overlap of two runs", ylim=(0, 1))
     counts.set(xlabel=f"runs of {summary['runs']} that froze a parameter, fraction {half}", ylabel="parameters")
     for axes in (overlap, counts):
@@ -108,14 +112,17 @@ def scan(summaries: Sequence[Mapping[str, Any]], title: str) -> Figure:
             ends.plot(t0s, values, line, color="black", marker=marker, label=f"{label} frozen, {stage}")
     for order in summaries[0]["growth"]:
         found = [summary["growth"][order]["train"] for summary in summaries]
-        mean = np.array([one["mean"][half] for one in found])
-        interval = np.array([one["interval"][half] for one in found])
+        mean = np.array([one["mean"][half] for one in found], dtype=float)  # NaN for None, which is left out
+        interval = np.array([one["interval"][half] for one in found], dtype=float)
         error = np.abs(interval.T - mean)
         costs.errorbar(t0s, mean, error, label=order, markersize=4, capsize=2, **STYLE[order])
     costs.axhline(1, color=STYLE["random"]["color"], label="random")
     ends.set(xlabel="t0", ylabel="loss after the last step", xscale="log", yscale="log")
+    low, high = costs.get_ylim()
     costs.set(xlabel="t0", ylabel=f"growth, {summaries[0]['fractions'][half]:g} frozen, training", xscale="log")
-    costs.set_ylim(0, min(3, costs.get_ylim()[1]))
+    costs.set_ylim(min(0, low), min(3, high))
+    if high > 3:
+        costs.set_title("what lies above 3 is cut off", fontsize=8)
     for axes in (ends, costs):
         axes.set_xticks(t0s, [f"{t0:,}" for t0 in t0s], minor=False)
         axes.minorticks_off()
@@ -125,5 +132,5 @@ def scan(summaries: Sequence[Mapping[str, Any]], title: str) -> Figure:
     return figure
 
 
-def _steps(axes: Axes, counts: list[float], **style: Any) -> None:
+def _staircase(axes: Axes, counts: list[float], **style: Any) -> None:
     axes.step(range(len(counts)), counts, where="mid", **style)

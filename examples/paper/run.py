@@ -51,6 +51,11 @@ class Experiment:
     test: TensorDataset
     batches: list[list[int]]  # the objects of every step, before and after t0
 
+    @property
+    def order_seed(self) -> int:
+        """Of the random order: not the run's, whose stream has made the initial weights."""
+        return self.seed + 2**32
+
 
 class Members(pl.LightningModule):
     """M copies of a model, each with weights of its own, trained at once on the same batches.
@@ -84,7 +89,7 @@ class Members(pl.LightningModule):
 
     @override
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        # Not fused, Adam would take the square root of frozen elements' second moments, which is slow on zeros.
+        # Fused: one pass over the weights of all members, and not one for each operation.
         return torch.optim.Adam(self.parameters(), lr=self.lr, fused=True)
 
     @torch.no_grad()
@@ -129,6 +134,10 @@ def prepare(settings: Settings, index: int) -> Experiment:
     data = task.data(settings, settings.seed if settings.same_data else seed)
     data.setup()
     train, test = data.dataset["train"], data.dataset["test"]
+    if settings.batch_size > len(train):
+        raise ValueError(
+            f"`batch_size={settings.batch_size}` is more than the {len(train)} training objects. Lower it."
+        )
     return Experiment(
         settings, seed, task.model(), train, test, epochs(len(train), settings.batch_size, settings.steps, seed)
     )
@@ -199,7 +208,7 @@ def _fit(
         accelerator="cpu",
         devices=1,
         max_steps=len(batches),
-        callbacks=GradCovFreezeCallback(experiment.settings.t0, k=0, order=recorder, seed=experiment.seed),
+        callbacks=GradCovFreezeCallback(experiment.settings.t0, k=0, order=recorder, seed=experiment.order_seed),
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -209,6 +218,6 @@ def _fit(
         trainer.fit(members, DataLoader(experiment.train, sampler=batches, batch_size=None), ckpt_path=checkpoint)
     except SystemExit as error:  # so Lightning passes Ctrl-C on
         raise KeyboardInterrupt from error
-    if trainer.global_step != len(batches):  # and so did earlier versions: no word, and half of the training
+    if trainer.interrupted:  # and so did versions before 2.5: without a word, half of the training done
         raise KeyboardInterrupt
     return trainer

@@ -3,7 +3,7 @@
 NumPy in; numbers, lists and None for what is undefined out, ready for JSON. R runs, F fractions, p parameters.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import combinations
 from typing import Any
@@ -19,7 +19,6 @@ from examples.paper.tasks import TASKS, Settings
 Floats = NDArray[np.float64]
 Shapes = Mapping[str, Sequence[int]]  # of a model's parameters, by name
 STAGES = ("train", "test")
-RESAMPLES = 10_000
 
 
 def summarise(settings: Settings, runs: Sequence[Run]) -> dict[str, Any]:
@@ -32,14 +31,14 @@ def summarise(settings: Settings, runs: Sequence[Run]) -> dict[str, Any]:
     shapes = {name: tuple(p.shape) for name, p in TASKS[settings.data].model().named_parameters()}
     rivals = [order for order in settings.orders if order != "random"]
 
-    def against_random(compare: Any) -> dict[str, Any]:
+    def against_random(compare: Callable[[Losses, Losses], dict[str, Any]]) -> dict[str, Any]:
         return {
             order: {stage: compare(losses[order][stage], losses["random"][stage]) for stage in STAGES}
             for order in rivals
         }
 
-    def by_fraction(masks: Masks, describe: Any) -> dict[str, Any]:
-        return {f"{f:g}": describe(masks[j]) for j, f in enumerate(settings.fractions)}
+    def by_fraction(masks: Masks, describe: Callable[[Masks], Any]) -> dict[str, Any]:
+        return {str(f): describe(masks[j]) for j, f in enumerate(settings.fractions)}
 
     return {
         **asdict(settings),
@@ -75,16 +74,20 @@ def growth(losses: Losses, baseline: Losses) -> dict[str, Any]:
     """The share of the baseline's cost of freezing that an order pays: 1 is no better, 0 costs nothing.
 
     (L(order, f) - L(0)) / (L(baseline, f) - L(0)), L the mean over runs; both (R, F), the first column L(0). The
-    interval is the percentile bootstrap's 95 % over runs. None where nothing is frozen.
+    interval is Fieller's of 95 %, for a ratio of paired means. None where the baseline's own cost is not clearly above
+    0: there is nothing to have a share of.
     """
-
-    def ratio(order: Floats, baseline: Floats) -> Floats:  # both (..., F)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return (order - order[..., :1]) / (baseline - baseline[..., :1])
-
-    rows = np.random.default_rng(0).integers(len(losses), size=(RESAMPLES, len(losses)))
-    interval = np.percentile(ratio(losses[rows].mean(1), baseline[rows].mean(1)), [2.5, 97.5], axis=0)
-    return {"mean": _plain(ratio(losses.mean(0), baseline.mean(0))), "interval": _plain(interval.T)}
+    mean, interval = np.full(losses.shape[1], np.nan), np.full((losses.shape[1], 2), np.nan)
+    runs = len(losses)
+    for j in range(1, losses.shape[1]) if runs > 1 else ():
+        costs = np.stack([losses[:, j] - losses[:, 0], baseline[:, j] - baseline[:, 0]])
+        cost, unit = costs.mean(1)
+        error = t.ppf(0.975, runs - 1) ** 2 * np.cov(costs) / runs
+        a, b, c = unit**2 - error[1, 1], cost * unit - error[0, 1], cost**2 - error[0, 0]
+        if unit > 0 and a > 0:
+            root = np.sqrt(max(b**2 - a * c, 0.0))
+            mean[j], interval[j] = cost / unit, ((b - root) / a, (b + root) / a)
+    return {"mean": _plain(mean), "interval": _plain(interval)}
 
 
 def stability(masks: Masks, shapes: Shapes) -> dict[str, Any]:
@@ -146,7 +149,7 @@ def _units(mask: Masks, shapes: Shapes) -> tuple[Masks, Masks]:
 
 
 def _plain(values: Floats) -> Any:
-    """Nested lists, with None for NaN, which JSON lacks."""
+    """Nested lists, with None for what is no number, which JSON lacks."""
     finite: Any = values.astype(object)
-    finite[np.isnan(values)] = None
+    finite[~np.isfinite(values)] = None
     return finite.tolist()

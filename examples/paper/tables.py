@@ -38,9 +38,9 @@ def report(summary: Summary, title: str) -> str:
             for order, paired in _each(summary, "paired")
         }
         parts += [f"## Loss minus that of random, {stage}, with 95 % interval", _by_fraction(fractions, columns)]
-    overlap = {"chance": [_number(summary["stability"]["chance"][f"{f:g}"]["jaccard"]) for f in fractions]}
+    overlap = {"chance": [_number(summary["stability"]["chance"][str(f)]["jaccard"]) for f in fractions]}
     for order in orders:
-        found = [summary["stability"][order][f"{f:g}"] for f in fractions]
+        found = [summary["stability"][order][str(f)] for f in fractions]
         overlap[order] = [_number(one["jaccard"]) for one in found]
         if found[-1]["aligned"] is not None:
             overlap[f"{order}, aligned"] = [_number(one["aligned"]) for one in found]
@@ -97,7 +97,8 @@ def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _number(value: float | None, digits: int = 3) -> str:
-    return "" if value is None else f"{value:.{digits}f}" if abs(value) < 10 else f"{value:.1f}"
+    """With so many significant digits, and none for what is undefined."""
+    return "" if value is None else f"{value:#.{digits}g}".rstrip(".")
 
 
 def _spread(mean: float, std: float | None) -> str:

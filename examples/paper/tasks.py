@@ -12,7 +12,7 @@ Name = Literal["boston", "mnist", "synthetic1", "synthetic2", "synthetic3"]
 
 @dataclass(frozen=True)
 class Settings:
-    """All that decides what a run computes, beside its number."""
+    """What decides, beside its number and the code, what a run computes."""
 
     data: Name
     t0: int  # optimizer steps observed
@@ -39,6 +39,7 @@ class Task:
     batch_size: int
     lr: float
     scan: tuple[int, ...]  # values of t0: early, at the knee of the loss, late, converged
+    options: frozenset[str] = frozenset()  # the settings that only some data sets have
     published: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)  # order -> stage -> losses
 
 
@@ -117,6 +118,7 @@ TASKS: dict[Name, Task] = {
         batch_size=32,
         lr=3e-3,
         scan=(50, 200, 600, 2000),
+        options=frozenset({"objects", "noise"}),
         published=_SYNTHETIC1,
     ),
     "synthetic2": Task(
@@ -128,6 +130,7 @@ TASKS: dict[Name, Task] = {
         batch_size=32,
         lr=1e-2,
         scan=(25, 100, 300, 1000),
+        options=frozenset({"objects"}),
     ),
     "synthetic3": Task(
         "Synthetic 3, linear regression",
@@ -138,6 +141,14 @@ TASKS: dict[Name, Task] = {
         batch_size=32,
         lr=1e-2,
         scan=(50, 200, 600, 2000),
+        options=frozenset({"objects", "noise"}),
         published=_SYNTHETIC3,
     ),
 }
+
+
+def work(settings: Settings) -> float:
+    """How much there is to do in a run, in steps of a small model; measured on two cores, for the time left."""
+    p = sum(w.numel() for w in TASKS[settings.data].model().parameters())
+    members = len(settings.orders) * len(settings.fractions)
+    return settings.t0 * 2 + (settings.steps - settings.t0) * (1 + 6e-6 * p * members)

@@ -192,6 +192,27 @@ def test_w_is_standard_normal_and_of_the_seed():
     assert abs(np.corrcoef(w, other)[0, 1]) < 0.03  # each seed draws its own
 
 
+def test_a_seed_of_its_own_fixes_w_alone():
+    """Samples of objects from one distribution; and no object is w, as two streams of one seed would make it."""
+    one, other = (_ready(Synthetic("regression", objects=50, features=30, seed=seed, w_seed=4)) for seed in (4, 5))
+    assert np.array_equal(one.w, other.w)
+    assert not np.array_equal(one.w, _ready(Synthetic("regression", objects=50, features=30, seed=4, w_seed=6)).w)
+    x, same = (np.concatenate([a[0] for a in _arrays(module).values()]) for module in (one, other))
+    assert not np.isin(x, same).any()
+    assert not np.isclose(x, one.w).any(axis=0).all()
+    assert abs(np.corrcoef(one.w, x)[0, 1:]).max() < 0.9
+
+
+def test_the_noise_of_a_regression_can_be_set():
+    def residual(**options):
+        module = _ready(Synthetic("regression", objects=5000, features=3, seed=1, **options))
+        x, y = (np.concatenate(columns) for columns in zip(*_arrays(module).values(), strict=True))
+        return (y - x @ module.w).std()
+
+    assert residual(noise=0.25) == pytest.approx(0.25, rel=0.05)
+    assert residual() == pytest.approx(1.0, rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -87,7 +87,8 @@ def test_interrupted_it_says_how_to_go_on(tmp_path, monkeypatch):
 
 
 def test_a_scan_trains_as_long_after_every_t0(tmp_path):
-    printed = call("synthetic3", *TINY, "--fractions", "0.5", "--scan-t0", "6,2", "--out", tmp_path)
+    options = ["--runs", "2", "--steps", "5", "--lr", "0.02", "--jobs", "1", "--fractions", "0.5"]
+    printed = call("synthetic3", *options, "--scan-t0", "6, 2", "--out", tmp_path)
     found = json.loads((tmp_path / "synthetic3_t0.json").read_text())
     assert [(one["t0"], one["steps"]) for one in found] == [(2, 7), (6, 11)]
     ends = [[one["orders"]["random"]["train"]["mean"][end] for one in found] for end in (0, -1)]
@@ -98,23 +99,27 @@ def test_a_scan_trains_as_long_after_every_t0(tmp_path):
     assert "synthetic3_t0" in printed
 
 
-def _planned(monkeypatch, *argv):
-    """The units that a command line would compute."""
+@pytest.fixture
+def planned(monkeypatch, tmp_path):
+    """From a command line to the units that it would compute."""
 
     class Planned(Exception):
         pass
 
-    def stop(units, jobs, out):
+    def stop(units, out):
         raise Planned(units)
 
-    monkeypatch.setattr(study, "compute", stop)
-    with pytest.raises(Planned) as caught:
-        call(*argv)
-    return caught.value.args[0]
+    def plan(*argv):
+        with pytest.raises(Planned) as caught:
+            call(*argv, "--out", tmp_path)
+        return caught.value.args[0]
+
+    monkeypatch.setattr(study, "missing", stop)
+    return plan
 
 
-def test_all_are_the_five_experiments_with_their_own_settings(monkeypatch):
-    units = _planned(monkeypatch, "all")
+def test_all_are_the_five_experiments_with_their_own_settings(planned):
+    units = planned("all")
     assert [(settings.data, index) for settings, index in units] == [(name, i) for name in TASKS for i in range(25)]
     for settings, _ in units:
         task = TASKS[settings.data]
@@ -123,14 +128,32 @@ def test_all_are_the_five_experiments_with_their_own_settings(monkeypatch):
         assert len(settings.orders) == 7
 
 
-def test_quick_is_five_runs_of_five_fractions(monkeypatch):
-    units = _planned(monkeypatch, "mnist", "--quick")
+def test_quick_is_five_runs_of_five_fractions_unless_told_otherwise(planned):
+    units = planned("mnist", "--quick")
     assert [index for _, index in units] == [0, 1, 2, 3, 4]
     assert units[0][0].fractions == (0, 0.25, 0.5, 0.75, 1)
+    units = planned("mnist", "--quick", "--runs", "3", "--fractions", "0.1, 0.2")
+    assert [(index, settings.fractions) for settings, index in units] == [(i, (0, 0.1, 0.2, 1)) for i in range(3)]
 
 
-def test_a_scan_without_values_takes_the_tasks_four(monkeypatch):
-    units = _planned(monkeypatch, "boston", "--scan-t0", "--runs", "2")
+def test_every_option_reaches_the_settings(planned):
+    options = "--t0 7 --steps 9 --batch-size 16 --lr 0.5 --seed 11 --orders snr --objects 90 --noise 0.25 --same-data"
+    (settings, _), _ = planned("synthetic1", *options.split(), "--fractions", "0.5", "--runs", "2")
+    orders = ("variance", "random", "snr")
+    assert settings == Settings("synthetic1", 7, 9, 16, 0.5, orders, (0, 0.5, 1), 11, 90, 0.25, True)
+
+
+def test_of_all_only_the_synthetic_ones_have_objects_and_noise(planned):
+    units = planned("all", "--objects", "90", "--noise", "0.25", "--runs", "2")
+    found = {settings.data: (settings.objects, settings.noise) for settings, _ in units}
+    real, regression = (1000, 1.0), (90, 0.25)
+    assert found == {
+        "boston": real, "mnist": real, "synthetic1": regression, "synthetic2": (90, 1.0), "synthetic3": regression,
+    }  # fmt: skip
+
+
+def test_a_scan_without_values_takes_the_tasks_four(planned):
+    units = planned("boston", "--scan-t0", "--runs", "2")
     assert [settings.t0 for settings, _ in units] == sorted([*TASKS["boston"].scan] * 2)
 
 
@@ -145,8 +168,16 @@ def test_a_scan_without_values_takes_the_tasks_four(monkeypatch):
         (["boston", "--t0", "0"], "must be at least 1, got 0"),
         (["boston", "--lr", "inf"], "must be .*, got inf"),
         (["boston", "--lr", "0"], "must be .*, got 0"),
-        (["all", "--t0", "500", "--steps", "500"], "--steps 500 leaves boston no step after --t0 500"),
+        (["all", "--t0", "500", "--steps", "500"], "--steps 500 leaves boston none after t0 = 500"),
         (["boston", "--batch-size", "1"], "must be at least 2, got 1"),
+        (["boston", "--fractions", "0,1"], "name at least one between them, got 0,1"),
+        (["boston", "--fractions", "half"], "invalid list of fractions value: 'half'"),
+        (["--scan-t0", "boston"], "invalid list of steps value: 'boston'"),
+        (["boston", "--scan-t0", "5", "--t0", "7"], "--t0 7 and --scan-t0"),
+        (["boston", "--noise", "0.5"], "--noise is not for boston"),
+        (["synthetic2", "--noise", "0.5", "--objects", "2000"], "--noise is not for synthetic2"),
+        (["boston", "--seed", "99999999999"], "must be from 0 to 2147483648, got 99999999999"),
+        (["boston", "--out", __file__], "--out: .*exists"),
         (["boston", "--jobs", "two"], "invalid int value: 'two'"),
     ],
 )

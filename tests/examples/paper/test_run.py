@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.trainer.states import TrainerStatus
 from torch.utils.data import DataLoader, TensorDataset
 
 from examples.paper.run import Members, epochs, frozen_sets, go_on, prepare, run, warm_up
@@ -34,7 +35,7 @@ def in_float64(experiment):
 def trained_alone(experiment, order, fraction):
     """The plain way: one Trainer, the task's own module, the callback as a user adds it, from the first step on."""
     experiment.model.lr = experiment.settings.lr
-    callback = GradCovFreezeCallback(experiment.settings.t0, k=fraction, order=order, seed=experiment.seed)
+    callback = GradCovFreezeCallback(experiment.settings.t0, k=fraction, order=order, seed=experiment.order_seed)
     trainer = pl.Trainer(
         accelerator="cpu",
         max_steps=len(experiment.batches),
@@ -194,7 +195,20 @@ def test_an_epoch_visits_every_object_once_and_ends_in_a_short_batch():
 
 def test_ctrl_c_is_no_result(monkeypatch):
     """Lightning ends a fit early on Ctrl-C, by exit or, before 2.5, without a word: neither may pass for a run."""
-    for interrupt in (lambda *_, **__: (_ for _ in ()).throw(SystemExit(1)), lambda *_, **__: None):
-        monkeypatch.setattr(pl.Trainer, "fit", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            run(SHORT, 0)
+
+    def pressed(self, batch, batch_idx):
+        raise KeyboardInterrupt
+
+    def silent(self, *_, **__):
+        self.state.status = TrainerStatus.INTERRUPTED
+
+    for owner, name, interrupt in ((Members, "training_step", pressed), (pl.Trainer, "fit", silent)):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                run(SHORT, 0)
+
+
+def test_a_batch_larger_than_the_data_is_refused():
+    with pytest.raises(ValueError, match="`batch_size=364` is more than the 363 training objects"):
+        run(of("boston", batch_size=364), 0)

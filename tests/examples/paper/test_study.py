@@ -1,9 +1,17 @@
 """Files of runs: the same bits by any number of processes, nothing computed twice, nothing half done."""
 
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from examples.paper import study
 from examples.paper.run import Run
@@ -32,8 +40,11 @@ def equal(one, other):
 @pytest.mark.slow
 def test_results_do_not_depend_on_the_number_of_processes(tmp_path):
     units = [(SHORT, index) for index in range(3)]
-    alone = list(study.compute(units, jobs=1, out=tmp_path / "one"))
+    torch.set_num_threads(2)  # of this process: a worker sets its own, and so does a computation without workers
     side_by_side = list(study.compute(units, jobs=2, out=tmp_path / "two"))
+    assert torch.get_num_threads() == 2
+    alone = list(study.compute(units, jobs=1, out=tmp_path / "one"))
+    assert torch.get_num_threads() == 1
     assert alone == units == sorted(side_by_side, key=lambda unit: unit[1])
     one, two = (study.load(SHORT, 3, tmp_path / folder) for folder in ("one", "two"))
     assert all(map(equal, one, two))
@@ -51,23 +62,23 @@ def test_what_is_there_is_not_computed_again(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "run", fake)
     units = [(SHORT, index) for index in range(3)]
     assert list(study.compute(units[:1], 1, tmp_path)) == units[:1]
-    assert list(study.compute(units, 1, tmp_path)) == units
+    assert study.missing(units, tmp_path) == units[1:]
+    assert list(study.compute(units[1:], 1, tmp_path)) == units[1:]
+    assert study.missing(units, tmp_path) == []
     assert computed == units
     assert [run.train.item() for run in study.load(SHORT, 3, tmp_path)] == [0, 1, 2]
     for change in ({"t0": 3}, {"lr": 0.02}, {"fractions": (0.0, 1.0)}, {"seed": 1}, {"same_data": True}):
         other = replace(SHORT, **change)
-        assert list(study.compute([(other, 0)], 1, tmp_path)) == [(other, 0)]
-    assert len(computed) == 8
+        assert study.missing([(other, 0)], tmp_path) == list(study.compute([(other, 0)], 1, tmp_path)) == [(other, 0)]
     assert study.load(replace(SHORT, t0=3), 1, tmp_path)[0].test.item() == 3
 
 
 def test_an_interrupted_run_leaves_nothing_and_the_finished_ones_stay(tmp_path, monkeypatch):
-    done, computed = Run(np.zeros((1, 1)), np.zeros((1, 1)), np.zeros((1, 1, 1), bool)), []
 
     def interrupted(settings, index):
         if index == 1:
             raise KeyboardInterrupt
-        return done
+        return Run(np.zeros((1, 1)), np.zeros((1, 1)), np.zeros((1, 1, 1), bool))
 
     monkeypatch.setattr(study, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -77,11 +88,7 @@ def test_an_interrupted_run_leaves_nothing_and_the_finished_ones_stay(tmp_path, 
     monkeypatch.setattr(study.np, "savez_compressed", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         list(study.compute([(SHORT, 2)], 1, tmp_path))
-    assert [path.name for path in files(tmp_path)] == ["run000.npz", "run002.tmp"]
-    monkeypatch.undo()
-    monkeypatch.setattr(study, "run", lambda settings, index: computed.append(index) or done)
-    list(study.compute([(SHORT, index) for index in range(3)], 1, tmp_path))
-    assert computed == [1, 2]  # what was broken off was not taken for a result
+    assert study.missing([(SHORT, index) for index in range(3)], tmp_path) == [(SHORT, 1), (SHORT, 2)]
 
 
 @pytest.mark.slow
@@ -90,3 +97,72 @@ def test_an_error_in_another_process_comes_back(tmp_path):
     with pytest.raises(ValueError, match="alphabetical"):
         list(study.compute([(wrong, 0), (wrong, 1)], 2, tmp_path))
     assert files(tmp_path) == []
+
+
+def test_results_of_other_code_are_other_results(tmp_path, monkeypatch):
+    """The sources that a run is computed by are part of its file's name."""
+    done = Run(np.zeros((1, 1)), np.zeros((1, 1)), np.zeros((1, 1, 1), bool))
+    monkeypatch.setattr(study, "run", lambda *_: done)
+    list(study.compute([(SHORT, 0)], 1, tmp_path))
+    sources = [path for pattern in study._SOURCES for path in Path(study.__file__).parents[2].glob(pattern)]
+    assert {
+        "callback.py",
+        "selection.py",
+        "diagonal.py",
+        "restore.py",
+        "data.py",
+        "models.py",
+        "run.py",
+        "tasks.py",
+    } <= {path.name for path in sources}
+    changed = tmp_path / "orderings.py"
+    changed.write_text("another ordering")
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: [changed])
+    study._code.cache_clear()
+    assert study.missing([(SHORT, 0)], tmp_path) == [(SHORT, 0)]
+    monkeypatch.undo()
+    study._code.cache_clear()
+    assert study.missing([(SHORT, 0)], tmp_path) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
+def test_no_worker_outlives_a_killed_command(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "examples.paper",
+        "boston",
+        "--steps",
+        "100000",
+        "--jobs",
+        "2",
+        "--out",
+        str(tmp_path),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while len(group := members_of(process.pid)) < 4 and time.monotonic() < deadline:  # itself, server, two workers
+            time.sleep(0.5)
+        assert len(group) >= 4
+        process.kill()
+        process.wait()
+        deadline = time.monotonic() + 30
+        while members_of(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert members_of(process.pid) == []
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def members_of(session):
+    """The living processes of a session."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, its = stat.read_text().rpartition(")")[2].split()[:4]
+            if int(its) == session and state != "Z":
+                found.append(int(stat.parent.name))
+    return found

@@ -45,25 +45,30 @@ def test_one_run_has_no_spread_and_says_so():
     assert paired(LOSSES[:1], OTHERS[:1])["interval"] == [[None, None]] * 3
 
 
-def test_growth_is_the_cost_in_units_of_the_baselines_and_undefined_without_a_freeze():
+def test_growth_is_the_cost_in_units_of_the_baselines():
     order = np.array([[1.0, 2.0, 4.0], [1.0, 2.0, 8.0]])
-    random = np.array([[1.0, 5.0, 4.0], [1.0, 5.0, 6.0]])
+    random = np.array([[1.0, 5.0, 5.0], [1.0, 5.0, 5.0]])
     found = growth(order, random)
     assert found["mean"] == [None, 0.25, 1.25]
-    assert found["interval"][0] == [None, None]
-    assert found["interval"][1] == [0.25, 0.25]  # all runs agree
-    assert found["interval"][2] == pytest.approx([1.0, 7 / 5])  # one of the runs twice: 3/3 and 7/5
+    assert found["interval"][:2] == [[None, None], [0.25, 0.25]]  # nothing frozen; all runs agree
+    assert found["interval"][2] == pytest.approx([c / 4 for c in paired(order, order[:, :1])["interval"][2]])
 
 
-def test_growth_interval_is_about_scipys_bootstrap():
-    """Its percentile interval over paired rows, of the same ratio of means."""
-    none = np.ones(40)
-    random, order = (1 + cost + RNG.normal(0, 0.2, 40) for cost in (2.0, 1.0))
+def test_growth_interval_holds_the_ratios_that_a_t_test_does_not_reject():
+    """Fieller: cost - ratio * baseline's cost has the mean 0 at the true ratio."""
+    none = np.ones(9)
+    random, order = (1 + cost + RNG.normal(0, 0.4, 9) for cost in (2.0, 1.0))
     found = growth(np.column_stack([none, order]), np.column_stack([none, random]))
-    expected = stats.bootstrap(
-        (order, random), lambda a, b, axis: (a.mean(axis) - 1) / (b.mean(axis) - 1), paired=True, method="percentile"
-    ).confidence_interval
-    assert found["interval"][1] == pytest.approx([expected.low, expected.high], abs=0.01)
+    for ratio in found["interval"][1]:
+        assert stats.ttest_1samp((order - 1) - ratio * (random - 1), 0).pvalue == pytest.approx(0.05)
+    assert found["interval"][1][0] < found["mean"][1] < found["interval"][1][1]
+
+
+@pytest.mark.parametrize("cost", [-2.0, 0.0])
+def test_growth_is_undefined_where_freezing_at_random_costs_nothing(cost):
+    """A share of a gain would turn the order round: what is worse would look better."""
+    random = np.column_stack([np.ones(9), 1 + cost + RNG.normal(0, 0.1, 9)])
+    assert growth(random + 0.3, random) == {"mean": [None, None], "interval": [[None, None]] * 2}
 
 
 def test_overlap_by_chance_is_the_mean_over_all_pairs_of_sets():
@@ -134,13 +139,13 @@ def test_a_summary_has_every_curve_by_name_and_can_be_read_again(tmp_path):
         for stage in ("train", "test"):
             assert found["orders"][order][stage]["runs"] == [getattr(run, stage)[i].tolist() for run in runs]
         alpha = np.mean([run.frozen[i] for run in runs], axis=0)
-        assert list(found["alpha"][order]) == ["0", "0.5", "1"]
+        assert list(found["alpha"][order]) == ["0.0", "0.5", "1.0"]
         np.testing.assert_allclose(list(found["alpha"][order].values()), alpha)
     assert list(found["paired"]) == list(found["growth"]) == ["variance"]
     difference = np.mean([run.test[0] - run.test[1] for run in runs], axis=0)
     np.testing.assert_allclose(found["paired"]["variance"]["test"]["mean"], difference)
 
 
-@pytest.mark.parametrize(("fractions", "index"), [((0, 0.25, 0.5, 1), 2), ((0, 0.4, 0.9, 1), 1), ((0, 1), 0)])
+@pytest.mark.parametrize(("fractions", "index"), [((0, 0.25, 0.5, 1), 2), ((0, 0.4, 0.9, 1), 1)])
 def test_the_middle_is_the_fraction_nearest_to_a_half(fractions, index):
     assert middle(fractions) == index
