@@ -166,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=_number(int, 2), help=f"steps in all; with --scan-t0, steps after it ({own})")
     add("--batch-size", type=_number(int, 2), help=f"S ({own})")
     add("--lr", type=_number(float, 1e-9), help=f"Adam's learning rate ({own})")
-    add("--seed", type=_number(int, 0, 2**31), default=0,
+    add("--seed", type=_number(int, 0, 2**30), default=0,
         help="run i has the seed SEED + i; w of synthetic data is by SEED alone (%(default)s)")  # fmt: skip
     add("--objects", type=_number(int, 10), help="of a synthetic data set (1000)")
     add("--noise", type=_number(float, 0.0), help="standard deviation of y in a synthetic regression (1)")

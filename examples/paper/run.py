@@ -53,8 +53,8 @@ class Experiment:
 
     @property
     def order_seed(self) -> int:
-        """Of the random order: not the run's, whose stream has made the initial weights."""
-        return self.seed + 2**32
+        """Of the random order: not the run's, whose stream has made the initial weights. Generators read 32 bits."""
+        return (self.seed + 2**31) % 2**32
 
 
 class Members(pl.LightningModule):

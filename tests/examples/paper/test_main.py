@@ -176,7 +176,7 @@ def test_a_scan_without_values_takes_the_tasks_four(planned):
         (["boston", "--scan-t0", "5", "--t0", "7"], "--t0 7 and --scan-t0"),
         (["boston", "--noise", "0.5"], "--noise is not for boston"),
         (["synthetic2", "--noise", "0.5", "--objects", "2000"], "--noise is not for synthetic2"),
-        (["boston", "--seed", "99999999999"], "must be from 0 to 2147483648, got 99999999999"),
+        (["boston", "--seed", "99999999999"], "must be from 0 to 1073741824, got 99999999999"),
         (["boston", "--out", __file__], "--out: .*exists"),
         (["boston", "--jobs", "two"], "invalid int value: 'two'"),
     ],

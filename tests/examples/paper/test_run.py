@@ -184,6 +184,14 @@ def test_runs_share_w_and_only_on_request_the_objects(monkeypatch, same):
     assert one.batches != other.batches
 
 
+def test_the_random_order_has_a_stream_of_its_own():
+    """Not the one that initial weights and batches are drawn from."""
+    experiments = [prepare(SHORT, index) for index in (0, 1)]
+    seeds = [seed for experiment in experiments for seed in (experiment.seed, experiment.order_seed)]
+    streams = [torch.rand(9, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    assert len({tuple(stream.tolist()) for stream in streams}) == 4
+
+
 def test_an_epoch_visits_every_object_once_and_ends_in_a_short_batch():
     batches = epochs(objects=10, batch_size=4, steps=7, seed=0)
     assert [len(batch) for batch in batches] == [4, 4, 2, 4, 4, 2, 4]
