@@ -27,9 +27,10 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_gcfreeze import _checks, gains, gradients, orderings, refusals, reporting, selection
 from lightning_gcfreeze.estimators import FullCovariance
+from lightning_gcfreeze.first_gradient import FirstGradient, How
 from lightning_gcfreeze.freezing import Restore
 from lightning_gcfreeze.phases import Frozen, Observing
-from lightning_gcfreeze.replay import Replay, Window
+from lightning_gcfreeze.replay import Window
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback as _Callback
@@ -59,7 +60,7 @@ class _Run:
     trainer: pl.Trainer
     parameters: dict[str, Parameter]  # the eligible ones
     k: int
-    replay: Replay
+    first: FirstGradient
     post_hook: RemovableHandle | None = None
     holder: Restore | None = None
     tried: bool = False  # whether the optimizer step to come was tried to observe
@@ -86,7 +87,8 @@ class GradCovFreezeCallback(_Callback):
         every: observe each `every`-th optimizer step: `every`, 2·`every`, …
         covariance: "diagonal", or "full" for the p x p matrix of a small model.
         gain: κ_t: "1/t", a float in (0, 1], or a callable t -> κ, t counting observed steps from 1.
-        gradients: how g_1 is had: "replay", the loss on the first sample once more.
+        gradients: how g_1 is had: "replay", the loss on the first sample once more; "capture", from the batch's own
+            pass; "auto", captured where a comparison with replay allows it; see `lightning_gcfreeze.first_gradient`.
         granularity: what freezes together: "element", nothing.
         hold: how constancy is kept: "restore".
         include: patterns (fnmatch) of the parameter names that are eligible; None: all. Only parameters that require
@@ -112,7 +114,7 @@ class GradCovFreezeCallback(_Callback):
         every: int = 1,
         covariance: Literal["diagonal", "full"] = "diagonal",
         gain: gains.Gain = "1/t",
-        gradients: Literal["replay"] = "replay",
+        gradients: How = "replay",
         granularity: Literal["element"] = "element",
         hold: Literal["restore"] = "restore",
         include: str | Sequence[str] | None = None,
@@ -133,7 +135,8 @@ class GradCovFreezeCallback(_Callback):
                 " second."
             )
         self.gain = gains.check(gain)
-        self.gradients = _checks.one_of("gradients", gradients, ["replay"])
+        _checks.one_of("gradients", gradients, ["auto", "replay", "capture"])
+        self.gradients: How = gradients
         self.granularity = _checks.one_of("granularity", granularity, ["element"])
         self.hold = _checks.one_of("hold", hold, ["restore"])
         self.include = _checks.patterns("include", include)
@@ -238,8 +241,15 @@ class GradCovFreezeCallback(_Callback):
         k = selection.resolve_count(self.k, sum(p.numel() for p in parameters.values()))
         if self._full:
             FullCovariance({name: p.to("meta") for name, p in parameters.items()})  # refuses one that is too large
-        replay = Replay(pl_module, parameters, _training_step(pl_module), lambda: _aside(trainer))
-        self._run = _Run(trainer, parameters, k, replay)
+        first = FirstGradient(
+            self.gradients,
+            pl_module,
+            parameters,
+            _training_step(pl_module),
+            lambda: _aside(trainer),
+            lambda sentence: rank_zero_info(f"{type(self).__name__}: {sentence}"),
+        )
+        self._run = _Run(trainer, parameters, k, first)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin, or go on where the checkpoint stopped: by now all of it is loaded under every strategy."""
@@ -253,6 +263,10 @@ class GradCovFreezeCallback(_Callback):
         run.logged_step = self._steps
         if isinstance(self._phase, Observing):
             self._phase.to(run.parameters)
+            if self._phase.first_gradient is None:
+                self._phase.first_gradient = run.first.decided
+            else:
+                run.first.decided = self._phase.first_gradient
         else:
             run.holder = Restore(run.parameters, self._phase.frozen)
         run.post_hook = trainer.optimizers[0].register_step_post_hook(self._after_step)
@@ -263,9 +277,14 @@ class GradCovFreezeCallback(_Callback):
         """Keep the first sample, before `training_step` can change the batch in place."""
         run = self._running
         if batch_idx % trainer.accumulate_grad_batches == 0:
-            run.replay.forget()  # Lightning zeroes the gradients here, also of a window that was broken off
+            run.first.forget()  # Lightning zeroes the gradients here, also of a window that was broken off
         if isinstance(self._phase, Observing) and (self._due or self._steps == 0):
-            run.replay.keep(batch, batch_idx)
+            run.first.keep(batch, batch_idx)
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """The backward pass to come is the training step's own. Runs before every micro-batch's backward."""
+        if isinstance(self._phase, Observing):
+            self._running.first.begin_backward()
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Observe one step, while observing.
@@ -273,9 +292,9 @@ class GradCovFreezeCallback(_Callback):
         Runs after every micro-batch's backward; ``p.grad`` is g_S, times the loss scale, on the last one of a step.
         """
         run = self._running
-        if not isinstance(self._phase, Observing) or not run.replay.join() or trainer.fit_loop._should_accumulate():
+        if not isinstance(self._phase, Observing) or not run.first.join() or trainer.fit_loop._should_accumulate():
             return
-        window = run.replay.take()
+        window = run.first.take()
         size = None if window.batch_size is None else window.batch_size * trainer.world_size
         if size == 1 and self._steps == 0:  # at the first step it is no short last batch
             raise MisconfigurationException(
@@ -307,7 +326,7 @@ class GradCovFreezeCallback(_Callback):
         if isinstance(self._phase, Observing) and self._due and not run.tried:
             self._phase.skipped += 1  # `training_step` returned no loss
         run.tried = False
-        run.replay.forget()
+        run.first.forget()
         self._steps += 1
         if run.holder:
             run.holder.restore_()
@@ -358,8 +377,10 @@ class GradCovFreezeCallback(_Callback):
         return self._run
 
     def _unbind(self) -> None:
-        if self._run and self._run.post_hook:
-            self._run.post_hook.remove()
+        if self._run:
+            self._run.first.forget()
+            if self._run.post_hook:
+                self._run.post_hook.remove()
         self._run = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -371,8 +392,9 @@ class GradCovFreezeCallback(_Callback):
         scaler = getattr(run.trainer.precision_plugin, "scaler", None)
         # Lightning divides each loss by the full number of micro-batches, also in the short last window of an epoch.
         share = window.micro_batches / run.trainer.accumulate_grad_batches
-        g_batch = gradients.of_batch(run.parameters, share * (scaler.get_scale() if scaler else 1.0))
-        g_one = None if size == 1 else run.replay.gradient(window)
+        loss_scale = scaler.get_scale() if scaler else 1.0
+        g_batch = gradients.of_batch(run.parameters, share * loss_scale)
+        g_one = None if size == 1 else run.first.gradient(window, loss_scale / run.trainer.accumulate_grad_batches)
         if g_one is None:
             phase.skipped += 1
             return False

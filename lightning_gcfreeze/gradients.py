@@ -56,12 +56,13 @@ def of_sample(
     Returns:
         ``{name: (*p.shape)}``, zeros where the loss does not depend on the parameter; None if there was no loss.
     """
-    with _no_trace(module), torch.enable_grad():
+    with no_trace(module), torch.enable_grad():
         value = loss()
         if value is None:
             return None
         active = {name: p for name, p in parameters.items() if p.requires_grad}
-        found = dict(zip(active, torch.autograd.grad(value, list(active.values()), allow_unused=True), strict=True))
+        grads = torch.autograd.grad(value, list(active.values()), allow_unused=True) if active else ()
+        found = dict(zip(active, grads, strict=True))
     return {name: _dense(p, found.get(name)) for name, p in parameters.items()}
 
 
@@ -98,7 +99,7 @@ def _dense(parameter: Parameter, grad: Tensor | None, scale: float = 1.0) -> Ten
 
 
 @contextmanager
-def _no_trace(module: nn.Module) -> Iterator[None]:
+def no_trace(module: nn.Module) -> Iterator[None]:
     """Whatever a module does inside leaves its state and the random streams as they were, to the bit."""
     modules = _modules_within(module)
     before = [dict(m.__dict__) for m in modules]

@@ -3,6 +3,7 @@
 Tensors and numbers only: a phase is saved, loaded and copied without a module or a Trainer.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,7 @@ class Observing:
         self.observed = 0  # pairs that entered C_t
         self.skipped = 0  # pairs that did not
         self.batch_size: int | None = None  # of the first observed batch; C_t is on its scale
+        self.first_gradient: Any = None  # what has been decided on how g_1 is had; numbers and strings
 
     @property
     def variance(self) -> Named:
@@ -110,6 +112,7 @@ class Observing:
             "observed": self.observed,
             "skipped": self.skipped,
             "batch_size": self.batch_size,
+            "first_gradient": copy.deepcopy(self.first_gradient),
         }
 
     @classmethod
@@ -122,6 +125,7 @@ class Observing:
             phase.moments[name].tensors = _cloned(tensors)
         phase.start = state["start"]
         phase.observed, phase.skipped, phase.batch_size = state["observed"], state["skipped"], state["batch_size"]
+        phase.first_gradient = copy.deepcopy(state["first_gradient"])
         return phase
 
     def to(self, parameters: Named) -> None:
@@ -136,7 +140,7 @@ class Observing:
 def _finite(*gradients: Named) -> bool:
     """Whether all elements are finite, by their sums: one look at the device for all of them."""
     sums = [g.sum(dtype=accumulator_dtype(g)) for named in gradients for g in named.values()]
-    return bool(torch.stack(sums).isfinite().all())
+    return bool(torch.stack(sums).sum().isfinite())
 
 
 def _cloned(named: Named) -> dict[str, Tensor]:

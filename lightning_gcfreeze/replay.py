@@ -5,7 +5,7 @@ leave behind is `gradients.of_sample`'s business; here it is which sample, and w
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,8 @@ class Window:
     sample: Any
     """The first."""
     batch_idx: int
+    first_size: int | None
+    """S of the first; None if it cannot be told for certain."""
     batch_size: int | None
     """Of all together; None if it cannot be told."""
     micro_batches: int = 1
@@ -60,9 +62,9 @@ class Replay:
         """
         if self._cut_by_module is None:
             sample, size = samples.first_sample(batch)
-            self._batch = Window(sample, batch_idx, size)
-        else:
-            self._batch = Window(self._cut_by_module(batch), batch_idx, samples.batch_size_or_none(batch))
+            self._batch = Window(sample, batch_idx, size, size)
+        else:  # then the first axis need not be that of the samples
+            self._batch = Window(self._cut_by_module(batch), batch_idx, None, samples.batch_size_or_none(batch))
 
     def join(self) -> bool:
         """After a batch's backward: it has become part of the optimizer step. Tell whether one was kept."""
@@ -89,8 +91,25 @@ class Replay:
         assert window is not None  # `join` came first
         return window
 
-    def gradient(self, window: Window) -> dict[str, Tensor] | None:
+    @property
+    def size_at_hand(self) -> int | None:
+        """S of the batch kept last; None if it cannot be told for certain."""
+        return None if self._batch is None else self._batch.first_size
+
+    @property
+    def between_steps(self) -> bool:
+        """Whether the next batch kept is the first of an optimizer step."""
+        return self._window is None
+
+    def gradient(
+        self, window: Window, names: Collection[str] | None = None, before: Callable[[], None] | None = None
+    ) -> dict[str, Tensor] | None:
         """g_1, from the first sample alone; from two copies of it if the training step cannot take a batch of one.
+
+        Args:
+            window: the optimizer step.
+            names: of the parameters; None: all.
+            before: called right before the training step; what it does to the module is undone.
 
         Returns:
             ``{name: (*p.shape)}``, or None if the training step returned no loss.
@@ -99,7 +118,7 @@ class Replay:
             RuntimeError: the training step fails either way.
         """
         try:
-            return self._gradient(window)
+            return self._gradient(window, names, before)
         except Exception as error:
             failure = error
         explanation = f"`training_step` fails on the first sample of a batch alone: {failure!r}."
@@ -107,7 +126,7 @@ class Replay:
             if self._copies == 2 or self._cut_by_module is not None:
                 raise failure
             self._copies = 2
-            g_one = self._gradient(window)
+            g_one = self._gradient(window, names, before)
         except Exception:
             raise RuntimeError(f"{explanation} If the sample was cut wrongly: {samples.WAY_OUT}") from failure
         warnings.warn(
@@ -117,12 +136,35 @@ class Replay:
         )
         return g_one
 
-    def _gradient(self, window: Window) -> dict[str, Tensor] | None:
+    def _gradient(
+        self, window: Window, names: Collection[str] | None, before: Callable[[], None] | None
+    ) -> dict[str, Tensor] | None:
         sample = window.sample
         if self._copies != 1:
             sample, _ = samples.first_sample(sample, self._copies)
+        return self.of_batch(sample, window.batch_idx, names, before)
+
+    def of_batch(
+        self,
+        batch: Any,
+        batch_idx: int,
+        names: Collection[str] | None = None,
+        before: Callable[[], None] | None = None,
+        after: Callable[[], None] | None = None,
+    ) -> dict[str, Tensor] | None:
+        """The gradient of the training step's loss on any batch, without a trace; arguments as for `gradient`."""
+        parameters = {name: p for name, p in self._parameters.items() if names is None or name in names}
+
+        def loss() -> Tensor | None:
+            if before is not None:
+                before()
+            value = self._loss(batch, batch_idx)
+            if after is not None:
+                after()
+            return value
+
         with self._context():
-            return gradients.of_sample(self._module, lambda: self._loss(sample, window.batch_idx), self._parameters)
+            return gradients.of_sample(self._module, loss, parameters)
 
     def _loss(self, sample: Any, batch_idx: int) -> Tensor | None:
         output = self._step(sample, batch_idx)

@@ -33,7 +33,7 @@ from tests import cases
         ({"order": "varience"}, ValueError, "'variance', 'random', 'reverse', .*, got 'varience'"),
         ({"order": 3}, TypeError, "or a callable .*, got 3"),
         ({"samples": "all"}, ValueError, "`samples` must be one of 'first', got 'all'"),
-        ({"gradients": "guess"}, ValueError, "`gradients` must be one of 'replay', got 'guess'"),
+        ({"gradients": "guess"}, ValueError, "`gradients` must be one of 'auto', 'replay', 'capture', got 'guess'"),
         ({"granularity": "row"}, ValueError, "`granularity` must be one of 'element', got 'row'"),
         ({"hold": "firmly"}, ValueError, "`hold` must be one of 'restore', got 'firmly'"),
         ({"covariance": "block"}, ValueError, "`covariance` must be one of 'diagonal', 'full', got 'block'"),
@@ -233,7 +233,7 @@ def test_reentrant_checkpointing_is_refused():
 
     with pytest.raises(RuntimeError, match=r"hides parameters from `torch.autograd.grad`; set `use_reentrant=False`"):
         cases.trainer(callbacks=[GradCovFreezeCallback(t0=3, k=2)]).fit(Checkpointed(cases.mlp()), cases.loader())
-    served, plain = GradCovFreezeCallback(t0=3, k=2), GradCovFreezeCallback(t0=3, k=2)
+    served, plain = (GradCovFreezeCallback(t0=3, k=2, gradients="replay") for _ in range(2))
     module = Checkpointed(cases.mlp())
     module.reentrant = False
     cases.trainer(callbacks=[served]).fit(module, cases.loader())

@@ -55,9 +55,12 @@ def flat(named: dict[str, Tensor]) -> np.ndarray:
 def test_the_diagonal_is_that_of_the_literal_recursion(gain, kappa):
     """C_t0 of a run in a Trainer is that of a loop by hand, to float64 rounding."""
     callback = GradCovFreezeCallback(t0=12, k=0.5, gain=gain)
+    captured = GradCovFreezeCallback(t0=12, k=0.5, gain=gain, gradients="auto")
     fit(callback)
+    fit(captured)
     steps = [[batch] for batch in [*cases.loader(8, 64, torch.float64)] * 2][:12]
-    np.testing.assert_allclose(flat(callback.variance), np.diag(by_hand(steps, gain=kappa)), rtol=1e-10)
+    for found in (callback, captured):
+        np.testing.assert_allclose(flat(found.variance), np.diag(by_hand(steps, gain=kappa)), rtol=1e-10)
 
 
 def test_the_full_matrix_is_that_of_the_literal_recursion():
@@ -75,13 +78,14 @@ def test_the_full_matrix_is_that_of_the_literal_recursion():
     assert_close(full.frozen, diagonal.frozen)
 
 
-def test_one_recursion_step_per_optimizer_step_under_accumulation():
+@pytest.mark.parametrize("how", ["replay", "capture", "auto"])
+def test_one_recursion_step_per_optimizer_step_under_accumulation(how):
     """g_S is the mean over the micro-batches, g_1 belongs to the first sample of the first of them.
 
     In the last window, of two micro-batches, the optimizer gets two thirds of the mean: Lightning divides by three all
     the same. C must see the mean itself, or a mean gradient far from zero would pass for noise.
     """
-    callback = GradCovFreezeCallback(t0=3, k=0.5)
+    callback = GradCovFreezeCallback(t0=3, k=0.5, gradients=how)
     fit(callback, accumulate_grad_batches=3, max_epochs=1)
     batches = [*cases.loader(8, 64, torch.float64)]  # 8 batches: 3 + 3 + 2
     steps = [batches[:3], batches[3:6], batches[6:]]
@@ -291,11 +295,12 @@ def run_talkative(callbacks: list[pl.Callback]) -> dict[str, Any]:
     }
 
 
-def test_observing_leaves_no_trace():
+@pytest.mark.parametrize("how", ["replay", "capture", "auto"])
+def test_observing_leaves_no_trace(how):
     """Weights, BatchNorm's buffers, metrics, logged values, plain attributes and random streams are bit-identical."""
     plain = run_talkative([])
     with pytest.warns(UserWarning, match="Nothing was frozen"):
-        observed = run_talkative([observer := GradCovFreezeCallback(t0=1000, k=0.5)])
+        observed = run_talkative([observer := GradCovFreezeCallback(t0=1000, k=0.5, gradients=how)])
     assert observer.variance["network.1.weight"].min() > 0  # it did observe
     cases.assert_identical(observed, plain)
     assert plain["calls"] == 16
@@ -353,7 +358,7 @@ def test_non_finite_gradients_are_skipped_and_counted():
             loss = super().training_step(batch, batch_idx)
             return loss * float("inf") if batch_idx == 2 and len(batch[0]) == 1 else loss
 
-    callback = GradCovFreezeCallback(t0=6, k=0.5)
+    callback = GradCovFreezeCallback(t0=6, k=0.5, gradients="replay")
     cases.trainer(callbacks=[callback], max_epochs=1).fit(
         Poisoned(cases.mlp(torch.float64)), cases.loader(dtype=torch.float64)
     )
@@ -395,7 +400,7 @@ def test_batch_norm_replays_with_running_statistics():
     """g_1 of a BatchNorm network is that of the network with BatchNorm in eval mode and dropout off at p = 0."""
     network = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1)).double()
     reference = copy.deepcopy(network)
-    callback = GradCovFreezeCallback(t0=1, k=0.5)
+    callback = GradCovFreezeCallback(t0=1, k=0.5, gradients="replay")
     cases.trainer(callbacks=[callback], max_steps=1).fit(cases.Regression(network), cases.loader(dtype=torch.float64))
     x, y = next(iter(cases.loader(dtype=torch.float64)))
     parameters = list(reference.parameters())
@@ -422,14 +427,14 @@ def test_a_window_without_a_loss_is_skipped_and_leaves_nothing_behind():
 
     class Watch(pl.Callback):
         def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-            take = callback._running.replay.take
+            take = callback._running.first.take
 
             def spy() -> Any:
                 window = take()
                 seen.append((window.batch_idx, window.batch_size or 0))
                 return window
 
-            callback._running.replay.take = spy  # type: ignore[method-assign]
+            callback._running.first.take = spy  # type: ignore[method-assign]
 
     with pytest.warns(UserWarning, match="returned `None`"):
         cases.trainer(callbacks=[callback, Watch()], accumulate_grad_batches=2, max_epochs=1).fit(

@@ -84,6 +84,8 @@ def test_resuming_at_any_point_equals_the_unbroken_run(tmp_path, after):
         {"order": "random"},
         {"order": "random", "seed": 4},
         {"covariance": "full", "every": 2},
+        {"gradients": "auto"},
+        {"gradients": "capture"},
         {"include": ["*weight"], "exclude": "network.2.*", "k": 10},
     ],
     ids=str,

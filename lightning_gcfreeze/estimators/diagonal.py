@@ -5,6 +5,7 @@
 Source: the paper, Eq. (2.6), its diagonal. Units: a squared gradient. Memory: one float per eligible parameter.
 """
 
+import torch
 from torch import Tensor
 
 from lightning_gcfreeze._types import Named
@@ -18,9 +19,12 @@ class DiagonalCovariance:
         self.tensors = base.zeros(parameters)
 
     def update(self, g_one: Named, g_batch: Named, gain: float, correction: float = 1.0) -> None:
-        for name, v in self.tensors.items():
-            noise = base.noise(g_one[name], g_batch[name], v.dtype)
-            v.lerp_(noise.square_().mul_(correction), gain)
+        variances = list(self.tensors.values())
+        noises = torch._foreach_sub(
+            *([g[name].to(v.dtype) for name, v in self.tensors.items()] for g in (g_one, g_batch))
+        )
+        torch._foreach_mul_(variances, 1.0 - gain)
+        torch._foreach_addcmul_(variances, noises, noises, value=gain * correction)
 
     @property
     def variance(self) -> dict[str, Tensor]:

@@ -1,0 +1,664 @@
+"""g_1 of every kind of module and loss, by whichever way it is had, against one autograd call on the first sample."""
+
+import contextlib
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+
+from lightning_gcfreeze.first_gradient import FirstGradient
+
+S = 6
+X = torch.randn(S, 5, generator=torch.Generator().manual_seed(7), dtype=torch.float64) + 0.5
+Y = X.sum(1, keepdim=True).sin()
+TOKENS = torch.tensor([[1, 2, 3, 4], [2, 1, 4, 0], [3, 3, 0, 0], [4, 0, 0, 0], [1, 3, 2, 0], [2, 2, 2, 2]])
+
+
+class Module(nn.Module):
+    """A network with a training step; subclasses have losses of their own."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network.double()
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.mse_loss(self.network(x), y)
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 1))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.head = layer, nn.Linear(layer.hidden_size, 1)
+
+    def forward(self, x):
+        x = x[..., None].expand(-1, -1, 3)
+        output, _ = self.layer(x if self.layer.batch_first else x.transpose(0, 1))
+        return self.head(output[:, -1] if self.layer.batch_first else output[-1])
+
+
+class Twice(nn.Module):
+    """One layer is called twice, another by a keyword, and a third not at all."""
+
+    def __init__(self):
+        super().__init__()
+        self.twice, self.keyword, self.idle, self.once = (nn.Linear(5, 5) for _ in range(4))
+        self.head = nn.Linear(5, 1)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.once(self.keyword(input=self.twice(self.twice(x).tanh())))))
+
+
+class Tied(nn.Module):
+    """Two layers with one matrix, and a matrix that is used past its layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other, self.functional, self.head = (nn.Linear(5, 5) for _ in range(4))
+        self.other.weight = self.one.weight
+
+    def forward(self, x):
+        return F.linear(self.head(self.other(self.one(x).tanh())), self.functional.weight).sum(1, keepdim=True)
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(1, 4)
+        self.block = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.head(self.block(self.up(x[..., None]))).mean(1)
+
+
+class InPlace(nn.Module):
+    """What a layer returns is changed in place, and what the next got too."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other, self.norm = nn.Linear(5, 5), nn.Linear(5, 1), nn.GroupNorm(1, 5)
+
+    def forward(self, x):
+        h = F.relu_(self.one(x))
+        return self.other(self.norm(h * 1.0).add_(1.0).mul_(2.0))
+
+
+class Positions(nn.Module):
+    """A table without an axis for samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(5, 1), nn.Linear(5, 1)
+
+    def forward(self, x):
+        return self.head(x * self.table(torch.arange(5)).squeeze(1))
+
+
+class Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inside, self.head = nn.Linear(5, 4), nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.head(checkpoint(lambda x: self.inside(x).tanh(), x, use_reentrant=False))
+
+
+class Compiled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inside, self.head = torch.compile(nn.Linear(5, 4), backend="eager"), nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.head(self.inside(x).tanh())
+
+
+class Vmapped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inside, self.head = nn.Linear(5, 4), nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.head(torch.vmap(self.inside)(x).tanh())
+
+
+def convnet():
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 5)), nn.Conv1d(1, 4, 3, padding=1), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(20, 1)
+    )
+
+
+NETWORKS = {  # -> the parameters that capture cannot see
+    "perceptron": (mlp, []),
+    "convolution": (convnet, []),
+    "LSTM": (lambda: Recurrent(nn.LSTM(3, 2, batch_first=True)), []),
+    "GRU, time first": (lambda: Recurrent(nn.GRU(3, 2, num_layers=2)), []),
+    "called twice": (
+        Twice,
+        ["twice.weight", "twice.bias", "keyword.weight", "keyword.bias", "idle.weight", "idle.bias"],
+    ),
+    "tied": (Tied, ["one.weight", "functional.weight", "functional.bias"]),
+    "attention": (
+        Attention,
+        [f"block.self_attn.{own}" for own in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")],
+    ),
+    "in place": (InPlace, []),
+    "positions": (Positions, ["table.weight"]),
+    "checkpointed": (Checkpointed, ["inside.weight", "inside.bias"]),
+    "compiled": (Compiled, ["inside._orig_mod.weight", "inside._orig_mod.bias"]),
+    "vmapped": (Vmapped, ["inside.weight", "inside.bias"]),
+}
+
+
+class Observer:
+    """What the callback does of an optimizer step, with the Trainer left out."""
+
+    def __init__(self, module, how="auto", parameters=None):
+        self.module, self.told = module, []
+        self.parameters = dict(module.named_parameters()) if parameters is None else parameters
+        self.first = FirstGradient(
+            how, module, self.parameters, module.training_step, contextlib.nullcontext, self.told.append
+        )
+
+    def step(self, *batches, scale=1.0):
+        """g_1 of an optimizer step over micro-batches."""
+        self.module.zero_grad()
+        for i, batch in enumerate(batches):
+            self.first.keep(batch, i)
+            (self.module.training_step(batch, i) * (scale / len(batches))).backward()
+            self.first.join()
+        return self.first.gradient(self.first.take(), scale / len(batches))
+
+    @property
+    def captured(self):
+        return set(self.first.decided["captured"])
+
+
+def of_first_sample(module, batch):
+    """By hand, on a copy."""
+    twin = copy.deepcopy(module)
+    loss = twin.training_step([tensor[:1] for tensor in batch], 0)
+    found = torch.autograd.grad(loss, list(twin.parameters()), allow_unused=True)
+    return {
+        n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(twin.named_parameters(), found, strict=True)
+    }
+
+
+def built(name, kind=Module):
+    torch.manual_seed(3)
+    return kind(NETWORKS[name][0]())
+
+
+@pytest.mark.parametrize("how", ["auto", "replay", "capture"])
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "positions"])
+def test_g_1_is_the_gradient_on_the_first_sample(name, how):
+    """At a step that compares and at one that does not, whatever way it is had."""
+    module = built(name)
+    observer = Observer(module, how)
+    for batch in ((X, Y), (X.flip(0), Y.flip(0)), (X.roll(2, 0), Y.roll(2, 0))):
+        assert_close(observer.step(batch), of_first_sample(module, batch), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_capture_can_see_is_captured_and_the_rest_replayed(name):
+    observer = Observer(built(name))
+    assert_close(observer.step((X, Y)), of_first_sample(observer.module, (X, Y)), rtol=1e-9, atol=1e-11)
+    unseen = {f"network.{own}" for own in NETWORKS[name][1]}
+    assert observer.captured == observer.parameters.keys() - unseen
+    (said,) = observer.told
+    assert ("for all parameters" in said) == (not unseen)
+    if unseen:
+        assert f"{len(observer.captured)} of {len(observer.parameters)}" in said
+        assert sorted(unseen)[0] in said or "more" in said
+
+
+class SumLoss(Module):
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.mse_loss(self.network(x), y, reduction="sum")
+
+
+class Weighted(Module):
+    """Cross-entropy with class weights divides by the sum of the weights."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        classes = (y[:, 0] > 0).long()
+        output = self.network(x)
+        logits = torch.cat([output, -(output**2)], 1)
+        return F.cross_entropy(logits, classes, torch.tensor([1.0, 5.0], dtype=torch.float64))
+
+
+class Auxiliary(Module):
+    """A penalty on weights, and one on the spread of the batch's outputs."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        output = self.network(x)
+        penalty = sum((p**2).sum() for p in self.network[0].parameters())
+        return F.mse_loss(output, y) + 0.01 * penalty
+
+
+class TokenMean(nn.Module):
+    """The mean over all tokens but padding, 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(5, 3).double()
+        self.head = nn.Linear(3, 5).double()
+
+    def training_step(self, batch, batch_idx):
+        (tokens,) = batch
+        logits = self.head(self.table(tokens).tanh())
+        return F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), ignore_index=0)
+
+
+@pytest.mark.parametrize(
+    ("make", "captured"),
+    [
+        (lambda: SumLoss(mlp()), {"0.weight", "0.bias", "2.weight", "2.bias"}),
+        (lambda: Weighted(mlp()), set()),
+        (lambda: Auxiliary(mlp()), {"2.weight", "2.bias"}),
+    ],
+    ids=["sum", "class weights", "auxiliary"],
+)
+def test_a_loss_that_is_no_mean_over_samples_is_noticed(make, captured):
+    torch.manual_seed(3)
+    module = make()
+    observer = Observer(module)
+    for batch in ((X, Y), (X.flip(0), Y.flip(0)), (X.roll(2, 0), Y.roll(2, 0))):
+        assert_close(observer.step(batch), of_first_sample(module, batch), rtol=1e-9, atol=1e-11)
+    assert observer.captured == {f"network.{own}" for own in captured}
+    blind = Observer(module, "capture").step((X, Y))
+    assert not torch.allclose(blind["network.0.weight"], of_first_sample(module, (X, Y))["network.0.weight"], rtol=0.1)
+
+
+def test_a_mean_over_tokens_is_replayed_as_soon_as_there_is_padding():
+    """The first batch has none, and capture is right; the second has, and it is not."""
+    torch.manual_seed(3)
+    module = TokenMean()
+    observer = Observer(module)
+    full = TOKENS[[0, 5]]
+    assert_close(observer.step((full,)), of_first_sample(module, (full,)), rtol=1e-9, atol=1e-11)
+    assert observer.captured == set(observer.parameters)
+    for batch in (TOKENS, TOKENS.flip(0), TOKENS):
+        assert_close(observer.step((batch,)), of_first_sample(module, (batch,)), rtol=1e-9, atol=1e-11)
+    assert observer.captured == set()
+    assert len(observer.told) == 2
+    assert "the two differ: table.weight, head.weight, head.bias" in observer.told[1]
+
+
+def test_comparisons_are_made_at_the_powers_of_two(monkeypatch):
+    observer = Observer(built("perceptron"))
+    compared = []
+    monkeypatch.setattr(observer.first, "_compare", lambda *_: compared.append(observer.first.decided["tries"]))
+    for _ in range(20):
+        observer.step((X, Y))
+    assert compared == [1, 2, 4, 8, 16]
+    for how in ("capture", "replay"):
+        other = Observer(built("perceptron"), how)
+        monkeypatch.setattr(other.first, "_compare", lambda *_: pytest.fail("compared"))
+        other.step((X, Y))
+
+
+def test_what_is_captured_needs_no_second_pass(monkeypatch):
+    observer = Observer(built("perceptron"))
+    observer.step((X, Y))
+    observer.step((X, Y))
+    passes = []
+    observer.module.network.register_forward_hook(lambda *_: passes.append(1))
+    expected = of_first_sample(observer.module, (X, Y))
+    passes.clear()
+    assert_close(observer.step((X, Y)), expected, rtol=1e-9, atol=1e-11)
+    assert len(passes) == 1
+    Observer(observer.module, "replay").step((X, Y))
+    assert len(passes) == 3
+
+
+@pytest.mark.parametrize("how", ["auto", "capture"])
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+def test_the_first_sample_is_that_of_the_first_of_several_batches(how, scale):
+    """Their losses are divided by their number, and multiplied by a loss scale."""
+    module = built("perceptron")
+    found = Observer(module, how).step((X[:4], Y[:4]), (X[4:], Y[4:]), (X[:2], Y[:2]), scale=scale)
+    assert_close(found, of_first_sample(module, (X, Y)), rtol=1e-9, atol=1e-11)
+
+
+def test_dropout_is_the_batchs_own():
+    """g_1 is the gradient of the first sample's term in the very pass that the batch took, its mask included."""
+    torch.manual_seed(3)
+    module = Module(nn.Sequential(nn.Linear(5, 40), nn.Dropout(0.5), nn.Linear(40, 1)))
+    observer = Observer(module)
+    for t in range(3):
+        torch.manual_seed(t)
+        loss = F.mse_loss(module.network(X)[:1], Y[:1])
+        expected = dict(zip(observer.parameters, torch.autograd.grad(loss, list(module.parameters())), strict=True))
+        torch.manual_seed(t)
+        assert_close(observer.step((X, Y)), expected, rtol=1e-9, atol=1e-11)
+    assert observer.captured == set(observer.parameters)
+
+
+def test_batch_norm_takes_part_with_the_statistics_of_the_batch():
+    """The first sample's share of the batch's own gradient: all shares together are that gradient."""
+    torch.manual_seed(3)
+    module = Module(nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1)))
+    observer = Observer(module)
+    shares = [observer.step((X.roll(-i, 0), Y.roll(-i, 0))) for i in range(S)]  # each sample is the first once
+    assert observer.captured == set(observer.parameters)
+    module.zero_grad()
+    module.training_step((X, Y), 0).backward()
+    for name, p in observer.parameters.items():
+        assert_close(sum(share[name] for share in shares) / S, p.grad, rtol=1e-9, atol=1e-11)
+    replayed = Observer(module, "replay").step((X, Y))
+    assert not torch.allclose(replayed["network.0.weight"], observer.step((X, Y))["network.0.weight"], rtol=0.01)
+
+
+def test_under_autocast_capture_is_as_near_as_the_precision_allows():
+    torch.manual_seed(3)
+    module = Module(mlp()).float()
+    plain = module.training_step
+
+    def in_bfloat16(batch, batch_idx):
+        with torch.autocast("cpu", torch.bfloat16):
+            return plain(batch, batch_idx)
+
+    module.training_step = in_bfloat16
+    observer = Observer(module)
+    batch = (X.float(), Y.float())
+    expected = observer.step(batch)
+    assert observer.captured == set(observer.parameters)
+    found = Observer(module, "replay").step(batch)
+    for name in expected:
+        assert (found[name] - expected[name]).norm() < 0.05 * expected[name].norm()
+        assert found[name].dtype == expected[name].dtype == torch.float32
+
+
+def test_only_what_is_asked_for_is_found():
+    module = built("perceptron")
+    asked = {"network.2.bias": module.network[2].bias}
+    module.network[0].weight.requires_grad_(False)
+    for how in ("auto", "capture", "replay"):
+        found = Observer(module, how, asked).step((X, Y))
+        assert list(found) == ["network.2.bias"]
+        assert_close(found, {"network.2.bias": of_first_sample_bias(module)}, rtol=1e-9, atol=1e-11)
+
+
+def of_first_sample_bias(module):
+    loss = module.training_step((X[:1], Y[:1]), 0)
+    return torch.autograd.grad(loss, module.network[2].bias)[0]
+
+
+def test_hooks_are_there_for_the_pass_alone():
+    """Some layers run otherwise where there are hooks: validation, and what follows a broken step, find none."""
+    module = built("attention")
+    observer = Observer(module)
+
+    def hooked():
+        return any(layer._forward_hooks for layer in module.modules())
+
+    assert not hooked()
+    observer.first.keep((X, Y), 0)
+    assert hooked()
+    observer.first.forget()
+    assert not hooked()
+    observer.first.keep((X, Y), 0)
+    module.training_step((X, Y), 0).backward()
+    observer.first.join()
+    assert not hooked()
+    observer.first.gradient(observer.first.take(), 1.0)
+    assert not hooked()
+    assert not observer.first._capture._seen
+
+
+def test_where_nothing_can_be_captured_nothing_is_watched():
+    """But at the steps that compare, since another batch may show more."""
+    torch.manual_seed(3)
+    module = Weighted(mlp())
+    observer, watched = Observer(module), []
+    for batch in ((X, Y), (X.flip(0), Y.flip(0)), (X.roll(2, 0), Y.roll(2, 0)), (X, Y)):
+        observer.first.keep(batch, 0)
+        watched.append(any(layer._forward_hooks for layer in module.modules()))
+        module.training_step(batch, 0).backward()
+        observer.first.join()
+        observer.first.gradient(observer.first.take(), 1.0)
+    assert observer.captured == set()
+    assert watched == [True, True, False, True]
+
+
+def test_a_batch_that_cannot_be_copied_is_replayed():
+    class Stubborn(tuple):
+        def __deepcopy__(self, memo):
+            raise TypeError("no copies")
+
+    observer = Observer(built("perceptron"))
+    batch = Stubborn((X, Y))
+    assert_close(observer.step(batch), of_first_sample(observer.module, batch), rtol=1e-9, atol=1e-11)
+    assert observer.captured == set()
+
+
+def test_a_step_that_cannot_be_taken_twice_is_replayed():
+    module = built("perceptron")
+    expected, plain = of_first_sample(module, (X, Y)), module.training_step
+
+    def once(batch, batch_idx):
+        if len(batch[0]) > 1 and getattr(module, "taken", False):
+            raise RuntimeError("taken already")
+        module.taken = True
+        return plain(batch, batch_idx)
+
+    module.training_step = once
+    observer = Observer(module)
+    assert_close(observer.step((X, Y)), expected, rtol=1e-9, atol=1e-11)
+    assert observer.captured == set()
+    (said,) = observer.told
+    assert "cannot take the batch for a comparison (RuntimeError('taken already'))" in said
+    assert not any(layer._forward_hooks for layer in module.modules())
+
+
+def test_only_the_first_sample_of_an_activation_is_kept():
+    module = built("convolution")
+    observer = Observer(module, "capture")
+    observer.first.keep((X, Y), 0)
+    module.training_step((X, Y), 0).backward()
+    seen = observer.first._capture._seen
+    kept = [tensor for layer in seen.values() for tensor in (layer.x, *layer.deltas)]
+    assert len(kept) == 4
+    assert all(tensor.shape[0] == 1 for tensor in kept)
+    assert all(tensor.untyped_storage().nbytes() == 8 * math.prod(tensor.shape) for tensor in kept)  # no views
+
+
+class Routed(nn.Module):
+    """A layer that gets those samples alone whose first feature is positive: often none, or not the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.expert, self.head = nn.Linear(5, 5), nn.Linear(5, 1)
+
+    def forward(self, x):
+        chosen = x[:, 0] > 0
+        h = x.clone()
+        h[chosen] = self.expert(x[chosen])
+        return self.head(h.tanh())
+
+
+class OneVector(nn.Module):
+    """A norm of a learned vector, without an axis for samples, as long as there are samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.vector, self.norm, self.head = nn.Parameter(torch.randn(S)), nn.LayerNorm(S), nn.Linear(5, 1)
+
+    def forward(self, x):
+        return self.head(x) * self.norm(self.vector).square().sum()
+
+
+class Block(nn.Module):
+    """BatchNorm inside a module that has a parameter of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.inside, self.norm = nn.Parameter(torch.ones(5)), nn.Linear(5, 5), nn.BatchNorm1d(5)
+
+    def forward(self, x):
+        return (x + self.scale * self.norm(self.inside(x)).tanh()).sum(1, keepdim=True)
+
+
+class OwnNorm(nn.BatchNorm1d):
+    """A subclass."""
+
+
+class Prompt(nn.Module):
+    """A layer that returns its parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.prompt = nn.Parameter(torch.randn(S, 5))
+
+    def forward(self, x):
+        return self.prompt
+
+
+@pytest.mark.parametrize("how", ["auto", "capture"])
+def test_a_layer_for_some_of_the_samples_is_replayed(how):
+    torch.manual_seed(3)
+    module = Module(Routed())
+    observer = Observer(module, how)
+    signs = torch.tensor([1.0, 1, -1, 1, -1, 1], dtype=torch.float64)
+    for first in (signs, -signs, -torch.ones(S), torch.ones(S), signs.roll(2), -signs):
+        batch = (torch.cat([first[:, None] * X[:, :1].abs(), X[:, 1:]], 1).double(), Y)
+        assert_close(observer.step(batch), of_first_sample(module, batch), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("network", "unseen"),
+    [
+        (OneVector, {"vector", "norm.weight", "norm.bias"}),
+        (Block, {"scale"}),
+        (lambda: nn.Sequential(nn.Linear(5, 4), OwnNorm(4), nn.Linear(4, 1)), {"1.weight", "1.bias"}),
+    ],
+    ids=["no axis", "composite", "subclass of a norm"],
+)
+def test_what_no_rule_can_know_is_replayed(network, unseen):
+    torch.manual_seed(3)
+    module = Module(network())
+    observer, expected = Observer(module), Observer(copy.deepcopy(module), "replay")  # each moves its statistics
+    for batch in ((X, Y), (X.flip(0), Y.flip(0)), (X.roll(2, 0), Y.roll(2, 0))):
+        replayed = expected.step(batch)
+        for name, g in observer.step(batch).items():
+            if name.removeprefix("network.") in unseen:
+                assert_close(g, replayed[name], rtol=1e-9, atol=1e-11)
+    assert not observer.captured & {f"network.{own}" for own in unseen}
+    assert observer.captured
+
+
+def test_a_parameter_that_a_layer_returns_gets_no_hook():
+    observer = Observer(Module(nn.Sequential(Prompt(), nn.Linear(5, 1))), "capture")
+    observer.first.keep((X, Y), 0)
+    observer.module.training_step((X, Y), 0).backward()
+    observer.first.join()
+    assert observer.first._capture.gradients().keys() == {"network.1.weight", "network.1.bias"}
+    assert not any(p._backward_hooks for p in observer.module.parameters())
+
+
+@pytest.mark.parametrize("how", ["auto", "capture"])
+def test_parameters_frozen_in_mid_training_have_no_gradient(how):
+    module = built("perceptron")
+    observer = Observer(module, how)
+    observer.step((X, Y))
+    observer.step((X, Y))
+    module.network[0].weight.requires_grad_(False)
+    found = observer.step((X, Y))
+    assert not found["network.0.weight"].any()
+    assert found["network.0.bias"].any()
+    module.network[0].bias.requires_grad_(False)
+    for g in (found := observer.step((X, Y)))["network.0.weight"], found["network.0.bias"]:
+        assert not g.any()
+    assert found["network.2.weight"].any()
+
+
+def test_gradients_that_the_training_step_takes_itself_do_not_count():
+    module = built("perceptron")
+    plain = module.training_step
+
+    def curious(batch, batch_idx):
+        loss = plain(batch, batch_idx)
+        torch.autograd.grad(loss, module.network[0].weight, retain_graph=True)
+        return loss
+
+    expected = of_first_sample(module, (X, Y))
+    module.training_step = curious
+    observer = Observer(module)
+    for _ in range(3):
+        observer.module.zero_grad()
+        observer.first.keep((X, Y), 0)
+        loss = module.training_step((X, Y), 0)
+        observer.first.begin_backward()
+        loss.backward()
+        observer.first.join()
+        assert_close(observer.first.gradient(observer.first.take(), 1.0), expected, rtol=1e-9, atol=1e-11)
+    assert observer.captured == set(observer.parameters)
+
+
+def test_a_copy_made_in_the_pass_keeps_no_watch():
+    module = built("perceptron")
+    observer = Observer(module)
+    observer.first.keep((X, Y), 0)
+    twin = copy.deepcopy(module.network)
+    module.training_step((X, Y), 0).backward()
+    twin(X).sum().backward()
+    observer.first.join()
+    assert_close(observer.first.gradient(observer.first.take(), 1.0), of_first_sample(module, (X, Y)))
+    assert observer.captured == set(observer.parameters)
+
+
+def test_attention_with_dropout_is_compared_without():
+    torch.manual_seed(3)
+    network = nn.Sequential(
+        nn.Unflatten(1, (5, 1)), nn.Linear(1, 4), nn.TransformerEncoderLayer(4, 2, 8, 0.3, batch_first=True),
+        nn.TransformerEncoderLayer(4, 2, 8, 0.3, batch_first=True), nn.Flatten(), nn.Linear(20, 1),
+    )  # fmt: skip
+    observer = Observer(Module(network))
+    observer.step((X, Y))
+    unseen = {name for name in observer.parameters if "self_attn" in name}
+    assert observer.captured == observer.parameters.keys() - unseen
+
+
+def test_a_comparison_with_nan_decides_nothing():
+    module = built("perceptron")
+    observer = Observer(module)
+    observer.step((X, Y))
+    poisoned = X.clone()
+    poisoned[0, 0] = torch.nan
+    observer.step((poisoned, Y))
+    assert observer.captured == set(observer.parameters)
+    assert_close(observer.step((X, Y)), of_first_sample(module, (X, Y)))
+
+
+@pytest.mark.parametrize("layer", [lambda: nn.ConvTranspose1d(1, 2, 3), lambda: nn.Conv1d(1, 2, 3, padding="same")])
+def test_layers_without_a_rule_are_run_again_under_autocast(layer):
+    torch.manual_seed(3)
+    module = Module(nn.Sequential(nn.Linear(5, 5), nn.Unflatten(1, (1, 5)), layer(), nn.Flatten(), nn.LazyLinear(1)))
+    module.network.double()(X)
+    module = module.float()
+    plain = module.training_step
+
+    def in_bfloat16(batch, batch_idx):
+        with torch.autocast("cpu", torch.bfloat16):
+            return plain(batch, batch_idx)
+
+    module.training_step = in_bfloat16
+    observer, batch = Observer(module), (X.float(), Y.float())
+    observer.step(batch)
+    assert observer.captured == set(observer.parameters)
+    replayed = Observer(module, "replay").step(batch)
+    for name, g in observer.step(batch).items():
+        assert (g - replayed[name]).norm() < 0.1 * replayed[name].norm()

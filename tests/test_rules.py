@@ -1,0 +1,187 @@
+"""Every layer rule against one autograd call per sample, in float64: no rule and no hook is used by the oracle."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.testing import assert_close
+
+from lightning_gcfreeze import rules
+
+S = 4
+
+
+class Scaled(nn.Module):
+    """A leaf with bare parameters, one of which does not take part."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.shift, self.unused = (nn.Parameter(torch.randn(5)) for _ in range(3))
+
+    def forward(self, x):
+        return torch.tanh(x * self.scale) + self.shift
+
+
+class Doubled(nn.Linear):
+    """A subclass that computes something else."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def floats(*shape):
+    return torch.randn(S, *shape, dtype=torch.float64) + 0.5
+
+
+def tokens(*shape):
+    """No two samples are equal."""
+    return (3 * torch.arange(S * math.prod(shape)) % 7).reshape(S, *shape)
+
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(5, 3), floats(5)),
+    "linear without bias": (lambda: nn.Linear(5, 3, bias=False), floats(5)),
+    "linear on sequences": (lambda: nn.Linear(5, 3), floats(6, 5)),
+    "linear on images": (lambda: nn.Linear(5, 3), floats(2, 3, 5)),
+    "subclass of linear": (lambda: Doubled(5, 3), floats(5)),
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3), floats(4, 9)),
+    "conv1d, stride, padding, dilation, groups": (
+        lambda: nn.Conv1d(4, 6, 3, stride=2, padding=2, dilation=2, groups=2),
+        floats(4, 9),
+    ),
+    "conv2d": (lambda: nn.Conv2d(3, 4, (3, 2), stride=(1, 2), padding=(0, 1)), floats(3, 6, 7)),
+    "conv2d, depthwise, without bias": (lambda: nn.Conv2d(4, 8, 3, groups=4, bias=False), floats(4, 5, 5)),
+    "conv2d, same": (lambda: nn.Conv2d(3, 4, 3, padding="same"), floats(3, 5, 5)),
+    "conv2d, circular": (lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"), floats(3, 5, 5)),
+    "conv3d": (lambda: nn.Conv3d(2, 3, 2, padding=1, dilation=2), floats(2, 4, 4, 4)),
+    "transposed conv2d": (lambda: nn.ConvTranspose2d(3, 4, 3, stride=2), floats(3, 4, 4)),
+    "embedding": (lambda: nn.Embedding(7, 3), tokens(6)),
+    "embedding of one token": (lambda: nn.Embedding(7, 3), tokens()),
+    "embedding with padding": (lambda: nn.Embedding(7, 3, padding_idx=2), tokens(9)),
+    "layer norm": (lambda: nn.LayerNorm(5), floats(5)),
+    "layer norm on sequences": (lambda: nn.LayerNorm(5), floats(6, 5)),
+    "layer norm over two axes": (lambda: nn.LayerNorm((3, 5)), floats(2, 3, 5)),
+    "layer norm without bias": (lambda: nn.LayerNorm(5, bias=False), floats(6, 5)),
+    "group norm": (lambda: nn.GroupNorm(2, 6), floats(6, 4, 4)),
+    "group norm without axes": (lambda: nn.GroupNorm(3, 6), floats(6)),
+    "batch norm in eval mode": (lambda: nn.BatchNorm1d(5).eval(), floats(5)),
+    "batch norm on images in eval mode": (lambda: nn.BatchNorm2d(3).eval(), floats(3, 4, 4)),
+    "bare parameters": (Scaled, floats(6, 5)),
+    "PReLU": (nn.PReLU, floats(5)),
+    "LSTM": (lambda: nn.LSTM(5, 3, num_layers=2, batch_first=True, bidirectional=True), floats(6, 5)),
+    "GRU": (lambda: nn.GRU(5, 3, batch_first=True), floats(6, 5)),
+    "RNN": (lambda: nn.RNN(5, 3, batch_first=True, bias=False), floats(6, 5)),
+}
+
+
+def built(make):
+    torch.manual_seed(3)
+    layer = make().double()
+    for name, tensor in layer.named_parameters():  # norms begin at 1 and 0, where mistakes hide
+        nn.init.uniform_(tensor, 0.5, 1.5) if "weight" in name else nn.init.normal_(tensor)
+    for name, tensor in layer.named_buffers():
+        if tensor.is_floating_point():
+            nn.init.uniform_(tensor, 0.5, 1.5) if "var" in name else nn.init.normal_(tensor)
+    return layer
+
+
+def losses(output):
+    """One for each sample, nowhere linear; of all the outputs of a recurrent layer."""
+    if isinstance(output, tuple):
+        first, states = output
+        return losses(first) + sum(losses(2 * state.transpose(0, 1)) for state in rules.tensors(states))
+    return (output.flatten(1) ** 2).sum(1) + output.flatten(1).sin().sum(1)
+
+
+def captured(layer, x, first=1):
+    """S times what the rule makes of the first samples' input and output gradients, after the batch's own pass."""
+    outputs, deltas = rules.tensors(output := layer(x)), {}
+    for i, y in enumerate(outputs):
+        y.register_hook(lambda d, i=i: deltas.update({i: d.narrow(rules.sample_axis(layer, i), 0, first).clone()}))
+    kept = rules.kept(layer, x, outputs[0]) if first == 1 else x[:first]
+    losses(output).mean().backward()
+    found = rules.for_layer(layer)(layer, kept, *(deltas[i] for i in range(len(outputs))))
+    return {name: len(x) * found[name] for name, _ in layer.named_parameters()}
+
+
+def alone(layer, x):
+    """The gradient of the loss on one sample."""
+    own = dict(layer.named_parameters())
+    found = torch.autograd.grad(losses(layer(x)).sum(), list(own.values()), allow_unused=True)
+    return {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(own.items(), found, strict=True)}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_rule_gives_the_gradient_on_the_first_sample(name):
+    make, x = LAYERS[name]
+    layer = built(make)
+    expected = alone(layer, x[:1])
+    found = captured(layer, x)
+    assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    second = alone(layer, x[1:2])
+    assert not any(torch.allclose(found[own], second[own]) for own in found if own != "unused")
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if "batch norm" not in name])
+def test_a_rule_adds_samples_up(name):
+    make, x = LAYERS[name]
+    layer = built(make)
+    expected = [alone(layer, x[i : i + 1]) for i in range(3)]
+    for own, g in captured(layer, x, first=3).items():
+        assert_close(g, sum(one[own] for one in expected), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 5), (3, 4, 4), (3, 2, 2, 2)], ids=str)
+def test_batch_norm_in_train_mode_gives_the_samples_part(shape):
+    """Every sample with a weight and a bias of its own: by which the loss changes through this sample's activations."""
+    x = floats(*shape)
+    layer = built(lambda: {1: nn.BatchNorm1d, 2: nn.BatchNorm1d, 3: nn.BatchNorm2d, 4: nn.BatchNorm3d}[len(shape)](3))
+    weight, bias = (p.detach().expand(S, 3).clone().requires_grad_() for p in (layer.weight, layer.bias))
+    view = (S, 3, *[1] * (len(shape) - 1))
+    normalised = nn.functional.batch_norm(x, None, None, training=True)
+    losses(weight.view(view) * normalised + bias.view(view)).mean().backward()
+    found = captured(layer, x)
+    assert_close(found, {"weight": S * weight.grad[0], "bias": S * bias.grad[0]}, rtol=1e-10, atol=1e-12)
+
+
+def test_batch_norm_does_without_what_the_graph_keeps():
+    """The same, computed from the batch."""
+    x = floats(3, 4)
+    layer = built(lambda: nn.BatchNorm1d(3))
+    output = layer(x)
+    assert_close(rules.kept(layer, x, output), rules.kept(layer, x, output.clone()))
+
+
+@given(
+    groups=st.integers(1, 3),
+    inside=st.integers(1, 3),
+    outside=st.integers(1, 3),
+    kernel=st.integers(1, 3),
+    stride=st.integers(1, 3),
+    padding=st.integers(0, 2),
+    dilation=st.integers(1, 2),
+    bias=st.booleans(),
+)
+def test_convolutions_of_any_geometry(groups, inside, outside, kernel, stride, padding, dilation, bias):
+    torch.manual_seed(0)
+    x = floats(groups * inside, 7, 6)
+    layer = nn.Conv2d(groups * inside, groups * outside, kernel, stride, padding, dilation, groups, bias).double()
+    assert_close(captured(layer, x), alone(layer, x[:1]), rtol=1e-9, atol=1e-11)
+
+
+@given(axes=st.lists(st.integers(1, 4), max_size=3), inside=st.integers(1, 5), outside=st.integers(1, 5))
+def test_linear_maps_on_any_number_of_axes(axes, inside, outside):
+    torch.manual_seed(0)
+    x, layer = floats(*axes, inside), nn.Linear(inside, outside).double()
+    assert_close(captured(layer, x), alone(layer, x[:1]), rtol=1e-9, atol=1e-11)
+
+
+def test_half_precision_activations_give_gradients_of_their_precision():
+    """As under autocast: the input may be wider than the output's gradient."""
+    torch.manual_seed(0)
+    layer, x, delta = nn.Linear(5, 3), torch.randn(2, 5), torch.randn(2, 3).bfloat16()
+    found = rules.for_layer(layer)(layer, x, delta)
+    assert_close(found["weight"].float(), delta.float().T @ x, rtol=0.03, atol=0.03)
