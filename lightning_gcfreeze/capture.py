@@ -4,7 +4,7 @@ A layer's forward hook keeps the first sample of its input, a hook on its output
 comes back: 1/S of the activations. The layer's rule makes the parameters' gradients of the two; see `rules`.
 
 What is captured is the first sample's share of the batch's gradient. That it is 1/S of the gradient of its own loss
-holds if the loss is the mean over samples that do not interact; whether it is, `first_sample` finds out.
+holds if the loss is the mean over samples that do not interact; whether it is, `first_gradient` finds out.
 """
 
 from collections import Counter

@@ -16,20 +16,10 @@ SOURCE = TESTS.parent / PACKAGE
 LAYERS = (
     ("_types", "_checks"),  # shapes and arguments: no tensors are touched
     ("gains", "estimators", "orderings"),  # the paper's formulas: tensors in, tensors out
-    (
-        "gradients",
-        "samples",
-        "rules",
-        "selection",
-        "freezing",
-    ),  # what they apply to: modules, batches, names, optimizers
-    (
-        "phases",
-        "refusals",
-        "replay",
-        "capture",
-        "reporting",
-    ),  # put together: a warm-up, a decision, sentences, a sample, tags
+    # what they apply to: modules, batches, layers, names, optimizers
+    ("gradients", "samples", "rules", "selection", "freezing"),
+    # put together: a warm-up, a decision, sentences, a sample, tags
+    ("phases", "refusals", "replay", "capture", "reporting"),
     ("first_gradient",),  # which of the two ways to g_1
     ("callback",),  # when each of it happens
     ("__init__",),  # public names

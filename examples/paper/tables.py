@@ -25,19 +25,16 @@ def report(summary: Summary, title: str) -> str:
             at = dict(zip((i / 10 for i in range(11)), curves[stage], strict=True))
             columns[f"{order}, published"] = [_number(at.get(f)) for f in fractions]
         parts += [f"## Loss, {stage}: mean ± standard deviation over runs", _by_fraction(fractions, columns)]
-    for stage in ("train", "test"):
-        columns = {
-            order: [_interval(*pair) for pair in zip(growth[stage]["mean"], growth[stage]["interval"], strict=True)]
-            for order, growth in _each(summary, "growth")
-        }
-        parts += [f"## Growth, {stage}: cost of freezing, of which random's is 1, with 95 % interval"]
-        parts += [_by_fraction(fractions, columns)]
-    for stage in ("train", "test"):
-        columns = {
-            order: [_interval(*pair) for pair in zip(paired[stage]["mean"], paired[stage]["interval"], strict=True)]
-            for order, paired in _each(summary, "paired")
-        }
-        parts += [f"## Loss minus that of random, {stage}, with 95 % interval", _by_fraction(fractions, columns)]
+    for key, heading in (
+        ("growth", "Growth, {stage}: cost of freezing, of which random's is 1, with 95 % interval"),
+        ("paired", "Loss minus that of random, {stage}, with 95 % interval"),
+    ):
+        for stage in ("train", "test"):
+            columns = {
+                order: [_interval(*pair) for pair in zip(found[stage]["mean"], found[stage]["interval"], strict=True)]
+                for order, found in summary[key].items()
+            }
+            parts += [f"## {heading.format(stage=stage)}", _by_fraction(fractions, columns)]
     overlap = {"chance": [_number(summary["stability"]["chance"][str(f)]["jaccard"]) for f in fractions]}
     for order in orders:
         found = [summary["stability"][order][str(f)] for f in fractions]
@@ -50,15 +47,15 @@ def report(summary: Summary, title: str) -> str:
 
 def scan(summaries: Sequence[Summary], title: str) -> str:
     """NAME_t0.md: what freezing costs and what the orders save, by t0."""
-    rows = []
+    rows, at = [], middle(summaries[0]["fractions"])
     for summary in summaries:
         none, every = (
             [_number(summary["orders"]["random"][stage]["mean"][end]) for stage in ("train", "test")] for end in (0, -1)
         )
-        at = middle(summary["fractions"])
-        growth = [_interval(g["train"]["mean"][at], g["train"]["interval"][at]) for _, g in _each(summary, "growth")]
+        trained = [found["train"] for found in summary["growth"].values()]
+        growth = [_interval(found["mean"][at], found["interval"][at]) for found in trained]
         rows.append([str(summary["t0"]), " / ".join(none), " / ".join(every), *growth])
-    half = f"{summaries[0]['fractions'][middle(summaries[0]['fractions'])]:g}"
+    half = f"{summaries[0]['fractions'][at]:g}"
     header = ["t0", "none frozen, train / test", "all frozen, train / test"]
     header += [f"{order}, growth at {half}" for order in summaries[0]["growth"]]
     return "\n\n".join([f"# {title}", _setting(summaries[0], scanned=True), _markdown(header, rows)]) + "\n"
@@ -80,10 +77,6 @@ def _setting(summary: Summary, scanned: bool = False) -> str:
     if summary["data"].startswith("synthetic"):
         text += f", {summary['objects']} objects, noise {summary['noise']:g}"
     return f"{text}, p = {summary['p']}, seed {summary['seed']}{', same data in all runs' * summary['same_data']}."
-
-
-def _each(summary: Summary, key: str) -> Iterable[tuple[str, Any]]:
-    return summary[key].items()  # type: ignore[no-any-return]
 
 
 def _by_fraction(fractions: Sequence[float], columns: Mapping[str, Sequence[str]]) -> str:
