@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torchvision.models import resnet18
 
 from lightning_gcfreeze import gradients
-from lightning_gcfreeze.first_gradient import FirstGradient
 from lightning_gcfreeze.phases import Observing
+from lightning_gcfreeze.sample_gradients import SampleGradients
 
 Batch = tuple[Tensor, Tensor]
 
@@ -97,15 +97,16 @@ MODELS: dict[str, tuple[str, Callable[[], nn.Module], Callable[[], Batch]]] = {
 class Step:
     """A training step of a model of its own: forward, backward, Adam; and what is observed in between."""
 
-    def __init__(self, model: nn.Module, batch: Batch, gradients_by: Any) -> None:
+    def __init__(self, model: nn.Module, batch: Batch, **observed: Any) -> None:
         self.model, self.batch = deepcopy(model).train(), batch
         self.optimizer = torch.optim.Adam(self.model.parameters())
         self.parameters = dict(self.model.named_parameters())
-        self.first = None
-        if gradients_by is not None:
-            self.first = FirstGradient(
-                gradients_by, self.model, self.parameters, self.training_step, contextlib.nullcontext, lambda _: None
-            )
+        self.samples = None
+        if observed:
+            self.samples = SampleGradients(
+                observed.get("how", "auto"), self.model, self.parameters, self.training_step, contextlib.nullcontext,
+                lambda _: None, observed.get("count", 1),
+            )  # fmt: skip
             self.phase = Observing(self.parameters)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -113,19 +114,24 @@ class Step:
         return F.cross_entropy(self.model(x), y)
 
     def __call__(self) -> None:
-        if self.first is not None:
-            self.first.keep(self.batch, 0)
+        if self.samples is not None:
+            self.samples.keep(self.batch, 0)
         self.training_step(self.batch, 0).backward()
-        if self.first is not None:
-            self.first.join()
-            g_one = self.first.gradient(self.first.take(), 1.0)
-            assert g_one is not None
-            self.phase.observe(g_one, gradients.of_batch(self.parameters), "1/t", len(self.batch[1]))
+        if self.samples is not None:
+            self.samples.join()
+            g_batch, size = gradients.of_batch(self.parameters), len(self.batch[1])
+            found = self.samples.gradients(self.samples.take(), 1.0, g_batch, size)
+            assert found is not None
+            self.phase.observe(found.by_name, g_batch, "1/t", size, found.centred)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
 
-WAYS: dict[str, str] = {"first sample, capture": "capture", "first sample, replay": "replay"}
+WAYS: dict[str, dict[str, Any]] = {
+    "first sample, auto": {"how": "auto"},
+    "first sample, replay": {"how": "replay"},
+    "all samples": {"how": "auto", "count": None},
+}
 
 
 def measure(name: str, rounds: int) -> dict[str, float]:
@@ -133,7 +139,7 @@ def measure(name: str, rounds: int) -> dict[str, float]:
     torch.manual_seed(0)
     _, make, data = MODELS[name]
     model, batch = make(), data()
-    steps = {"plain": Step(model, batch, None)} | {way: Step(model, batch, how) for way, how in WAYS.items()}
+    steps = {"plain": Step(model, batch)} | {way: Step(model, batch, **how) for way, how in WAYS.items()}
     times: dict[str, list[float]] = {way: [] for way in steps}
     for i in range(rounds + 3):
         for way, step in steps.items():

@@ -58,6 +58,20 @@ def one_of(name: str, value: Any, allowed: Collection[str]) -> str:
     return value
 
 
+def integer_or_name(name: str, value: Any, at_least: int, allowed: Collection[str]) -> int | str:
+    """Return an int of at least `at_least`, or one of the allowed names.
+
+    Raises:
+        TypeError: it is neither an int nor a string.
+        ValueError: it is too small, or another string.
+    """
+    if isinstance(value, str):
+        return one_of(name, value, allowed)
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"`{name}` must be an int or one of {', '.join(map(repr, allowed))}, got {value!r}.")
+    return integer(name, value, at_least)
+
+
 def patterns(name: str, value: str | Sequence[str] | None) -> tuple[str, ...] | None:
     """Return one fnmatch pattern or several as a tuple; None stays None.
 

@@ -27,10 +27,10 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_gcfreeze import _checks, gains, gradients, orderings, refusals, reporting, selection
 from lightning_gcfreeze.estimators import FullCovariance
-from lightning_gcfreeze.first_gradient import FirstGradient, How
 from lightning_gcfreeze.freezing import Restore
 from lightning_gcfreeze.phases import Frozen, Observing
 from lightning_gcfreeze.replay import Window
+from lightning_gcfreeze.sample_gradients import How, SampleGradients
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback as _Callback
@@ -60,7 +60,7 @@ class _Run:
     trainer: pl.Trainer
     parameters: dict[str, Parameter]  # the eligible ones
     k: int
-    first: FirstGradient
+    samples: SampleGradients
     post_hook: RemovableHandle | None = None
     holder: Restore | None = None
     tried: bool = False  # whether the optimizer step to come was tried to observe
@@ -83,12 +83,13 @@ class GradCovFreezeCallback(_Callback):
         k: how many eligible elements to freeze: an int is a count, a float in [0, 1] a fraction.
         order: what to rank by, lowest first: "variance" (the paper), "random", "reverse" (highest variance first),
             "magnitude", "second_moment", "snr", "displacement", or a callable; see `lightning_gcfreeze.orderings`.
-        samples: whose gradients feed the recursion: "first".
+        samples: whose gradients feed the recursion: "first" (the paper), "all" of the batch, or the first m. Then the
+            squared noise is the mean over them: m times the information, at a third to a half of a step's cost.
         every: observe each `every`-th optimizer step: `every`, 2·`every`, …
         covariance: "diagonal", or "full" for the p x p matrix of a small model.
         gain: κ_t: "1/t", a float in (0, 1], or a callable t -> κ, t counting observed steps from 1.
-        gradients: how g_1 is had: "replay", the loss on the first sample once more; "capture", from the batch's own
-            pass; "auto", captured where a comparison with replay allows it; see `lightning_gcfreeze.first_gradient`.
+        gradients: how single samples' gradients are had: "replay", the loss on the sample once more; "capture", from
+            the batch's own pass; "auto", captured where a comparison with replay allows it.
         granularity: what freezes together: "element", nothing.
         hold: how constancy is kept: "restore".
         include: patterns (fnmatch) of the parameter names that are eligible; None: all. Only parameters that require
@@ -110,11 +111,11 @@ class GradCovFreezeCallback(_Callback):
         k: int | float,
         *,
         order: orderings.Name | orderings.Ordering = "variance",
-        samples: Literal["first"] = "first",
+        samples: Literal["first", "all"] | int = "first",
         every: int = 1,
         covariance: Literal["diagonal", "full"] = "diagonal",
         gain: gains.Gain = "1/t",
-        gradients: How = "replay",
+        gradients: How = "auto",
         granularity: Literal["element"] = "element",
         hold: Literal["restore"] = "restore",
         include: str | Sequence[str] | None = None,
@@ -127,7 +128,7 @@ class GradCovFreezeCallback(_Callback):
         self.k = _checks.count_or_fraction("k", k)
         self._ordering = orderings.resolve(order)
         self.order = order
-        self.samples = _checks.one_of("samples", samples, ["first"])
+        self.samples = _checks.integer_or_name("samples", samples, at_least=1, allowed=["first", "all"])
         self.every = _checks.integer("every", every, at_least=1)
         if self.every > self.t0:
             raise ValueError(
@@ -184,7 +185,7 @@ class GradCovFreezeCallback(_Callback):
     @property
     def covariance(self) -> Tensor | None:
         """C_t, (p, p), rows in the order of ``named_parameters()``, with `covariance="full"`; else None."""
-        matrix = self._phase.matrix if isinstance(self._phase, Frozen) else self._phase.covariance.matrix
+        matrix = self._phase.matrix
         return None if matrix is None else matrix.clone()
 
     @property
@@ -237,19 +238,22 @@ class GradCovFreezeCallback(_Callback):
         """Refuse what cannot work, before anything is trained. The optimizers exist by now."""
         _refuse(refusals.of_module(pl_module, pl_module.training_step, pl_module.automatic_optimization))
         _refuse(refusals.of_optimizers(trainer.optimizers))
+        _refuse(refusals.of_samples(pl_module, self._count))
         parameters = selection.eligible(pl_module, trainer.optimizers[0], self.include, self.exclude)
         k = selection.resolve_count(self.k, sum(p.numel() for p in parameters.values()))
         if self._full:
             FullCovariance({name: p.to("meta") for name, p in parameters.items()})  # refuses one that is too large
-        first = FirstGradient(
+        samples = SampleGradients(
             self.gradients,
             pl_module,
             parameters,
             _training_step(pl_module),
             lambda: _aside(trainer),
             lambda sentence: rank_zero_info(f"{type(self).__name__}: {sentence}"),
+            count=self._count,
+            singly=self._full,
         )
-        self._run = _Run(trainer, parameters, k, first)
+        self._run = _Run(trainer, parameters, k, samples)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin, or go on where the checkpoint stopped: by now all of it is loaded under every strategy."""
@@ -263,10 +267,10 @@ class GradCovFreezeCallback(_Callback):
         run.logged_step = self._steps
         if isinstance(self._phase, Observing):
             self._phase.to(run.parameters)
-            if self._phase.first_gradient is None:
-                self._phase.first_gradient = run.first.decided
+            if self._phase.decided is None:
+                self._phase.decided = run.samples.decided
             else:
-                run.first.decided = self._phase.first_gradient
+                run.samples.decided = self._phase.decided
         else:
             run.holder = Restore(run.parameters, self._phase.frozen)
         run.post_hook = trainer.optimizers[0].register_step_post_hook(self._after_step)
@@ -277,14 +281,14 @@ class GradCovFreezeCallback(_Callback):
         """Keep the first sample, before `training_step` can change the batch in place."""
         run = self._running
         if batch_idx % trainer.accumulate_grad_batches == 0:
-            run.first.forget()  # Lightning zeroes the gradients here, also of a window that was broken off
+            run.samples.forget()  # Lightning zeroes the gradients here, also of a window that was broken off
         if isinstance(self._phase, Observing) and (self._due or self._steps == 0):
-            run.first.keep(batch, batch_idx)
+            run.samples.keep(batch, batch_idx)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """The backward pass to come is the training step's own. Runs before every micro-batch's backward."""
         if isinstance(self._phase, Observing):
-            self._running.first.begin_backward()
+            self._running.samples.begin_backward()
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Observe one step, while observing.
@@ -292,15 +296,17 @@ class GradCovFreezeCallback(_Callback):
         Runs after every micro-batch's backward; ``p.grad`` is g_S, times the loss scale, on the last one of a step.
         """
         run = self._running
-        if not isinstance(self._phase, Observing) or not run.first.join() or trainer.fit_loop._should_accumulate():
+        if not isinstance(self._phase, Observing) or not run.samples.join() or trainer.fit_loop._should_accumulate():
             return
-        window = run.first.take()
+        window = run.samples.take()
         size = None if window.batch_size is None else window.batch_size * trainer.world_size
         if size == 1 and self._steps == 0:  # at the first step it is no short last batch
             raise MisconfigurationException(
                 "The batch holds one sample: its gradient is the batch's, and there is no noise to see. Use batches of"
                 " at least 2 samples, or accumulate gradients."
             )
+        if run.observed_step > self._steps and not self._phase.settle():
+            run.observed_step = self._steps  # a loss scaler left the optimizer step out, and it comes again
         if self._due and run.observed_step <= self._steps:
             run.tried = True
             if self._observe(self._phase, run, window, size):
@@ -326,7 +332,7 @@ class GradCovFreezeCallback(_Callback):
         if isinstance(self._phase, Observing) and self._due and not run.tried:
             self._phase.skipped += 1  # `training_step` returned no loss
         run.tried = False
-        run.first.forget()
+        run.samples.forget()
         self._steps += 1
         if run.holder:
             run.holder.restore_()
@@ -371,6 +377,11 @@ class GradCovFreezeCallback(_Callback):
         return (self._steps + 1) % self.every == 0
 
     @property
+    def _count(self) -> int | None:
+        """How many samples of a batch are observed; None: all."""
+        return self.samples if isinstance(self.samples, int) else {"first": 1, "all": None}[self.samples]
+
+    @property
     def _running(self) -> _Run:
         if self._run is None:
             raise RuntimeError(f"{type(self).__name__} needs a Trainer's fit: `on_fit_start` has not run.")
@@ -378,7 +389,7 @@ class GradCovFreezeCallback(_Callback):
 
     def _unbind(self) -> None:
         if self._run:
-            self._run.first.forget()
+            self._run.samples.forget()
             if self._run.post_hook:
                 self._run.post_hook.remove()
         self._run = None
@@ -394,11 +405,12 @@ class GradCovFreezeCallback(_Callback):
         share = window.micro_batches / run.trainer.accumulate_grad_batches
         loss_scale = scaler.get_scale() if scaler else 1.0
         g_batch = gradients.of_batch(run.parameters, share * loss_scale)
-        g_one = None if size == 1 else run.first.gradient(window, loss_scale / run.trainer.accumulate_grad_batches)
-        if g_one is None:
+        scale = loss_scale / run.trainer.accumulate_grad_batches
+        found = None if size == 1 else run.samples.gradients(window, scale, g_batch, size)
+        if found is None:
             phase.skipped += 1
             return False
-        return phase.observe(g_one, g_batch, self.gain, size)
+        return phase.observe(found.by_name, g_batch, self.gain, size, found.centred)
 
     def _decide(self, phase: Observing, run: _Run) -> Frozen:
         """Rank and mark, the same on all ranks: their statistics are averaged first."""

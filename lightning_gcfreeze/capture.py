@@ -1,17 +1,18 @@
-"""g_1 by capture: from the batch's own forward and backward pass, without a second one.
+"""Single samples' gradients by capture: from the batch's own forward and backward pass, without a second one.
 
-A layer's forward hook keeps the first sample of its input, a hook on its output the first sample of the gradient that
-comes back: 1/S of the activations. The layer's rule makes the parameters' gradients of the two; see `rules`.
+A layer's forward hook keeps the first m samples of its input, a hook on its output those of the gradient that comes
+back: of one sample that is 1/S of the activations. The layer's rule makes the parameters' gradients of the two; see
+`rules`.
 
-What is captured is the first sample's share of the batch's gradient. That it is 1/S of the gradient of its own loss
-holds if the loss is the mean over samples that do not interact; whether it is, `first_gradient` finds out.
+What is captured is a sample's share of the batch's gradient. That it is 1/S of the gradient of its own loss holds if
+the loss is the mean over samples that do not interact; whether it is, `sample_gradients` finds out.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +20,17 @@ from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
 from lightning_gcfreeze import gradients, rules
+from lightning_gcfreeze._types import Named
+from lightning_gcfreeze.per_sample import PerSample, one_by_one
 
 
-class _Seen(NamedTuple):
-    """A layer's view of the first sample."""
+@dataclass
+class _Seen:
+    """A layer's view of the first m samples."""
 
     x: Tensor
+    version: int | None  # of x, if it is no copy
+    prepare: Callable[[Tensor], Tensor]
     deltas: list[Tensor | None]  # one for each tensor that it returned
 
 
@@ -49,23 +55,26 @@ class Capture:
             if own and rules.applies(layer):
                 self._layers[layer] = own
         self._hooks: list[RemovableHandle] = []
-        self._size = 0
+        self._size = self._count = 0
         self._seen: dict[nn.Module, _Seen | None] = {}  # None: not as it has to be
-        self.tolerance: dict[str, float] = {}
-        """How far, relatively, rounding may take the gradients found last from those of another way to compute them."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Capture":
         """A copy of the module that is made during a pass takes the hooks along: they know the layers, and rest."""
         return self
 
-    def listen(self, size: int) -> None:
-        """Forget what was seen, and watch the pass of S samples to come, not longer: some layers run otherwise then."""
+    def listen(self, size: int, count: int) -> None:
+        """Forget what was seen, and watch the first samples in the pass to come.
+
+        Args:
+            size: S, of the pass.
+            count: m, how many of them.
+        """
         self.forget()
-        self._size = size
+        self._size, self._count = size, min(size, count)
         self._hooks = [layer.register_forward_hook(self._after_layer) for layer in self._layers]
 
     def stop(self) -> None:
-        """Watch no further pass; what was seen stays."""
+        """Watch no further pass; what was seen stays. Some layers run otherwise while they are watched."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -81,67 +90,126 @@ class Capture:
             if seen is not None:
                 seen.deltas[:] = [None] * len(seen.deltas)
 
-    def gradients(self, factor: float = 1.0) -> dict[str, Tensor]:
-        """The first sample's share of the batch's gradient, times `factor`, of the parameters that were seen."""
-        self.stop()
-        found: dict[str, Tensor] = {}
-        for layer, seen in self._seen.items():
-            if seen is not None and any(delta is not None for delta in seen.deltas):
-                found.update(self._of_layer(layer, seen, factor))
-        self._seen.clear()
+    def shares(self) -> dict[str, tuple[Tensor, float]]:
+        """The first sample's share of the batch's gradient, by all parameters that were seen; what was seen stays.
+
+        Returns:
+            ``{name: (share, tolerance)}``: a tensor like the parameter, and how far, relatively, rounding may take it
+            from the same gradient computed otherwise.
+        """
+        found: dict[str, tuple[Tensor, float]] = {}
+        for layer, seen in self._complete():
+            narrowest = max(torch.finfo(delta.dtype).eps for delta in seen.deltas if delta is not None)
+            for own, g in self._of_layer(layer, seen, slice(0, 1)).items():
+                if (name := self._layers[layer].get(own)) is not None:
+                    share = g.dense(1)[0].to(layer.get_parameter(own).dtype)
+                    found[name] = (share, min(0.1, 3 * narrowest**0.5))
         return found
 
-    def _of_layer(self, layer: nn.Module, seen: _Seen, factor: float) -> dict[str, Tensor]:
-        known = [delta for delta in seen.deltas if delta is not None]
-        early = all(delta.dtype in (torch.float32, torch.float64) for delta in known)
-        if early:  # they are smaller than what is made of them; in half precision they might leave its range
-            for delta in known:
-                delta.mul_(factor)
+    def gradients(self, factors: Mapping[str, float], g_batch: Named, singly: bool) -> dict[str, PerSample]:
+        """The samples' shares of the batch's gradient times a factor, by the parameters that were seen. Forgets them.
+
+        Args:
+            factors: by name of the parameters wanted.
+            g_batch: g_S.
+            singly: whether each single one is needed, not only the sum of squared noise.
+        """
+        found: dict[str, PerSample] = {}
+        for layer, seen in self._complete():
+            wanted = {own: name for own, name in self._layers[layer].items() if name in factors}
+            if wanted and rules.for_layer(layer) is not rules.of_any_layer:
+                of_layer = self._of_layer(layer, seen, slice(0, self._count))
+                for own, name in wanted.items():
+                    if own in of_layer:
+                        found[name] = of_layer[own]
+                        found[name].scale_(factors[name])
+            elif wanted:
+                singles = self._singles(layer, seen, {name: (own, factors[name]) for own, name in wanted.items()})
+                found.update(one_by_one(singles, g_batch, singly or self._count == 1))
+        self.forget()
+        return found
+
+    def _complete(self) -> Iterator[tuple[nn.Module, _Seen]]:
+        """Layers to whose output a gradient came back, and whose input is as it was."""
+        for layer, seen in self._seen.items():
+            if seen is None or all(delta is None for delta in seen.deltas):
+                continue
+            if seen.version is None or seen.x._version == seen.version:
+                yield layer, seen
+
+    def _singles(
+        self, layer: nn.Module, seen: _Seen, wanted: Mapping[str, tuple[str, float]]
+    ) -> Iterator[dict[str, Tensor]]:
+        """The gradients of one sample after the other, times a factor."""
+        for i in range(self._count):
+            g = self._of_layer(layer, seen, slice(i, i + 1))
+            yield {name: g[own].dense()[0] * factor for name, (own, factor) in wanted.items() if own in g}
+
+    def _of_layer(self, layer: nn.Module, seen: _Seen, samples: slice) -> dict[str, PerSample]:
+        """By own name of those parameters that require a gradient."""
+        start, length = samples.start, samples.stop - samples.start
+        x, deltas = seen.x, seen.deltas
+        if length < self._count:
+            x = x.narrow(rules.sample_axis(layer), start, length)
+            deltas = [
+                None if delta is None else delta.narrow(rules.sample_axis(layer, i), start, length)
+                for i, delta in enumerate(seen.deltas)
+            ]
+        x = seen.prepare(x)
         rule = rules.for_layer(layer)
         try:
-            with gradients.no_trace(layer) if rule is rules.of_any_layer else nullcontext():
-                by_own_name = rule(layer, seen.x, *seen.deltas)
+            if rule is rules.of_any_layer:
+                with gradients.no_trace(layer):
+                    found = rule(layer, x, *deltas)
+            else:
+                found = rule(layer, x, *deltas)
         except Exception:  # of this call alone: whatever it was, replay knows
             return {}
-        found = {}
-        for own, name in self._layers[layer].items():
-            p = layer.get_parameter(own)
-            if own in by_own_name and by_own_name[own].shape == p.shape and p.requires_grad:
-                g = by_own_name[own].to(p.dtype)
-                found[name] = g if early else g.mul_(factor)
-                self.tolerance[name] = min(0.1, 3 * max(torch.finfo(delta.dtype).eps for delta in known) ** 0.5)
-        return found
+        return {own: g for own, g in found.items() if (p := layer._parameters.get(own)) is not None and p.requires_grad}
 
     def _after_layer(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not self._hooks or layer not in self._layers:  # a copy of it
             return
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
-        outputs = rules.tensors(output)
-        self._seen[layer] = None if layer in self._seen else self._look(layer, args, outputs)
+        self._seen[layer] = None if layer in self._seen else self._look(layer, args, output)
 
-    def _look(self, layer: nn.Module, args: tuple[Any, ...], outputs: list[Tensor]) -> _Seen | None:
-        """The first sample, if the call is as it has to be."""
-        if len(args) != 1 or not all(map(_is_plain, [*args, *outputs])) or not rules.takes(layer, args[0]):
+    def _look(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> _Seen | None:
+        """The first samples, if the call is as it has to be."""
+        outputs = [output] if type(output) is Tensor else rules.tensors(output)
+        if len(args) != 1 or not outputs or not _is_plain(x := args[0]) or not rules.takes(layer, x):
             return None
-        axes = [rules.sample_axis(layer, i) for i in range(len(outputs))]
-        if args[0].shape[rules.sample_axis(layer)] != self._size or not outputs:
+        axis = rules.sample_axis(layer)
+        if x.shape[axis] != self._size:
             return None  # of other samples, or of some of them
-        if any(
-            y.is_leaf or y.dim() <= axis or y.shape[axis] != self._size for y, axis in zip(outputs, axes, strict=True)
-        ):
-            return None
-        seen = _Seen(rules.kept(layer, args[0], outputs[0]), [None] * len(outputs))
-        for i, (y, axis) in enumerate(zip(outputs, axes, strict=True)):
-            y.register_hook(partial(_keep, seen.deltas, i, axis))
+        axes = [rules.sample_axis(layer, i) for i in range(len(outputs))]
+        for y, a in zip(outputs, axes, strict=True):
+            if not _is_plain(y) or y.is_leaf or y.dim() <= a or y.shape[a] != self._size:
+                return None
+        whole = self._count == self._size
+        x = x.detach() if whole else x.detach().narrow(axis, 0, self._count).clone()
+        prepare = rules.preparation(layer, args[0], outputs[0])
+        seen = _Seen(x, x._version if whole else None, prepare, [None] * len(outputs))
+        for i, (y, a) in enumerate(zip(outputs, axes, strict=True)):
+            # The node stays the layer's own when its output is changed in place; a tensor's hooks cost more.
+            keep = partial(_keep, seen.deltas, i, y.output_nr, a, None if whole else self._count)
+            y.grad_fn.register_prehook(keep)  # type: ignore[union-attr]  # y is no leaf
         return seen
 
 
-def _keep(deltas: list[Tensor | None], i: int, axis: int, delta: Tensor) -> None:
-    """As a copy: a view would keep the gradient of the whole batch alive. Several backward passes add up."""
-    first = delta.detach().narrow(axis, 0, 1).clone()
+def _keep(
+    deltas: list[Tensor | None], i: int, number: int, axis: int, count: int | None, by_outputs: tuple[Tensor, ...]
+) -> None:
+    """Several backward passes add up. A part is copied: a view would keep the gradient of the whole batch alive."""
+    delta = by_outputs[number]
+    if delta is None:  # only another output of the same node has one
+        return
+    if delta.requires_grad:
+        delta = delta.detach()
+    if count is not None:
+        delta = delta.narrow(axis, 0, count).clone()
     known = deltas[i]
-    deltas[i] = first if known is None else known + first
+    deltas[i] = delta if known is None else known + delta
 
 
 def _is_plain(value: Any) -> bool:

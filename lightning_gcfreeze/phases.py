@@ -4,7 +4,8 @@ Tensors and numbers only: a phase is saved, loaded and copied without a module o
 """
 
 import copy
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch import Tensor
 from lightning_gcfreeze import gains, orderings, selection
 from lightning_gcfreeze._types import Named
 from lightning_gcfreeze.estimators import BatchMean, BatchSecondMoment, DiagonalCovariance, Estimator, FullCovariance
-from lightning_gcfreeze.estimators.base import accumulator_dtype, finite_batch_correction
+from lightning_gcfreeze.estimators.base import decayed_, finite_batch_correction
+from lightning_gcfreeze.per_sample import PerSample
 
 
 class Observing:
@@ -37,43 +39,83 @@ class Observing:
         if "second_moment" in needs:
             self.moments["second_moment"] = BatchSecondMoment(parameters)
         self.start = {name: p.detach().clone() for name, p in parameters.items()} if "start" in needs else None
-        self.observed = 0  # pairs that entered C_t
-        self.skipped = 0  # pairs that did not
+        self.observed = 0  # steps that entered C_t
+        self.skipped = 0  # steps that did not
         self.batch_size: int | None = None  # of the first observed batch; C_t is on its scale
-        self.first_gradient: Any = None  # what has been decided on how g_1 is had; numbers and strings
+        self.decided: Any = None  # on how single samples' gradients are had; numbers and strings
+        self._scale = 1.0  # s_t: C_t is this times the estimator's tensors
+        self._verdict: Tensor | None = None  # whether the last step's gradients were finite, if only the device knows
+        self._scale_without = 1.0  # s_t, if they were not
 
     @property
-    def variance(self) -> Named:
+    def variance(self) -> dict[str, Tensor]:
         """The diagonal of C_t; empty while nothing has been observed."""
-        return self.covariance.variance if self.observed else {}
+        self.settle()
+        return self._variance() if self.observed else {}
 
-    def observe(self, g_one: Named, g_batch: Named, gain: gains.Gain, batch_size: int | None = None) -> bool:
-        """Take one step of the recursion, Eq. (2.6). A pair that is not finite only counts, as skipped.
+    @property
+    def matrix(self) -> Tensor | None:
+        """C_t, (p, p), if it is kept."""
+        self.settle()
+        return None if self.covariance.matrix is None else self._scale * self.covariance.matrix
+
+    def observe(
+        self,
+        samples: Mapping[str, PerSample],
+        g_batch: Named,
+        gain: gains.Gain,
+        batch_size: int | None = None,
+        centred: Collection[str] = (),
+    ) -> bool:
+        """Take one step of the recursion, Eq. (2.6). A step with a gradient that is not finite only counts, as skipped.
+
+        On a GPU, whether it is finite becomes known with the next step: asking at once would make the CPU wait.
 
         Args:
-            g_one: g_1. ``{name: (*p.shape)}``. Not modified.
+            samples: g_1 … g_m, by name. Not modified.
             g_batch: g_S. ``{name: (*p.shape)}``. Not modified.
             gain: κ.
             batch_size: S, if it is known.
+            centred: names for which g_S is known to be the mean of the samples' gradients.
 
         Returns:
-            Whether the pair entered C_t.
+            False if it is known that the step was skipped.
         """
-        if not _finite(g_one, g_batch):
+        self.settle()
+        total = _total(samples.values(), g_batch.values())
+        on_cpu = total.device.type == "cpu"
+        if on_cpu and not math.isfinite(total):
             self.skipped += 1
             return False
         self.observed += 1
-        self.batch_size = self.batch_size or batch_size
         kappa = gains.at(gain, self.observed)
-        correction = finite_batch_correction(batch_size, self.batch_size)
-        for estimator in (self.covariance, *self.moments.values()):
-            estimator.update(g_one, g_batch, kappa, correction)
+        correction = finite_batch_correction(batch_size, self.batch_size or batch_size)
+        gate = None if on_cpu else total.isfinite()
+        sums = [tensor for estimator in self._estimators for tensor in estimator.tensors.values()]
+        self._scale, self._scale_without = decayed_(sums, self._scale, kappa, gate)
+        for estimator in self._estimators:
+            estimator.add(samples, g_batch, kappa / self._scale, correction, centred, gate)
+        self._verdict = gate
+        self.batch_size = self.batch_size or batch_size
+        return True
+
+    def settle(self) -> bool:
+        """Learn from the device whether the last step entered C_t, and tell."""
+        verdict, self._verdict = self._verdict, None
+        if verdict is not None and not verdict:
+            self.observed -= 1
+            self.skipped += 1
+            self._scale = self._scale_without
+            self.batch_size = self.batch_size if self.observed else None
+            return False
         return True
 
     def average(self, mean: Callable[[Tensor], Tensor]) -> None:
         """Replace every statistic by its mean over processes."""
-        for estimator in (self.covariance, *self.moments.values()):
-            estimator.tensors = {name: mean(tensor) for name, tensor in estimator.tensors.items()}
+        self.settle()
+        for estimator in self._estimators:
+            estimator.tensors = {name: mean(tensor * self._scale) for name, tensor in estimator.tensors.items()}
+        self._scale = 1.0
 
     def scores(self, ordering: orderings.Ordering, weights: Named, seed: int) -> dict[str, Tensor]:
         """What the ordering makes of the evidence so far, in the order of the parameters, which decides ties.
@@ -82,8 +124,10 @@ class Observing:
             ValueError: the ordering did not score every element, or with NaN.
         """
         weights = {name: w.detach().clone() for name, w in weights.items()}  # what they are now may be the score
-        moments = {name: estimator.tensors for name, estimator in self.moments.items()}
-        evidence = orderings.Evidence(self.covariance.variance, weights, seed, start=self.start, **moments)
+        self.settle()
+        moments = {name: self._read(estimator.tensors) for name, estimator in self.moments.items()}
+        variance = self._variance()
+        evidence = orderings.Evidence(variance, weights, seed, start=self.start, **moments)
         scores = ordering(evidence)
         selection.check_scores(scores, weights)
         return {name: scores[name].detach() for name in weights}
@@ -94,14 +138,15 @@ class Observing:
         return Frozen(
             frozen=selection.lowest(scores, k),
             scores=scores,
-            variance=dict(self.covariance.variance),
-            matrix=self.covariance.matrix,
+            variance=self._variance(),
+            matrix=self.matrix,
             observed=self.observed,
             skipped=self.skipped,
         )
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers and strings alone."""
+        self.settle()
         return {
             "begun": bool(self.shapes),
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
@@ -109,10 +154,11 @@ class Observing:
             "covariance": self.covariance.tensors,
             "moments": {name: estimator.tensors for name, estimator in self.moments.items()},
             "start": self.start,
+            "scale": self._scale,
             "observed": self.observed,
             "skipped": self.skipped,
             "batch_size": self.batch_size,
-            "first_gradient": copy.deepcopy(self.first_gradient),
+            "decided": copy.deepcopy(self.decided),
         }
 
     @classmethod
@@ -125,22 +171,37 @@ class Observing:
             phase.moments[name].tensors = _cloned(tensors)
         phase.start = state["start"]
         phase.observed, phase.skipped, phase.batch_size = state["observed"], state["skipped"], state["batch_size"]
-        phase.first_gradient = copy.deepcopy(state["first_gradient"])
+        phase._scale, phase.decided = state["scale"], copy.deepcopy(state["decided"])
         return phase
 
     def to(self, parameters: Named) -> None:
         """Move every tensor to the device of its parameter."""
         default = next(iter(parameters.values()))
-        for estimator in (self.covariance, *self.moments.values()):
+        for estimator in self._estimators:
             estimator.tensors = {n: t.to(parameters.get(n, default).device) for n, t in estimator.tensors.items()}
         if self.start is not None:
             self.start = {name: t.to(parameters[name].device) for name, t in self.start.items()}
 
+    @property
+    def _estimators(self) -> tuple[Estimator, ...]:
+        return (self.covariance, *self.moments.values())
 
-def _finite(*gradients: Named) -> bool:
-    """Whether all elements are finite, by their sums: one look at the device for all of them."""
-    sums = [g.sum(dtype=accumulator_dtype(g)) for named in gradients for g in named.values()]
-    return bool(torch.stack(sums).sum().isfinite())
+    def _read(self, sums: Named) -> dict[str, Tensor]:
+        """The statistic whose sum this is."""
+        return {name: tensor * self._scale for name, tensor in sums.items()}
+
+    def _variance(self) -> dict[str, Tensor]:
+        # What rounding leaves of no noise at all may be less than none.
+        return {name: v.clamp_(min=0.0) for name, v in self._read(self.covariance.variance).items()}
+
+
+def _total(samples: Iterable[PerSample], batch: Iterable[Tensor]) -> Tensor:
+    """A sum that is not finite if an element of a gradient is not; 0-dim."""
+    others = (tensor for g in samples if (tensor := g.unchecked()) is not None)
+    total, *more = (t.sum() if t.dtype.itemsize >= 4 else t.sum(dtype=torch.float32) for t in (*batch, *others))
+    for part in more:
+        total = total + part
+    return total
 
 
 def _cloned(named: Named) -> dict[str, Tensor]:

@@ -48,6 +48,16 @@ def of_module(module: nn.Module, training_step: Any, automatic_optimization: boo
     return None
 
 
+def of_samples(module: nn.Module, count: int | None) -> str | None:
+    """More samples than the module can cut out itself."""
+    if count == 1 or not hasattr(module, "gcfreeze_first_sample"):
+        return None
+    return (
+        f"`gcfreeze_first_sample` of {type(module).__name__} gives the first sample of a batch and no other. Use"
+        " `samples='first'`, or remove it if the batch can be cut along the first axis of its tensors."
+    )
+
+
 def of_optimizers(optimizers: Sequence[Any]) -> str | None:
     """Anything but one optimizer whose steps can be followed and whose frozen elements do not guide the live ones."""
     if len(optimizers) != 1:

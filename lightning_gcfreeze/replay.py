@@ -1,9 +1,10 @@
-"""g_1 by replay: the training step once more, on the first sample of what an optimizer step sees.
+"""Single samples' gradients by replay: the training step once more, on one sample of what an optimizer step sees.
 
 That is all micro-batches since the last step; the first sample is that of the first of them. What computing it must not
 leave behind is `gradients.of_sample`'s business; here it is which sample, and what to do if it cannot be had alone.
 """
 
+import copy
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
@@ -21,7 +22,9 @@ class Window:
     """The micro-batches of one optimizer step."""
 
     sample: Any
-    """The first."""
+    """The first; None if it was not asked for."""
+    batch: Any
+    """A copy of the first micro-batch, if it was asked for and can be copied."""
     batch_idx: int
     first_size: int | None
     """S of the first; None if it cannot be told for certain."""
@@ -54,17 +57,24 @@ class Replay:
         self._batch: Window | None = None  # the batch at hand
         self._window: Window | None = None  # all since the last optimizer step
 
-    def keep(self, batch: Any, batch_idx: int) -> None:
-        """Copy the first sample of a batch, before the training step can change it in place.
+    def keep(self, batch: Any, batch_idx: int, sample: bool = True, whole: bool = False) -> None:
+        """Copy what will be needed of a batch, before the training step can change it in place.
+
+        Args:
+            batch: the batch to come.
+            batch_idx: its number.
+            sample: whether the first sample is needed.
+            whole: whether the whole batch is.
 
         Raises:
             samples.UnclearBatchError: it cannot be cut, and the module has no `gcfreeze_first_sample`.
         """
+        kept = _copied(batch) if whole else None
         if self._cut_by_module is None:
-            sample, size = samples.first_sample(batch)
-            self._batch = Window(sample, batch_idx, size, size)
+            first, size = samples.first_sample(batch) if sample else (None, samples.batch_size(batch))
+            self._batch = Window(first, kept, batch_idx, size, size)
         else:  # then the first axis need not be that of the samples
-            self._batch = Window(self._cut_by_module(batch), batch_idx, None, samples.batch_size_or_none(batch))
+            self._batch = Window(self._cut_by_module(batch), kept, batch_idx, None, samples.batch_size_or_none(batch))
 
     def join(self) -> bool:
         """After a batch's backward: it has become part of the optimizer step. Tell whether one was kept."""
@@ -102,7 +112,11 @@ class Replay:
         return self._window is None
 
     def gradient(
-        self, window: Window, names: Collection[str] | None = None, before: Callable[[], None] | None = None
+        self,
+        window: Window,
+        names: Collection[str] | None = None,
+        before: Callable[[], None] | None = None,
+        index: int = 0,
     ) -> dict[str, Tensor] | None:
         """g_1, from the first sample alone; from two copies of it if the training step cannot take a batch of one.
 
@@ -110,6 +124,7 @@ class Replay:
             window: the optimizer step.
             names: of the parameters; None: all.
             before: called right before the training step; what it does to the module is undone.
+            index: of another sample of the first micro-batch, if the whole of it was kept.
 
         Returns:
             ``{name: (*p.shape)}``, or None if the training step returned no loss.
@@ -118,15 +133,15 @@ class Replay:
             RuntimeError: the training step fails either way.
         """
         try:
-            return self._gradient(window, names, before)
+            return self._gradient(window, names, before, index)
         except Exception as error:
             failure = error
-        explanation = f"`training_step` fails on the first sample of a batch alone: {failure!r}."
+        explanation = f"`training_step` fails on a sample of a batch alone: {failure!r}."
         try:
             if self._copies == 2 or self._cut_by_module is not None:
                 raise failure
             self._copies = 2
-            g_one = self._gradient(window, names, before)
+            g_one = self._gradient(window, names, before, index)
         except Exception:
             raise RuntimeError(f"{explanation} If the sample was cut wrongly: {samples.WAY_OUT}") from failure
         warnings.warn(
@@ -137,11 +152,14 @@ class Replay:
         return g_one
 
     def _gradient(
-        self, window: Window, names: Collection[str] | None, before: Callable[[], None] | None
+        self, window: Window, names: Collection[str] | None, before: Callable[[], None] | None, index: int
     ) -> dict[str, Tensor] | None:
-        sample = window.sample
-        if self._copies != 1:
-            sample, _ = samples.first_sample(sample, self._copies)
+        if index:
+            sample = samples.sample(window.batch, index, self._copies)
+        elif self._copies != 1:
+            sample, _ = samples.first_sample(window.sample, self._copies)
+        else:
+            sample = window.sample
         return self.of_batch(sample, window.batch_idx, names, before)
 
     def of_batch(
@@ -177,3 +195,11 @@ class Replay:
                 )
             self._looked_through = True
         return loss
+
+
+def _copied(batch: Any) -> Any:
+    """None if it cannot be."""
+    try:
+        return copy.deepcopy(batch)
+    except Exception:
+        return None

@@ -1,12 +1,14 @@
-"""A layer's gradient on single samples, from what the batch's own pass knows: their input and their output's gradient.
+"""A layer's gradients on single samples, from what the batch's own pass knows: its input and its output's gradient.
 
-A rule takes a layer, the input x and the gradient δ of the loss by the output, both cut to the samples wanted, and
-returns {own name of a parameter: its gradient, summed over these samples}. Adding one is one function here with
-``@rule(type)``; a layer whose type has none is run once more on these samples, and differentiated as a whole.
+A rule takes a layer, the input x and the gradient δ of the loss by the output, both of m samples, and returns {own name
+of a parameter: its gradients, a `PerSample`}; ``Stacked(values)`` with values of (m, *p.shape) is always one. Adding a
+rule is one function here with ``@rule(type)``; a layer whose type has none is run once more on each of the samples, and
+differentiated as a whole.
 
 Rules are looked up by the exact type: a subclass may compute something else.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeAlias, TypeVar
 
@@ -16,18 +18,20 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-Rule: TypeAlias = Callable[..., dict[str, Tensor]]
-"""(layer, x, δ) -> ``{name: (*p.shape)}``; a layer with several outputs has as many δ, None for one without use."""
+from lightning_gcfreeze.per_sample import Lookups, PerSample, Products, Stacked
+
+Rule: TypeAlias = Callable[..., dict[str, PerSample]]
+"""(layer, x, δ) -> gradients by own name; a layer with several outputs has as many δ, None for one without use."""
 
 R = TypeVar("R", bound=Rule)
-_RULES: dict[type[nn.Module], Rule] = {}
+_RULES: dict[type[nn.Module], tuple[Rule, Callable[[Any], bool]]] = {}
 
 
-def rule(*layers: type[nn.Module]) -> Callable[[R], R]:
-    """Say which layers a rule is for."""
+def rule(*layers: type[nn.Module], unless: Callable[[Any], bool] = lambda layer: False) -> Callable[[R], R]:
+    """Say which layers a rule is for, and which of them are set up in a way that it does not know."""
 
     def register(function: R) -> R:
-        _RULES.update(dict.fromkeys(layers, function))
+        _RULES.update(dict.fromkeys(layers, (function, unless)))
         return function
 
     return register
@@ -35,7 +39,8 @@ def rule(*layers: type[nn.Module]) -> Callable[[R], R]:
 
 def for_layer(layer: nn.Module) -> Rule:
     """The rule for its type, or `of_any_layer`."""
-    return _RULES.get(type(layer), of_any_layer)
+    known, unless = _RULES.get(type(layer), (of_any_layer, lambda layer: False))
+    return of_any_layer if unless(layer) else known
 
 
 def applies(layer: nn.Module) -> bool:
@@ -60,14 +65,13 @@ def sample_axis(layer: nn.Module, output: int | None = None) -> int:
     return 0
 
 
-def kept(layer: nn.Module, x: Tensor, output: Tensor) -> Tensor:
-    """What of the first sample's input a rule needs after the pass: a copy of it, or normalised by the batch."""
-    if for_layer(layer) is batch_norm:
-        assert isinstance(layer, _BatchNorm)
-        mean, inverse_deviation = _statistics(layer, x, output)
-        shape = (1, -1, *[1] * (x.dim() - 2))
-        return (x[:1].detach() - mean.view(shape)) * inverse_deviation.view(shape)
-    return x.detach().narrow(sample_axis(layer), 0, 1).clone()
+def preparation(layer: nn.Module, x: Tensor, output: Tensor) -> Callable[[Tensor], Tensor]:
+    """What to do with some samples' input before it goes to the rule: BatchNorm's is normalised as in this pass."""
+    if for_layer(layer) is not batch_norm:
+        return lambda x: x
+    assert isinstance(layer, _BatchNorm)
+    mean, inverse_deviation = (s.view(1, -1, *[1] * (x.dim() - 2)) for s in _statistics(layer, x, output))
+    return lambda x: (x - mean) * inverse_deviation
 
 
 def tensors(output: Any) -> list[Tensor]:
@@ -77,8 +81,8 @@ def tensors(output: Any) -> list[Tensor]:
     return [output] if isinstance(output, Tensor) else []
 
 
-def of_any_layer(layer: nn.Module, x: Tensor, *deltas: Tensor | None) -> dict[str, Tensor]:
-    """The layer once more on these samples, and its vector-Jacobian product."""
+def of_any_layer(layer: nn.Module, x: Tensor, *deltas: Tensor | None) -> dict[str, PerSample]:
+    """The layer once more on *one* sample, and its vector-Jacobian product."""
     own = {name: p for name, p in layer.named_parameters(recurse=False) if p.requires_grad}
     if x.is_floating_point():  # under autocast it may be narrower
         x = x.to(next(iter(own.values())).dtype)
@@ -90,78 +94,91 @@ def of_any_layer(layer: nn.Module, x: Tensor, *deltas: Tensor | None) -> dict[st
         ]
         outputs, by_outputs = zip(*pairs, strict=True)
         found = torch.autograd.grad(outputs, list(own.values()), by_outputs, allow_unused=True)
-    return {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(own.items(), found, strict=True)}
+    values = {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(own.items(), found, strict=True)}
+    return {name: Stacked(g.detach()[None], in_batch=False) for name, g in values.items()}
 
 
 @rule(nn.Linear)
-def linear(layer: nn.Linear, x: Tensor, delta: Tensor) -> dict[str, Tensor]:
-    """δᵀx, with all axes between the first and the last as further rows."""
-    x, delta = x.reshape(-1, x.shape[-1]).to(delta.dtype), delta.reshape(-1, delta.shape[-1])
-    return {"weight": delta.T @ x, "bias": delta.sum(0)}
+def linear(layer: nn.Linear, x: Tensor, delta: Tensor) -> dict[str, PerSample]:
+    """Σ δ ⊗ x, over all axes between the first and the last as positions."""
+    bias = delta if delta.dim() == 2 else delta.flatten(1, -2).sum(1)
+    x, delta = x.reshape(len(x), 1, -1, x.shape[-1]), delta.reshape(len(x), 1, -1, delta.shape[-1])
+    return {"weight": Products(delta, x, layer.weight.shape), "bias": Stacked(bias)}
 
 
 @rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)
-def convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor, delta: Tensor) -> dict[str, Tensor]:
-    """PyTorch's own backward of a convolution, without the part that leads to the input."""
-    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-        return of_any_layer(layer, x, delta)
-    _, weight, bias = torch.ops.aten.convolution_backward(
-        delta,
-        x.to(delta.dtype),
-        layer.weight.detach().to(delta.dtype),
-        [layer.out_channels],
-        layer.stride,
-        layer.padding,
-        layer.dilation,
-        False,
-        layer.output_padding,
-        layer.groups,
-        (False, True, True),
-    )
-    return {"weight": weight, "bias": bias}
+def convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor, delta: Tensor) -> dict[str, PerSample]:
+    """A linear map of the window around each position of the output."""
+    delta = delta.flatten(2)  # (m, channels, positions)
+    by_group = delta.unflatten(1, (layer.groups, -1)).mT
+    return {
+        "weight": Products(by_group, x, layer.weight.shape, lambda x: _windows(layer, x)),
+        "bias": Stacked(delta.sum(2)),
+    }
 
 
-@rule(nn.Embedding)
-def embedding(layer: nn.Embedding, x: Tensor, delta: Tensor) -> dict[str, Tensor]:
-    """δ added up over the places where a row was looked up."""
-    if layer.scale_grad_by_freq or layer.max_norm is not None:
-        return of_any_layer(layer, x, delta)
-    weight = delta.new_zeros(layer.weight.shape)
-    weight.index_add_(0, x.reshape(-1), delta.reshape(-1, delta.shape[-1]))
+@rule(nn.Embedding, unless=lambda layer: layer.scale_grad_by_freq or layer.max_norm is not None)
+def embedding(layer: nn.Embedding, x: Tensor, delta: Tensor) -> dict[str, PerSample]:
+    """δ, to be added up over the places where a row was looked up."""
+    x, delta = x.reshape(len(x), -1), delta.reshape(len(delta), -1, delta.shape[-1])
     if layer.padding_idx is not None:
-        weight[layer.padding_idx] = 0
-    return {"weight": weight}
+        delta = delta.masked_fill((x == layer.padding_idx)[..., None], 0.0)
+    return {"weight": Lookups(x, delta, layer.num_embeddings)}
 
 
 @rule(nn.LayerNorm)
-def layer_norm(layer: nn.LayerNorm, x: Tensor, delta: Tensor) -> dict[str, Tensor]:
+def layer_norm(layer: nn.LayerNorm, x: Tensor, delta: Tensor) -> dict[str, PerSample]:
     """δ times the normalised input, and δ, summed over all axes that are not normalised."""
-    axes = tuple(range(x.dim() - len(layer.normalized_shape)))
     normalised = F.layer_norm(x, layer.normalized_shape, eps=layer.eps)
-    return {"weight": (delta * normalised).sum(axes), "bias": delta.sum(axes)}
+    axes = tuple(range(1, x.dim() - len(layer.normalized_shape)))
+    return _scale_and_shift(normalised, delta, axes)
 
 
 @rule(nn.GroupNorm)
-def group_norm(layer: nn.GroupNorm, x: Tensor, delta: Tensor) -> dict[str, Tensor]:
+def group_norm(layer: nn.GroupNorm, x: Tensor, delta: Tensor) -> dict[str, PerSample]:
     """δ times the normalised input, and δ, summed over all axes but the channels."""
-    return _by_channel(F.group_norm(x, layer.num_groups, eps=layer.eps), delta)
+    return _scale_and_shift(F.group_norm(x, layer.num_groups, eps=layer.eps), delta, tuple(range(2, x.dim())))
 
 
 @rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-def batch_norm(layer: _BatchNorm, x: Tensor, delta: Tensor) -> dict[str, Tensor]:
+def batch_norm(layer: _BatchNorm, x: Tensor, delta: Tensor) -> dict[str, PerSample]:
     """As above, x being normalised already, by the statistics of the batch: a sample alone has none."""
-    return _by_channel(x, delta)
+    return _scale_and_shift(x, delta, tuple(range(2, x.dim())))
 
 
-def _by_channel(normalised: Tensor, delta: Tensor) -> dict[str, Tensor]:
-    axes = (0, *range(2, delta.dim()))
-    return {"weight": (delta * normalised).sum(axes), "bias": delta.sum(axes)}
+def _scale_and_shift(normalised: Tensor, delta: Tensor, axes: tuple[int, ...]) -> dict[str, PerSample]:
+    product = delta * normalised
+    if axes:  # no axes mean all to `sum`
+        product, delta = product.sum(axes), delta.sum(axes)
+    return {"weight": Stacked(product), "bias": Stacked(delta)}
+
+
+def _windows(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
+    """What each position of the output sees of the input. (m, groups, positions, columns)."""
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    x = F.pad(x, layer._reversed_padding_repeated_twice, mode).contiguous()
+    sizes = [
+        (n - dilation * (kernel - 1) - 1) // stride + 1
+        for n, kernel, stride, dilation in zip(
+            x.shape[2:], layer.kernel_size, layer.stride, layer.dilation, strict=True
+        )
+    ]
+    steps = x.stride()[2:]
+    windows = x.as_strided(
+        (*x.shape[:2], *layer.kernel_size, *sizes),
+        (
+            *x.stride()[:2],
+            *(step * dilation for step, dilation in zip(steps, layer.dilation, strict=True)),
+            *(step * stride for step, stride in zip(steps, layer.stride, strict=True)),
+        ),
+    )
+    return windows.reshape(len(x), layer.groups, -1, math.prod(sizes)).mT
 
 
 def _statistics(layer: _BatchNorm, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
     """The mean that BatchNorm has subtracted and the inverse deviation that it has multiplied by, (channels,)."""
     if not layer.training and layer.running_mean is not None and layer.running_var is not None:
-        return layer.running_mean, (layer.running_var + layer.eps).rsqrt()
+        return layer.running_mean.clone(), (layer.running_var + layer.eps).rsqrt()
     # The node of the graph keeps them; computing them again would be a pass over the whole batch.
     mean, inverse = (getattr(output.grad_fn, f"_saved_result{i}", None) for i in (1, 2))
     if isinstance(mean, Tensor) and isinstance(inverse, Tensor) and mean.numel() == inverse.numel() == x.shape[1]:

@@ -44,11 +44,26 @@ def first_sample(batch: Any, copies: int = 1) -> tuple[Any, int]:
             that is not known here.
     """
     size = batch_size(batch)
-    return _first(batch, size, copies), size
+    return _one(batch, size, 0, copies), size
+
+
+def sample(batch: Any, index: int, copies: int = 1) -> Any:
+    """Cut any other sample out of a batch; see `first_sample`, whose errors are these.
+
+    Args:
+        batch: not modified.
+        index: of the sample, from 0.
+        copies: how often it is to stand in the new batch.
+    """
+    return _one(batch, batch_size(batch), index, copies)
 
 
 def batch_size(batch: Any) -> int:
     """S: see `first_sample`, whose errors are these."""
+    if type(batch) in (tuple, list) and all(type(part) is Tensor and part.dim() for part in batch):
+        lengths = {len(part) for part in batch}  # the common case, without a walk
+        if len(lengths) == 1:
+            return lengths.pop()
     sizes = dict(_sizes(batch, "batch"))
     size = max(sizes.values(), default=0) or _length_of_lists(batch)
     if any(n not in (1, size) for n in sizes.values()):
@@ -69,7 +84,7 @@ def batch_size_or_none(batch: Any) -> int | None:
 
 class _Leaf(NamedTuple):
     size: int | None  # None: there is no axis to cut along
-    first: Callable[[int], Any]  # copies -> the leaf with that many of its first sample
+    one: Callable[[int, int], Any]  # index, copies -> the leaf with that sample, so many times
 
 
 class _Container(NamedTuple):
@@ -89,31 +104,31 @@ def _sizes(value: Any, path: str) -> Iterator[tuple[str, int]]:
         raise UnclearBatchError(f"Cannot cut the first sample out of {path} of type {type(value).__name__}. {WAY_OUT}")
 
 
-def _first(value: Any, size: int, copies: int) -> Any:
+def _one(value: Any, size: int, index: int, copies: int) -> Any:
     if leaf := _as_leaf(value, "batch"):
-        return leaf.first(copies)
+        return leaf.one(index if leaf.size == size else 0, copies)
     if _is_list_without_tensors(value):
-        return value[:1] * copies if len(value) == size else value
+        return value[index : index + 1] * copies if len(value) == size else value
     if container := _as_container(value):
-        return container.rebuild([_first(item, size, copies) for item in container.items.values()])
+        return container.rebuild([_one(item, size, index, copies) for item in container.items.values()])
     return value
 
 
 def _as_leaf(value: Any, path: str) -> _Leaf | None:
     if isinstance(value, Tensor):
         if not value.dim():
-            return _Leaf(None, lambda copies: value.clone())
-        return _Leaf(len(value), lambda copies: _repeated(value, copies))
+            return _Leaf(None, lambda index, copies: value.clone())
+        return _Leaf(len(value), lambda index, copies: _repeated(value, index, copies))
     if isinstance(value, PackedSequence):
-        return _Leaf(int(value.batch_sizes[0]), lambda copies: _first_packed(value, copies))
+        return _Leaf(int(value.batch_sizes[0]), lambda index, copies: _of_packed(value, index, copies))
     if (numpy := sys.modules.get("numpy")) and isinstance(value, numpy.ndarray):
         if not value.ndim:
-            return _Leaf(None, lambda copies: value.copy())
-        return _Leaf(len(value), lambda copies: value[:1].repeat(copies, axis=0))
+            return _Leaf(None, lambda index, copies: value.copy())
+        return _Leaf(len(value), lambda index, copies: value[index : index + 1].repeat(copies, axis=0))
     if hasattr(value, "get_example") and hasattr(value, "num_graphs"):  # a batch of PyG
-        return _Leaf(value.num_graphs, lambda copies: _first_of_pyg(value, copies))
+        return _Leaf(value.num_graphs, lambda index, copies: _of_pyg(value, index, copies))
     if isinstance(getattr(value, "edge_index", None), Tensor) and isinstance(getattr(value, "batch", None), Tensor):
-        return _Leaf(int(value.batch.max()) + 1, lambda copies: _first_graph(value, copies, path))
+        return _Leaf(int(value.batch.max()) + 1, lambda index, copies: _first_graph(value, index, copies, path))
     return None
 
 
@@ -165,10 +180,10 @@ def _holds_tensors(value: Any) -> bool:
     return isinstance(value, Tensor) or (isinstance(value, list | tuple | set) and any(map(_holds_tensors, value)))
 
 
-def _repeated(batch: Tensor, copies: int) -> Tensor:
-    """The first sample in new memory; of dense and sparse tensors."""
-    first = torch.zeros(copies, dtype=torch.long, device=batch.device)
-    return batch.detach().index_select(0, first).requires_grad_(batch.requires_grad)
+def _repeated(batch: Tensor, index: int, copies: int) -> Tensor:
+    """One sample in new memory; of dense and sparse tensors."""
+    chosen = torch.full((copies,), index, dtype=torch.long, device=batch.device)
+    return batch.detach().index_select(0, chosen).requires_grad_(batch.requires_grad)
 
 
 def _refill(mapping: Mapping[Any, Any], items: list[Any]) -> Mapping[Any, Any]:
@@ -186,23 +201,28 @@ def _with_attributes(value: Any, attributes: dict[str, Any]) -> Any:
     return changed
 
 
-def _first_packed(packed: PackedSequence, copies: int) -> PackedSequence:
+def _of_packed(packed: PackedSequence, index: int, copies: int) -> PackedSequence:
     padded, lengths = pad_packed_sequence(packed, batch_first=True)
-    one = pack_padded_sequence(_repeated(padded, copies), lengths[:1].repeat(copies), batch_first=True)
+    length = lengths[index : index + 1]
+    one = pack_padded_sequence(
+        _repeated(padded, index, copies)[:, : int(length)], length.repeat(copies), batch_first=True
+    )
     if packed.unsorted_indices is None:
         return one
     as_they_are = torch.arange(copies, device=packed.unsorted_indices.device)
     return PackedSequence(one.data, one.batch_sizes, as_they_are, as_they_are)
 
 
-def _first_of_pyg(batch: Any, copies: int) -> Any:
-    return type(batch).from_data_list([copy.deepcopy(batch.get_example(0)) for _ in range(copies)])
+def _of_pyg(batch: Any, index: int, copies: int) -> Any:
+    return type(batch).from_data_list([copy.deepcopy(batch.get_example(index)) for _ in range(copies)])
 
 
-def _first_graph(graph: Any, copies: int, path: str) -> Any:
+def _first_graph(graph: Any, index: int, copies: int, path: str) -> Any:
     """The first of several graphs that are stored one behind the other as one graph: nodes, edges, then the rest."""
-    if copies != 1:
-        raise UnclearBatchError(f"The first graph of {path} can be cut, but not be repeated. {WAY_OUT}")
+    if index or copies != 1:
+        raise UnclearBatchError(
+            f"The first graph of {path} can be cut, but no other, and it cannot be repeated. {WAY_OUT}"
+        )
     is_first = graph.batch == 0
     of_first = is_first[graph.edge_index[0]]
     lengths = {  # in the batch -> in the first graph

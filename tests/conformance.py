@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from lightning_gcfreeze.estimators.base import decayed_
+from lightning_gcfreeze.per_sample import PerSample, Stacked
 from tests.oracles import recursion
 
 GAINS: dict[str, tuple[Any, Callable[[int], float]]] = {  # for the package, for the oracle
@@ -44,6 +46,24 @@ def vector(named: dict[str, Tensor]) -> np.ndarray:
     return np.concatenate([tensor.double().flatten().numpy() for tensor in named.values()])
 
 
+def samples(named: dict[str, Tensor]) -> dict[str, PerSample]:
+    """One sample's gradients, in the form that estimators take."""
+    return {name: Stacked(g[None], in_batch=False) for name, g in named.items()}
+
+
+def advance(
+    estimator: Any, g_one: dict[str, Tensor], g_batch: dict[str, Tensor], gain: float, correction: float = 1.0
+) -> None:
+    """A step of the recursion; the scale of the estimator's sum is kept at it."""
+    estimator.scale, _ = decayed_(estimator.tensors.values(), getattr(estimator, "scale", 1.0), gain)
+    estimator.add(samples(g_one), g_batch, gain / estimator.scale, correction)
+
+
+def value(estimator: Any) -> np.ndarray:
+    """The statistic, flat."""
+    return estimator.scale * vector(estimator.tensors)
+
+
 class EstimatorSuite:
     """A subclass brings `estimator` and what is expected of it: `expected`, or `project` for a covariance."""
 
@@ -66,13 +86,13 @@ class EstimatorSuite:
         kappa = (lambda t: 1 / t) if gain == "1/t" else gain if callable(gain) else (lambda t: gain)
         estimator = self.estimator(observed[0][0])
         for t, (g_one, g_batch) in enumerate(observed, start=1):
-            estimator.update(g_one, g_batch, kappa(t), correction)
+            advance(estimator, g_one, g_batch, kappa(t), correction)
         return estimator
 
     def compare(self, observed: Pairs, rtol: float, gain: str = "1/t", correction: float = 1.0) -> None:
         """Package against oracle; `rtol` relates to the largest entry."""
         ours, theirs = GAINS[gain]
-        state = vector(self.after(observed, ours, correction).tensors)
+        state = value(self.after(observed, ours, correction))
         flat = [(vector(g_one), vector(g_batch)) for g_one, g_batch in observed]
         expected = self.expected(flat, theirs, correction)
         assert np.abs(expected).max() > 0
@@ -104,7 +124,7 @@ class EstimatorSuite:
     def test_gradients_of_any_dtype_fold_into_the_state(self):
         """A float32 parameter may have gradients in another dtype; the state's dtype does not change."""
         estimator = self.estimator(pairs(dtype=torch.float32)[0][0])
-        estimator.update(pairs(dtype=torch.bfloat16)[0][0], pairs(dtype=torch.float64)[0][1], 1.0)
+        advance(estimator, pairs(dtype=torch.bfloat16)[0][0], pairs(dtype=torch.float64)[0][1], 1.0)
         assert {tensor.dtype for tensor in estimator.tensors.values()} == {torch.float32}
 
     def test_inputs_are_not_modified(self):
@@ -114,7 +134,7 @@ class EstimatorSuite:
         copies = [{name: tensor.clone() for name, tensor in named.items()} for named in (parameters, g_one, g_batch)]
         estimator = self.estimator(parameters)
         assert not vector(estimator.tensors).any()
-        estimator.update(g_one, g_batch, 1.0)
+        advance(estimator, g_one, g_batch, 1.0)
         state = vector(estimator.tensors)
         assert state.all()
         for named, copied in zip((parameters, g_one, g_batch), copies, strict=True):
@@ -127,9 +147,10 @@ class EstimatorSuite:
         """A second estimator that takes over `tensors` goes on to the same bits: a checkpoint relies on it."""
         observed = pairs(dtype=torch.float32)
         unbroken, resumed = self.after(observed), self.estimator(observed[0][0])
+        resumed.scale = 1 / 5
         resumed.tensors = {name: tensor.clone() for name, tensor in self.after(observed[:5]).tensors.items()}
         for t, (g_one, g_batch) in enumerate(observed[5:], start=6):
-            resumed.update(g_one, g_batch, 1 / t)
+            advance(resumed, g_one, g_batch, 1 / t)
         assert unbroken.tensors.keys() == resumed.tensors.keys()
         assert all(torch.equal(unbroken.tensors[name], resumed.tensors[name]) for name in unbroken.tensors)
 

@@ -15,12 +15,13 @@ SOURCE = TESTS.parent / PACKAGE
 # arithmetic can be read and tested without modules, modules without phases, and everything without a Trainer.
 LAYERS = (
     ("_types", "_checks"),  # shapes and arguments: no tensors are touched
+    ("per_sample",),  # gradients of several samples, as tensors
     ("gains", "estimators", "orderings"),  # the paper's formulas: tensors in, tensors out
     # what they apply to: modules, batches, layers, names, optimizers
     ("gradients", "samples", "rules", "selection", "freezing"),
     # put together: a warm-up, a decision, sentences, a sample, tags
     ("phases", "refusals", "replay", "capture", "reporting"),
-    ("first_gradient",),  # which of the two ways to g_1
+    ("sample_gradients",),  # which of the two ways to g_1
     ("callback",),  # when each of it happens
     ("__init__",),  # public names
 )

@@ -32,7 +32,9 @@ from tests import cases
         ({"k": "half"}, TypeError, "got 'half' of type str"),
         ({"order": "varience"}, ValueError, "'variance', 'random', 'reverse', .*, got 'varience'"),
         ({"order": 3}, TypeError, "or a callable .*, got 3"),
-        ({"samples": "all"}, ValueError, "`samples` must be one of 'first', got 'all'"),
+        ({"samples": "some"}, ValueError, "`samples` must be one of 'first', 'all', got 'some'"),
+        ({"samples": 0}, ValueError, "`samples` must be at least 1, got 0"),
+        ({"samples": 2.0}, TypeError, "`samples` must be an int or one of 'first', 'all', got 2.0"),
         ({"gradients": "guess"}, ValueError, "`gradients` must be one of 'auto', 'replay', 'capture', got 'guess'"),
         ({"granularity": "row"}, ValueError, "`granularity` must be one of 'element', got 'row'"),
         ({"hold": "firmly"}, ValueError, "`hold` must be one of 'restore', got 'firmly'"),
@@ -167,6 +169,19 @@ class Needs(cases.Regression):
         return super().training_step(batch, batch_idx)
 
 
+def test_a_module_that_cuts_the_first_sample_itself_cannot_give_all():
+    class Cutting(cases.Regression):
+        def gcfreeze_first_sample(self, batch: Any) -> Any:
+            return [part[:1] for part in batch]
+
+    module = Cutting(cases.mlp())
+    message = "`gcfreeze_first_sample` of Cutting gives the first .* Use `samples='first'`"
+    with pytest.raises(MisconfigurationException, match=message):
+        cases.trainer(callbacks=[GradCovFreezeCallback(t0=3, k=2, samples=4)]).fit(module, cases.loader())
+    cases.trainer(callbacks=[callback := GradCovFreezeCallback(t0=3, k=2)]).fit(module, cases.loader())
+    assert callback.phase == "frozen"
+
+
 def test_a_step_that_fails_on_one_sample_gets_two_copies_of_it():
     """A `squeeze()` too many is common. The gradient is the same; a warning names the cause and the way out."""
     doubled, plain = GradCovFreezeCallback(t0=5, k=20), GradCovFreezeCallback(t0=5, k=20)
@@ -181,7 +196,7 @@ def test_a_step_that_fails_on_one_sample_gets_two_copies_of_it():
 
 def test_a_step_that_fails_on_two_copies_is_explained():
     """The error names the cause and the way out."""
-    with pytest.raises(RuntimeError, match=r"first sample of a batch alone: RuntimeError\('needs 3'\)\. If the sample"):
+    with pytest.raises(RuntimeError, match=r"a sample of a batch alone: RuntimeError\('needs 3'\)\. If the sample"):
         cases.trainer(callbacks=[GradCovFreezeCallback(t0=3, k=2)]).fit(Needs(3), cases.loader(dtype=torch.float64))
 
 

@@ -78,6 +78,37 @@ def test_the_full_matrix_is_that_of_the_literal_recursion():
     assert_close(full.frozen, diagonal.frozen)
 
 
+@pytest.mark.parametrize("covariance", ["diagonal", "full"])
+@pytest.mark.parametrize("how", ["replay", "capture", "auto"])
+@pytest.mark.parametrize(("samples", "count"), [("all", 8), (3, 3), (8, 8), (20, 8)])
+def test_the_noise_of_several_samples_enters_by_its_mean(samples, count, how, covariance):
+    """C is the mean over steps of 1/m Σ_j (g_j - g_S)(g_j - g_S)ᵀ: NumPy on one autograd call a sample.
+
+    Of the last batch, of 4, all 4 are taken; its noise is put on the scale of batches of 8.
+    """
+    callback = GradCovFreezeCallback(t0=6, k=0.5, samples=samples, gradients=how, covariance=covariance)
+    fit(callback, samples=44)
+    network = cases.mlp(torch.float64)
+    parameters = list(network.parameters())
+    optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
+    terms = []
+    for batch in [*cases.loader(8, 44, torch.float64)][:6]:
+        size = len(batch[0])
+        optimizer.zero_grad()
+        mse(network, batch).backward()
+        g_batch = torch.cat([p.grad.flatten() for p in parameters])
+        noise = []
+        for j in range(min(count, size)):
+            g = torch.autograd.grad(mse(network, [part[j : j + 1] for part in batch]), parameters)
+            noise.append((torch.cat([part.flatten() for part in g]) - g_batch).numpy())
+        terms.append(np.mean([np.outer(n, n) for n in noise], axis=0) * (1 - 1 / 8) / (1 - 1 / size))
+        optimizer.step()
+    expected = np.mean(terms, axis=0)
+    np.testing.assert_allclose(flat(callback.variance), np.diag(expected), rtol=1e-9)
+    if covariance == "full":
+        np.testing.assert_allclose(callback.covariance, expected, rtol=1e-8, atol=1e-12 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize("how", ["replay", "capture", "auto"])
 def test_one_recursion_step_per_optimizer_step_under_accumulation(how):
     """g_S is the mean over the micro-batches, g_1 belongs to the first sample of the first of them.
@@ -427,14 +458,14 @@ def test_a_window_without_a_loss_is_skipped_and_leaves_nothing_behind():
 
     class Watch(pl.Callback):
         def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-            take = callback._running.first.take
+            take = callback._running.samples.take
 
             def spy() -> Any:
                 window = take()
                 seen.append((window.batch_idx, window.batch_size or 0))
                 return window
 
-            callback._running.first.take = spy  # type: ignore[method-assign]
+            callback._running.samples.take = spy  # type: ignore[method-assign]
 
     with pytest.warns(UserWarning, match="returned `None`"):
         cases.trainer(callbacks=[callback, Watch()], accumulate_grad_batches=2, max_epochs=1).fit(

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_gcfreeze import orderings
 from lightning_gcfreeze.phases import Frozen, Observing
-from tests.conformance import pairs, vector
+from tests.conformance import pairs, samples, vector
 from tests.oracles import recursion
 
 KINDS = pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def after(observed, full=False, needs=frozenset(), sizes=None, dtype=torch.float
     """A phase that has seen the pairs."""
     phase = Observing(weights(dtype), full, needs)
     for (g_one, g_batch), size in zip(observed, sizes or [None] * len(observed), strict=True):
-        phase.observe(g_one, g_batch, "1/t", size)
+        phase.observe(samples(g_one), g_batch, "1/t", size)
     return phase
 
 
@@ -47,8 +47,10 @@ def loaded(state):
 
 def tensors_of(phase):
     """Everything that a phase has gathered."""
-    found = {f"covariance/{n}": t for n, t in phase.covariance.tensors.items()}
-    found |= {f"{m}/{n}": t for m, estimator in phase.moments.items() for n, t in estimator.tensors.items()}
+    found = {f"covariance/{n}": t * phase._scale for n, t in phase.covariance.tensors.items()}
+    found |= {
+        f"{m}/{n}": t * phase._scale for m, estimator in phase.moments.items() for n, t in estimator.tensors.items()
+    }
     return found | {f"start/{n}": t for n, t in (phase.start or {}).items()}
 
 
@@ -59,7 +61,7 @@ def assert_same_bits(one, other):
     for name, tensor in ours.items():
         assert tensor.dtype == theirs[name].dtype
         assert torch.equal(tensor, theirs[name]), name
-    counts = [(p.observed, p.skipped, p.batch_size, p.shapes) for p in (one, other)]
+    counts = [(p.observed, p.skipped, p.batch_size, p.shapes, p._scale) for p in (one, other)]
     assert counts[0] == counts[1]
 
 
@@ -73,8 +75,8 @@ class TestObserving:
         phase = Observing(weights(), full=True)
         assert phase.variance == {}
         for g_one, g_batch in pairs():
-            assert phase.observe(g_one, g_batch, "1/t")
-        np.testing.assert_allclose(phase.covariance.matrix.numpy(), expected, rtol=1e-12)
+            assert phase.observe(samples(g_one), g_batch, "1/t")
+        np.testing.assert_allclose(phase.matrix.numpy(), expected, rtol=1e-12)
         np.testing.assert_allclose(vector(phase.variance), np.diagonal(expected), rtol=1e-12)
         assert (phase.observed, phase.skipped) == (len(pairs()), 0)
         assert {name: tuple(v.shape) for name, v in phase.variance.items()} == {"w0": (), "w1": (3,), "w2": (2, 2)}
@@ -91,8 +93,10 @@ class TestObserving:
         """The plain means of g_S and g_S² over the steps; without a need there are none."""
         phase = after(pairs(), needs=frozenset({"mean", "second_moment"}))
         g_batch = np.stack([vector(g) for _, g in pairs()])
-        np.testing.assert_allclose(vector(phase.moments["mean"].tensors), g_batch.mean(0), rtol=1e-12)
-        np.testing.assert_allclose(vector(phase.moments["second_moment"].tensors), (g_batch**2).mean(0), rtol=1e-12)
+        np.testing.assert_allclose(phase._scale * vector(phase.moments["mean"].tensors), g_batch.mean(0), rtol=1e-12)
+        np.testing.assert_allclose(
+            phase._scale * vector(phase.moments["second_moment"].tensors), (g_batch**2).mean(0), rtol=1e-12
+        )
         assert phase.start is None
         assert after(pairs()).moments == {}
 
@@ -112,11 +116,11 @@ class TestObserving:
         phase = Observing(weights(), full, needs)
         spoilt = pairs(3)[2]
         spoilt[which]["w1"][1] = bad
-        assert not phase.observe(*spoilt, "1/t", 5)
+        assert not phase.observe(samples(spoilt[0]), spoilt[1], "1/t", 5)
         assert phase.variance == {}
         for i, pair in enumerate(pairs(2)):
-            assert phase.observe(*pair, "1/t", 8)
-            assert not phase.observe(*spoilt, "1/t", 5)
+            assert phase.observe(samples(pair[0]), pair[1], "1/t", 8)
+            assert not phase.observe(samples(spoilt[0]), spoilt[1], "1/t", 5)
             assert phase.skipped == i + 2
         unspoilt = after(pairs(2), full, needs, sizes=[8, 8])
         unspoilt.skipped = phase.skipped
@@ -132,7 +136,7 @@ class TestObserving:
         resumed = Observing.from_state_dict(loaded(after(observed[:5], full, needs, sizes[:5], dtype).state_dict()))
         assert_same_bits(resumed, after(observed[:5], full, needs, sizes[:5], dtype))
         for (g_one, g_batch), size in zip(observed[5:], sizes[5:], strict=True):
-            resumed.observe(g_one, g_batch, "1/t", size)
+            resumed.observe(samples(g_one), g_batch, "1/t", size)
         assert_same_bits(resumed, unbroken)
 
     def test_saved_before_a_run_it_is_empty(self):
@@ -145,7 +149,7 @@ class TestObserving:
     def test_any_parameter_name_survives_saving(self, full):
         """Also "covariance", the name of the full matrix in the state."""
         phase = Observing({"covariance": torch.zeros(3)}, full)
-        phase.observe({"covariance": torch.arange(3.0)}, {"covariance": torch.ones(3)}, "1/t")
+        phase.observe(samples({"covariance": torch.arange(3.0)}), {"covariance": torch.ones(3)}, "1/t")
         resumed = Observing.from_state_dict(loaded(phase.state_dict()))
         assert type(resumed.covariance) is type(phase.covariance)
         assert torch.equal(resumed.variance["covariance"], torch.tensor([1.0, 0.0, 1.0]))

@@ -10,6 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from lightning_gcfreeze import rules
+from lightning_gcfreeze.per_sample import Stacked
 
 S = 4
 
@@ -96,15 +97,27 @@ def losses(output):
     return (output.flatten(1) ** 2).sum(1) + output.flatten(1).sin().sum(1)
 
 
-def captured(layer, x, first=1):
-    """S times what the rule makes of the first samples' input and output gradients, after the batch's own pass."""
+def of_samples(layer, x, count):
+    """What the rule makes of the first samples' inputs and output gradients, in the batch's own pass: `PerSample`s."""
     outputs, deltas = rules.tensors(output := layer(x)), {}
     for i, y in enumerate(outputs):
-        y.register_hook(lambda d, i=i: deltas.update({i: d.narrow(rules.sample_axis(layer, i), 0, first).clone()}))
-    kept = rules.kept(layer, x, outputs[0]) if first == 1 else x[:first]
+        y.register_hook(lambda d, i=i: deltas.update({i: d.narrow(rules.sample_axis(layer, i), 0, count).clone()}))
+    prepare = rules.preparation(layer, x, outputs[0])
     losses(output).mean().backward()
-    found = rules.for_layer(layer)(layer, kept, *(deltas[i] for i in range(len(outputs))))
-    return {name: len(x) * found[name] for name, _ in layer.named_parameters()}
+    rule, deltas = rules.for_layer(layer), [deltas[i] for i in range(len(outputs))]
+    if rule is not rules.of_any_layer:
+        return rule(layer, prepare(x[:count]), *deltas)
+    axes = [rules.sample_axis(layer, i) for i in range(len(outputs))]
+    singles = [
+        rule(layer, x[j : j + 1], *(d.narrow(a, j, 1) for d, a in zip(deltas, axes, strict=True))) for j in range(count)
+    ]
+    return {own: Stacked(torch.cat([g[own].dense() for g in singles])) for own in singles[0]}
+
+
+def captured(layer, x, count=1):
+    """The gradients of the first samples, (count, *shape): S times their shares of the batch's."""
+    found = of_samples(layer, x, count)
+    return {name: len(x) * found[name].dense() for name, _ in layer.named_parameters()}
 
 
 def alone(layer, x):
@@ -114,24 +127,39 @@ def alone(layer, x):
     return {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(own.items(), found, strict=True)}
 
 
+@pytest.mark.parametrize("count", [1, 3, S])
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_rule_gives_the_gradient_on_the_first_sample(name):
+def test_a_rule_gives_the_gradient_on_each_sample(name, count):
     make, x = LAYERS[name]
     layer = built(make)
-    expected = alone(layer, x[:1])
-    found = captured(layer, x)
-    assert_close(found, expected, rtol=1e-10, atol=1e-12)
-    second = alone(layer, x[1:2])
-    assert not any(torch.allclose(found[own], second[own]) for own in found if own != "unused")
+    found = captured(layer, x, count)
+    for j in range(count):
+        assert_close({own: g[j] for own, g in found.items()}, alone(layer, x[j : j + 1]), rtol=1e-10, atol=1e-12)
+    other = alone(layer, x[1:2])
+    assert not any(torch.allclose(g[0], other[own]) for own, g in found.items() if own != "unused")
 
 
-@pytest.mark.parametrize("name", [name for name in LAYERS if "batch norm" not in name])
-def test_a_rule_adds_samples_up(name):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(("count", "centred"), [(1, False), (3, False), (S, False), (S, True)])
+@pytest.mark.parametrize("name", LAYERS)
+def test_squared_noise_adds_up_as_in_a_loop_over_samples(name, count, centred, dtype):
+    """Σ_j (g_j - g_S)², times a weight, on top of what there is; if g_S is not the samples' mean, by that mean too."""
     make, x = LAYERS[name]
     layer = built(make)
-    expected = [alone(layer, x[i : i + 1]) for i in range(3)]
-    for own, g in captured(layer, x, first=3).items():
-        assert_close(g, sum(one[own] for one in expected), rtol=1e-10, atol=1e-12)
+    singles = [alone(layer, x[j : j + 1]) for j in range(S)]
+    layer, x = layer.to(dtype), x.to(dtype) if x.is_floating_point() else x
+    found = of_samples(layer, x, count)
+    for own, _ in layer.named_parameters():
+        g = found[own]
+        g.scale_(S)
+        g_batch = sum(single[own] for single in singles) / S + (0.0 if centred else 0.3)
+        before = torch.rand(g_batch.shape, dtype=torch.float64)
+        expected = before + 0.7 * sum((single[own] - g_batch) ** 2 for single in singles[:count])
+        assert g.count == count
+        out = before.to(dtype)
+        g.add_squared_noise_(out, g_batch.to(dtype), 0.7, centred)
+        tolerance = 1e-11 if dtype == torch.float64 else 1e-4
+        assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("shape", [(3,), (3, 5), (3, 4, 4), (3, 2, 2, 2)], ids=str)
@@ -143,8 +171,7 @@ def test_batch_norm_in_train_mode_gives_the_samples_part(shape):
     view = (S, 3, *[1] * (len(shape) - 1))
     normalised = nn.functional.batch_norm(x, None, None, training=True)
     losses(weight.view(view) * normalised + bias.view(view)).mean().backward()
-    found = captured(layer, x)
-    assert_close(found, {"weight": S * weight.grad[0], "bias": S * bias.grad[0]}, rtol=1e-10, atol=1e-12)
+    assert_close(captured(layer, x, S), {"weight": S * weight.grad, "bias": S * bias.grad}, rtol=1e-10, atol=1e-12)
 
 
 def test_batch_norm_does_without_what_the_graph_keeps():
@@ -152,7 +179,7 @@ def test_batch_norm_does_without_what_the_graph_keeps():
     x = floats(3, 4)
     layer = built(lambda: nn.BatchNorm1d(3))
     output = layer(x)
-    assert_close(rules.kept(layer, x, output), rules.kept(layer, x, output.clone()))
+    assert_close(rules.preparation(layer, x, output)(x), rules.preparation(layer, x, output.clone())(x))
 
 
 @given(
@@ -169,19 +196,23 @@ def test_convolutions_of_any_geometry(groups, inside, outside, kernel, stride, p
     torch.manual_seed(0)
     x = floats(groups * inside, 7, 6)
     layer = nn.Conv2d(groups * inside, groups * outside, kernel, stride, padding, dilation, groups, bias).double()
-    assert_close(captured(layer, x), alone(layer, x[:1]), rtol=1e-9, atol=1e-11)
+    for own, g in captured(layer, x, S).items():
+        for j in range(S):
+            assert_close(g[j], alone(layer, x[j : j + 1])[own], rtol=1e-9, atol=1e-11)
 
 
 @given(axes=st.lists(st.integers(1, 4), max_size=3), inside=st.integers(1, 5), outside=st.integers(1, 5))
 def test_linear_maps_on_any_number_of_axes(axes, inside, outside):
     torch.manual_seed(0)
     x, layer = floats(*axes, inside), nn.Linear(inside, outside).double()
-    assert_close(captured(layer, x), alone(layer, x[:1]), rtol=1e-9, atol=1e-11)
+    for own, g in captured(layer, x, S).items():
+        for j in range(S):
+            assert_close(g[j], alone(layer, x[j : j + 1])[own], rtol=1e-9, atol=1e-11)
 
 
 def test_half_precision_activations_give_gradients_of_their_precision():
     """As under autocast: the input may be wider than the output's gradient."""
     torch.manual_seed(0)
-    layer, x, delta = nn.Linear(5, 3), torch.randn(2, 5), torch.randn(2, 3).bfloat16()
-    found = rules.for_layer(layer)(layer, x, delta)
-    assert_close(found["weight"].float(), delta.float().T @ x, rtol=0.03, atol=0.03)
+    layer, x, delta = nn.Linear(5, 3), torch.randn(1, 2, 5), torch.randn(1, 2, 3).bfloat16()
+    found = rules.for_layer(layer)(layer, x, delta)["weight"].dense()[0]
+    assert_close(found, delta[0].float().T @ x[0])

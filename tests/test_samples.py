@@ -461,7 +461,8 @@ class TestGraphs:
     def test_copies_are_refused(self):
         """Copies of a graph would need other indices; the error says so instead of giving one."""
         with pytest.raises(
-            UnclearBatchError, match=rf"first graph of batch can be cut, but not be repeated\. {WAY_OUT}"
+            UnclearBatchError,
+            match=rf"first graph of batch can be cut, but no other, and it cannot be repeated\. {WAY_OUT}",
         ):
             first_sample(joined([PATH, STAR]), copies=2)
 

@@ -1,44 +1,77 @@
 """What every estimator has in common: tensors in, tensors out, no module, optimizer, process or Lightning in sight."""
 
+from collections.abc import Collection, Iterable, Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lightning_gcfreeze._types import Named
+from lightning_gcfreeze.per_sample import PerSample
 
 
 class Estimator(Protocol):
-    """A running statistic of the pairs (g_1, g_S), one pair an observed step."""
+    """A sum over the observed steps, Σ_t w_t x_t; the recursion's X_t is s_t times that, see `decayed_`."""
 
     tensors: dict[str, Tensor]
     """The state, all of it: it is averaged over ranks, moved between devices and saved as it stands."""
 
-    def update(self, g_one: Named, g_batch: Named, gain: float, correction: float = 1.0) -> None:
-        """Fold one pair of gradients into the statistic, in place.
+    def add(
+        self,
+        samples: Mapping[str, PerSample],
+        g_batch: Named,
+        weight: float,
+        correction: float = 1.0,
+        centred: Collection[str] = (),
+        gate: Tensor | None = None,
+    ) -> None:
+        """Add the term of one step, in place.
 
         Args:
-            g_one: g_1, the gradient on one sample. ``{name: (*p.shape)}``, any float dtype. Not modified.
-            g_batch: g_S of the *mean* loss over the batch, as in ``p.grad``. Not modified.
-            gain: κ_t in (0, 1]. The statistic starts at 0, so with κ_1 < 1 it stays pulled towards 0, by the same
-                factor for every element: the order does not notice.
+            samples: g_1 … g_m by name; their noise enters by its mean over the m. Not modified.
+            g_batch: g_S of the *mean* loss over the batch, as in ``p.grad``. ``{name: (*p.shape)}``, any float dtype.
+                Not modified.
+            weight: w_t.
             correction: factor on the squared noise; see `finite_batch_correction`.
+            centred: names for which g_S is known to be the mean of the samples' gradients.
+            gate: 0-dim bool: whether to add, where only the device knows. None: yes.
         """
 
 
+def decayed_(tensors: Iterable[Tensor], scale: float, gain: float, gate: Tensor | None = None) -> tuple[float, float]:
+    """Begin a step of X_t = (1 - κ_t) X_{t-1} + κ_t x_t, where X_t is a scale s_t times a sum: w_t = κ_t / s_t.
+
+    The decay is one number, s_t = (1 - κ_t) s_{t-1}, so that a step only adds to the sum. With κ_t = 1/t, s_t is 1/t
+    and all weights are 1. Where s_t becomes too small to divide by, the sum takes it over, in place.
+
+    Args:
+        tensors: the sum.
+        scale: s_{t-1}; 1 at the beginning.
+        gain: κ_t in (0, 1].
+        gate: 0-dim bool: whether this step takes place, where only the device knows.
+
+    Returns:
+        s_t, and what it is if the gate turns out to have been False.
+    """
+    after = scale * (1.0 - gain)
+    if after > 2.0**-20:
+        return after, scale
+    for tensor in tensors:
+        if gate is None:
+            tensor.mul_(after)
+        else:
+            tensor.mul_(torch.where(gate, tensor.new_full((), after), tensor.new_full((), scale)))
+    return 1.0, 1.0
+
+
 def zeros(parameters: Named) -> dict[str, Tensor]:
-    """One zero per element, in float32 or the parameter's dtype if that is wider."""
-    return {name: torch.zeros_like(p, dtype=accumulator_dtype(p)) for name, p in parameters.items()}
+    """One zero per element, row by row, in float32 or the parameter's dtype if that is wider."""
+    return {name: torch.zeros(p.shape, dtype=accumulator_dtype(p), device=p.device) for name, p in parameters.items()}
 
 
 def accumulator_dtype(tensor: Tensor) -> torch.dtype:
     """float32, or the tensor's own dtype where that is wider."""
     return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def noise(g_one: Tensor, g_batch: Tensor, dtype: torch.dtype) -> Tensor:
-    """g_1 - g_S as a new tensor. Subtracted before anything is squared, so a large mean cannot cancel it away."""
-    return g_one.to(dtype) - g_batch.to(dtype)
 
 
 def finite_batch_correction(batch_size: int | None, reference: int | None) -> float:

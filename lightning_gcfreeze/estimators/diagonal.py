@@ -1,15 +1,18 @@
 """Running variance of the gradient noise, element by element: the diagonal of C_t.
 
-    v_t = (1 - κ_t) v_{t-1} + κ_t (g_1 - g_S)²
+    v_t = (1 - κ_t) v_{t-1} + κ_t/m Σ_j (g_j - g_S)²
 
-Source: the paper, Eq. (2.6), its diagonal. Units: a squared gradient. Memory: one float per eligible parameter.
+Source: the paper, Eq. (2.6), its diagonal, where m = 1. Units: a squared gradient. Memory: one float per eligible
+parameter.
 """
 
-import torch
+from collections.abc import Collection, Mapping
+
 from torch import Tensor
 
 from lightning_gcfreeze._types import Named
 from lightning_gcfreeze.estimators import base
+from lightning_gcfreeze.per_sample import PerSample
 
 
 class DiagonalCovariance:
@@ -18,17 +21,22 @@ class DiagonalCovariance:
     def __init__(self, parameters: Named) -> None:
         self.tensors = base.zeros(parameters)
 
-    def update(self, g_one: Named, g_batch: Named, gain: float, correction: float = 1.0) -> None:
-        variances = list(self.tensors.values())
-        noises = torch._foreach_sub(
-            *([g[name].to(v.dtype) for name, v in self.tensors.items()] for g in (g_one, g_batch))
-        )
-        torch._foreach_mul_(variances, 1.0 - gain)
-        torch._foreach_addcmul_(variances, noises, noises, value=gain * correction)
+    def add(
+        self,
+        samples: Mapping[str, PerSample],
+        g_batch: Named,
+        weight: float,
+        correction: float = 1.0,
+        centred: Collection[str] = (),
+        gate: Tensor | None = None,
+    ) -> None:
+        for name, v in self.tensors.items():
+            g = samples[name]
+            g.add_squared_noise_(v, g_batch[name], weight * correction / g.count, name in centred, gate)
 
     @property
     def variance(self) -> dict[str, Tensor]:
-        """The diagonal of C_t, ``{name: (*p.shape)}``: the estimator's own tensors."""
+        """The diagonal of C_t / s_t, ``{name: (*p.shape)}``: the estimator's own tensors."""
         return self.tensors
 
     @property

@@ -1,17 +1,18 @@
 """Running covariance of the gradient noise, all p x p of it, for small models.
 
-    C_t = (1 - κ_t) C_{t-1} + κ_t (g_1 - g_S)(g_1 - g_S)ᵀ
+    C_t = (1 - κ_t) C_{t-1} + κ_t/m Σ_j (g_j - g_S)(g_j - g_S)ᵀ
 
-Source: the paper, Eq. (2.6). Units: a squared gradient. Memory: p² floats.
+Source: the paper, Eq. (2.6), where m = 1. Units: a squared gradient. Memory: p² floats.
 """
 
+from collections.abc import Collection, Mapping
 from functools import reduce
 
 import torch
 from torch import Tensor
 
 from lightning_gcfreeze._types import Named
-from lightning_gcfreeze.estimators import base
+from lightning_gcfreeze.per_sample import PerSample
 
 MAX_BYTES = 4 * 2**30
 """The largest matrix that is allocated without asking: 4 GiB, p = 32,768 in float32."""
@@ -39,18 +40,30 @@ class FullCovariance:
         device = next(iter(parameters.values())).device
         self.tensors = {"covariance": torch.zeros(p, p, dtype=dtype, device=device)}
 
-    def update(self, g_one: Named, g_batch: Named, gain: float, correction: float = 1.0) -> None:
-        noise = torch.cat([base.noise(g_one[n], g_batch[n], self.matrix.dtype).flatten() for n in self._shapes])
-        self.matrix.addr_(noise, noise, beta=1.0 - gain, alpha=gain * correction)
+    def add(
+        self,
+        samples: Mapping[str, PerSample],
+        g_batch: Named,
+        weight: float,
+        correction: float = 1.0,
+        centred: Collection[str] = (),
+        gate: Tensor | None = None,
+    ) -> None:
+        dtype = self.matrix.dtype
+        noises = ((n, samples[n].dense().to(dtype) - g_batch[n].to(dtype)) for n in self._shapes)
+        noise = torch.cat([rows.reshape(len(rows), self._shapes[n].numel()) for n, rows in noises], dim=1)
+        if gate is not None:
+            noise = torch.where(gate, noise, 0.0)
+        self.matrix.addmm_(noise.T, noise, alpha=weight * correction / len(noise))
 
     @property
     def matrix(self) -> Tensor:
-        """C_t, (p, p): the estimator's own tensor."""
+        """C_t / s_t, (p, p): the estimator's own tensor."""
         return self.tensors["covariance"]
 
     @property
     def variance(self) -> dict[str, Tensor]:
-        """The diagonal of C_t, ``{name: (*p.shape)}``: views of it."""
+        """The diagonal of C_t / s_t, ``{name: (*p.shape)}``: views of it."""
         sizes = [shape.numel() for shape in self._shapes.values()]
         pieces = self.matrix.diagonal().split(sizes)
         return {name: d.reshape(shape) for (name, shape), d in zip(self._shapes.items(), pieces, strict=True)}

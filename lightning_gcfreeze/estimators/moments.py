@@ -6,8 +6,14 @@ They are Adam's two moments with the recursion's gain in place of its betas. Unl
 gradient: E[g_S²] = (E g)² + Σ_ii / S.
 """
 
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor
+
 from lightning_gcfreeze._types import Named
 from lightning_gcfreeze.estimators import base
+from lightning_gcfreeze.per_sample import PerSample
 
 
 class BatchMean:
@@ -16,9 +22,17 @@ class BatchMean:
     def __init__(self, parameters: Named) -> None:
         self.tensors = base.zeros(parameters)
 
-    def update(self, g_one: Named, g_batch: Named, gain: float, correction: float = 1.0) -> None:
+    def add(
+        self,
+        samples: Mapping[str, PerSample],
+        g_batch: Named,
+        weight: float,
+        correction: float = 1.0,
+        centred: Collection[str] = (),
+        gate: Tensor | None = None,
+    ) -> None:
         for name, m in self.tensors.items():
-            m.lerp_(g_batch[name].to(m.dtype), gain)
+            m.add_(_through(gate, g_batch[name].to(m.dtype)), alpha=weight)
 
 
 class BatchSecondMoment:
@@ -27,6 +41,19 @@ class BatchSecondMoment:
     def __init__(self, parameters: Named) -> None:
         self.tensors = base.zeros(parameters)
 
-    def update(self, g_one: Named, g_batch: Named, gain: float, correction: float = 1.0) -> None:
+    def add(
+        self,
+        samples: Mapping[str, PerSample],
+        g_batch: Named,
+        weight: float,
+        correction: float = 1.0,
+        centred: Collection[str] = (),
+        gate: Tensor | None = None,
+    ) -> None:
         for name, s in self.tensors.items():
-            s.lerp_(g_batch[name].to(s.dtype).square(), gain)
+            g = _through(gate, g_batch[name].to(s.dtype))
+            s.addcmul_(g, g, value=weight)
+
+
+def _through(gate: Tensor | None, g: Tensor) -> Tensor:
+    return g if gate is None else torch.where(gate, g, 0.0)

@@ -8,7 +8,7 @@ import torch
 
 from lightning_gcfreeze.estimators import BatchMean, BatchSecondMoment, DiagonalCovariance, FullCovariance, base, full
 from tests import conformance
-from tests.conformance import pairs
+from tests.conformance import advance, pairs
 
 
 class TestDiagonalCovariance(conformance.EstimatorSuite):
@@ -59,10 +59,10 @@ def test_with_one_over_t_moments_are_plain_means(estimator, numpy):
     observed = pairs(steps=30)
     moment = estimator(observed[0][0])
     for t, (g_one, g_batch) in enumerate(observed, start=1):
-        moment.update(g_one, g_batch, 1 / t)
+        advance(moment, g_one, g_batch, 1 / t)
     for name, tensor in moment.tensors.items():
         expected = numpy(np.stack([g_batch[name].numpy() for _, g_batch in observed]))
-        np.testing.assert_allclose(tensor.numpy(), expected, rtol=1e-13)
+        np.testing.assert_allclose(moment.scale * tensor.numpy(), expected, rtol=1e-13)
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3)], ids=str)
@@ -73,8 +73,10 @@ def test_visiting_each_sample_once_gives_the_population_variance(batch_size, sha
     estimator = DiagonalCovariance({"w": torch.zeros(shape, dtype=torch.float64)})
     g_batch = {"w": torch.as_tensor(per_sample.mean(axis=0))}
     for t, g_one in enumerate(torch.as_tensor(per_sample), start=1):
-        estimator.update({"w": g_one}, g_batch, 1 / t)
-    np.testing.assert_allclose(estimator.variance["w"].numpy(), per_sample.var(axis=0), rtol=1e-12, atol=1e-14)
+        advance(estimator, {"w": g_one}, g_batch, 1 / t)
+    np.testing.assert_allclose(
+        estimator.scale * estimator.variance["w"].numpy(), per_sample.var(axis=0), rtol=1e-12, atol=1e-14
+    )
 
 
 @pytest.mark.parametrize("gain", [1.0, 0.3])
@@ -82,8 +84,8 @@ def test_the_diagonal_is_the_diagonal_of_the_full_matrix(gain):
     """The same variances, parameter-shaped and in the order of the names; the matrix is symmetric, to rounding."""
     diagonal, whole = DiagonalCovariance(pairs()[0][0]), FullCovariance(pairs()[0][0])
     for g_one, g_batch in pairs():
-        diagonal.update(g_one, g_batch, gain, 0.9)
-        whole.update(g_one, g_batch, gain, 0.9)
+        advance(diagonal, g_one, g_batch, gain, 0.9)
+        advance(whole, g_one, g_batch, gain, 0.9)
     assert diagonal.matrix is None
     torch.testing.assert_close(whole.matrix, whole.matrix.t(), rtol=1e-14, atol=1e-14)
     assert list(diagonal.variance) == list(whole.variance) == ["w0", "w1", "w2"]
@@ -96,7 +98,7 @@ def test_the_diagonal_is_the_diagonal_of_the_full_matrix(gain):
 def test_the_variance_of_the_full_matrix_follows_it():
     """It is a view: what a later step adds shows, also after `tensors` have been replaced, as averaging does."""
     estimator = FullCovariance(pairs()[0][0])
-    estimator.update(*pairs()[0], 1.0)
+    advance(estimator, *pairs()[0], 1.0)
     once = estimator.variance["w2"].clone()
     estimator.tensors = {name: 2 * tensor for name, tensor in estimator.tensors.items()}
     assert torch.equal(estimator.variance["w2"], 2 * once)

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from lightning_gcfreeze.first_gradient import FirstGradient
+from lightning_gcfreeze import gradients
+from lightning_gcfreeze.sample_gradients import SampleGradients
 
 S = 6
 X = torch.randn(S, 5, generator=torch.Generator().manual_seed(7), dtype=torch.float64) + 0.5
@@ -159,28 +160,52 @@ NETWORKS = {  # -> the parameters that capture cannot see
 }
 
 
+class StepLeftOut(Exception):
+    """The single samples' gradients cannot be had."""
+
+
 class Observer:
     """What the callback does of an optimizer step, with the Trainer left out."""
 
-    def __init__(self, module, how="auto", parameters=None):
+    def __init__(self, module, how="auto", parameters=None, count=1, singly=True):
         self.module, self.told = module, []
         self.parameters = dict(module.named_parameters()) if parameters is None else parameters
-        self.first = FirstGradient(
-            how, module, self.parameters, module.training_step, contextlib.nullcontext, self.told.append
+        self.samples = SampleGradients(
+            how, module, self.parameters, module.training_step, contextlib.nullcontext, self.told.append, count, singly
         )
 
     def step(self, *batches, scale=1.0):
         """g_1 of an optimizer step over micro-batches."""
+        found = self.all_of_step(*batches, scale=scale)
+        return {name: g.dense()[0].to(self.parameters[name].dtype) for name, g in found.items()}
+
+    def all_of_step(self, *batches, scale=1.0):
+        """`PerSample`s by name."""
         self.module.zero_grad()
+        self.batches = batches
         for i, batch in enumerate(batches):
-            self.first.keep(batch, i)
+            self.samples.keep(batch, i)
             (self.module.training_step(batch, i) * (scale / len(batches))).backward()
-            self.first.join()
-        return self.first.gradient(self.first.take(), scale / len(batches))
+            self.samples.join()
+        return self.taken(scale / len(batches)).by_name
+
+    def taken(self, scale=1.0):
+        """What there is at the end of an optimizer step."""
+        size = sum(len(batch[0]) for batch in self.batches)
+        g_batch = gradients.of_batch(self.parameters, scale)
+        found = self.samples.gradients(self.samples.take(), scale, g_batch, size)
+        if found is None:
+            raise StepLeftOut
+        return found
+
+    def g_one(self):
+        """g_1 at the end of an optimizer step of one batch."""
+        self.batches = ((X, Y),)
+        return {name: g.dense()[0] for name, g in self.taken().by_name.items()}
 
     @property
     def captured(self):
-        return set(self.first.decided["captured"])
+        return set(self.samples.decided["captured"])
 
 
 def of_first_sample(module, batch):
@@ -300,13 +325,13 @@ def test_a_mean_over_tokens_is_replayed_as_soon_as_there_is_padding():
 def test_comparisons_are_made_at_the_powers_of_two(monkeypatch):
     observer = Observer(built("perceptron"))
     compared = []
-    monkeypatch.setattr(observer.first, "_compare", lambda *_: compared.append(observer.first.decided["tries"]))
+    monkeypatch.setattr(observer.samples, "_compare", lambda *_: compared.append(observer.samples.decided["tries"]))
     for _ in range(20):
         observer.step((X, Y))
     assert compared == [1, 2, 4, 8, 16]
     for how in ("capture", "replay"):
         other = Observer(built("perceptron"), how)
-        monkeypatch.setattr(other.first, "_compare", lambda *_: pytest.fail("compared"))
+        monkeypatch.setattr(other.samples, "_compare", lambda *_: pytest.fail("compared"))
         other.step((X, Y))
 
 
@@ -406,32 +431,32 @@ def test_hooks_are_there_for_the_pass_alone():
         return any(layer._forward_hooks for layer in module.modules())
 
     assert not hooked()
-    observer.first.keep((X, Y), 0)
+    observer.samples.keep((X, Y), 0)
     assert hooked()
-    observer.first.forget()
+    observer.samples.forget()
     assert not hooked()
-    observer.first.keep((X, Y), 0)
+    observer.samples.keep((X, Y), 0)
     module.training_step((X, Y), 0).backward()
-    observer.first.join()
+    observer.samples.join()
     assert not hooked()
-    observer.first.gradient(observer.first.take(), 1.0)
+    observer.g_one()
     assert not hooked()
-    assert not observer.first._capture._seen
+    assert not observer.samples._capture._seen
 
 
 def test_where_nothing_can_be_captured_nothing_is_watched():
-    """But at the steps that compare, since another batch may show more."""
+    """Also at the steps that would compare."""
     torch.manual_seed(3)
     module = Weighted(mlp())
     observer, watched = Observer(module), []
     for batch in ((X, Y), (X.flip(0), Y.flip(0)), (X.roll(2, 0), Y.roll(2, 0)), (X, Y)):
-        observer.first.keep(batch, 0)
+        observer.samples.keep(batch, 0)
         watched.append(any(layer._forward_hooks for layer in module.modules()))
         module.training_step(batch, 0).backward()
-        observer.first.join()
-        observer.first.gradient(observer.first.take(), 1.0)
+        observer.samples.join()
+        observer.g_one()
     assert observer.captured == set()
-    assert watched == [True, True, False, True]
+    assert watched == [True, False, False, False]
 
 
 def test_a_batch_that_cannot_be_copied_is_replayed():
@@ -439,14 +464,20 @@ def test_a_batch_that_cannot_be_copied_is_replayed():
         def __deepcopy__(self, memo):
             raise TypeError("no copies")
 
-    observer = Observer(built("perceptron"))
-    batch = Stubborn((X, Y))
-    assert_close(observer.step(batch), of_first_sample(observer.module, batch), rtol=1e-9, atol=1e-11)
-    assert observer.captured == set()
+    for network, captures in ((mlp(), True), (with_dropout(), False)):  # only the second needs a pass of its own
+        observer = Observer(Module(network))
+        batch = Stubborn((X, Y))
+        assert_close(observer.step(batch), of_first_sample(observer.module, batch), rtol=1e-9, atol=1e-11)
+        assert bool(observer.captured) == captures
+
+
+def with_dropout():
+    """So little that none is dropped."""
+    return nn.Sequential(mlp(), nn.Dropout(1e-12))
 
 
 def test_a_step_that_cannot_be_taken_twice_is_replayed():
-    module = built("perceptron")
+    module = Module(with_dropout())
     expected, plain = of_first_sample(module, (X, Y)), module.training_step
 
     def once(batch, batch_idx):
@@ -467,9 +498,9 @@ def test_a_step_that_cannot_be_taken_twice_is_replayed():
 def test_only_the_first_sample_of_an_activation_is_kept():
     module = built("convolution")
     observer = Observer(module, "capture")
-    observer.first.keep((X, Y), 0)
+    observer.samples.keep((X, Y), 0)
     module.training_step((X, Y), 0).backward()
-    seen = observer.first._capture._seen
+    seen = observer.samples._capture._seen
     kept = [tensor for layer in seen.values() for tensor in (layer.x, *layer.deltas)]
     assert len(kept) == 4
     assert all(tensor.shape[0] == 1 for tensor in kept)
@@ -533,9 +564,15 @@ def test_a_layer_for_some_of_the_samples_is_replayed(how):
     module = Module(Routed())
     observer = Observer(module, how)
     signs = torch.tensor([1.0, 1, -1, 1, -1, 1], dtype=torch.float64)
-    for first in (signs, -signs, -torch.ones(S), torch.ones(S), signs.roll(2), -signs):
+    left_out = []
+    for t, first in enumerate((signs, torch.ones(S), signs, -signs, -torch.ones(S), torch.ones(S), signs.roll(2))):
         batch = (torch.cat([first[:, None] * X[:, :1].abs(), X[:, 1:]], 1).double(), Y)
-        assert_close(observer.step(batch), of_first_sample(module, batch), rtol=1e-9, atol=1e-11)
+        try:
+            assert_close(observer.step(batch), of_first_sample(module, batch), rtol=1e-9, atol=1e-11)
+        except StepLeftOut:
+            left_out.append(t)
+    # Once all samples went through, and it was captured; when they no longer did, a step was lost, and no other.
+    assert left_out == ([2] if how == "auto" else [])
 
 
 @pytest.mark.parametrize(
@@ -562,10 +599,10 @@ def test_what_no_rule_can_know_is_replayed(network, unseen):
 
 def test_a_parameter_that_a_layer_returns_gets_no_hook():
     observer = Observer(Module(nn.Sequential(Prompt(), nn.Linear(5, 1))), "capture")
-    observer.first.keep((X, Y), 0)
+    observer.samples.keep((X, Y), 0)
     observer.module.training_step((X, Y), 0).backward()
-    observer.first.join()
-    assert observer.first._capture.gradients().keys() == {"network.1.weight", "network.1.bias"}
+    observer.samples.join()
+    assert observer.samples._capture.shares().keys() == {"network.1.weight", "network.1.bias"}
     assert not any(p._backward_hooks for p in observer.module.parameters())
 
 
@@ -599,24 +636,24 @@ def test_gradients_that_the_training_step_takes_itself_do_not_count():
     observer = Observer(module)
     for _ in range(3):
         observer.module.zero_grad()
-        observer.first.keep((X, Y), 0)
+        observer.samples.keep((X, Y), 0)
         loss = module.training_step((X, Y), 0)
-        observer.first.begin_backward()
+        observer.samples.begin_backward()
         loss.backward()
-        observer.first.join()
-        assert_close(observer.first.gradient(observer.first.take(), 1.0), expected, rtol=1e-9, atol=1e-11)
+        observer.samples.join()
+        assert_close(observer.g_one(), expected, rtol=1e-9, atol=1e-11)
     assert observer.captured == set(observer.parameters)
 
 
 def test_a_copy_made_in_the_pass_keeps_no_watch():
     module = built("perceptron")
     observer = Observer(module)
-    observer.first.keep((X, Y), 0)
+    observer.samples.keep((X, Y), 0)
     twin = copy.deepcopy(module.network)
     module.training_step((X, Y), 0).backward()
     twin(X).sum().backward()
-    observer.first.join()
-    assert_close(observer.first.gradient(observer.first.take(), 1.0), of_first_sample(module, (X, Y)))
+    observer.samples.join()
+    assert_close(observer.g_one(), of_first_sample(module, (X, Y)))
     assert observer.captured == set(observer.parameters)
 
 
