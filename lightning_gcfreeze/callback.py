@@ -340,6 +340,7 @@ class GradCovFreezeCallback(_Callback):
             self._phase = self._decide(self._phase, run)
             run.holder = Restore(run.parameters, self._phase.frozen)
             run.holder.clear_state_(optimizer)
+            run.samples.release()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -2,14 +2,15 @@
 
 A layer's forward hook keeps the first m samples of its input, a hook on its output those of the gradient that comes
 back: of one sample that is 1/S of the activations. The layer's rule makes the parameters' gradients of the two; see
-`rules`.
+`rules`. Of many samples, a layer whose activations are larger than its parameters adds up the squared noise as soon as
+its gradient is there, and lets go of them.
 
 What is captured is a sample's share of the batch's gradient. That it is 1/S of the gradient of its own loss holds if
 the loss is the mean over samples that do not interact; whether it is, `sample_gradients` finds out.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_gcfreeze import gradients, rules
 from lightning_gcfreeze._types import Named
-from lightning_gcfreeze.per_sample import PerSample, one_by_one
+from lightning_gcfreeze.per_sample import PerSample, Summed, one_by_one
 
 
 @dataclass
@@ -32,6 +33,12 @@ class _Seen:
     version: int | None  # of x, if it is no copy
     prepare: Callable[[Tensor], Tensor]
     deltas: list[Tensor | None]  # one for each tensor that it returned
+    found: dict[str, PerSample] | None = None  # by own name, once the first of its parameters has its gradient
+
+    @property
+    def size(self) -> int:
+        """How many numbers are kept."""
+        return self.x.numel() + sum(delta.numel() for delta in self.deltas if delta is not None)
 
 
 class Capture:
@@ -56,21 +63,31 @@ class Capture:
                 self._layers[layer] = own
         self._hooks: list[RemovableHandle] = []
         self._size = self._count = 0
-        self._seen: dict[nn.Module, _Seen | None] = {}  # None: not as it has to be
+        self._factors: Mapping[str, float] = {}
+        self._centred: Collection[str] = ()
+        self._seen: dict[nn.Module, _Seen | None] = {}  # None: not as it has to be, or done with
+        self._summed: dict[str, Summed] = {}
+        self._memory: dict[tuple[Any, ...], Tensor] = {}  # taken again in each step
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Capture":
         """A copy of the module that is made during a pass takes the hooks along: they know the layers, and rest."""
         return self
 
-    def listen(self, size: int, count: int) -> None:
+    def listen(
+        self, size: int, count: int, factors: Mapping[str, float] | None = None, centred: Collection[str] = ()
+    ) -> None:
         """Forget what was seen, and watch the first samples in the pass to come.
 
         Args:
             size: S, of the pass.
             count: m, how many of them.
+            factors: by name, those whose squared noise may be added up as soon as they have a gradient: of the shares
+                times a factor, around ``p.grad`` as it is then.
+            centred: of these, for which all S shares times the factor are known to have ``p.grad`` as their mean.
         """
         self.forget()
         self._size, self._count = size, min(size, count)
+        self._factors, self._centred = factors or {}, centred if self._count == size else ()
         self._hooks = [layer.register_forward_hook(self._after_layer) for layer in self._layers]
 
     def stop(self) -> None:
@@ -83,12 +100,19 @@ class Capture:
         """Watch nothing, and let go of what was seen."""
         self.stop()
         self._seen.clear()
+        self._summed.clear()
+
+    def release(self) -> None:
+        """Let go of the memory, too."""
+        self.forget()
+        self._memory.clear()
 
     def begin_backward(self) -> None:
         """Gradients that came back so far were not the training step's, which might have asked for some itself."""
         for seen in self._seen.values() if self._hooks else ():  # without hooks it is a later batch's
             if seen is not None:
                 seen.deltas[:] = [None] * len(seen.deltas)
+        self._summed.clear()
 
     def shares(self) -> dict[str, tuple[Tensor, float]]:
         """The first sample's share of the batch's gradient, by all parameters that were seen; what was seen stays.
@@ -113,10 +137,13 @@ class Capture:
             factors: by name of the parameters wanted.
             g_batch: g_S.
             singly: whether each single one is needed, not only the sum of squared noise.
+
+        Returns:
+            By name. What was added up already is as `listen` says, a `Summed`.
         """
-        found: dict[str, PerSample] = {}
+        found: dict[str, PerSample] = {name: g for name, g in self._summed.items() if name in factors}
         for layer, seen in self._complete():
-            wanted = {own: name for own, name in self._layers[layer].items() if name in factors}
+            wanted = {own: name for own, name in self._layers[layer].items() if name in factors and name not in found}
             if wanted and rules.for_layer(layer) is not rules.of_any_layer:
                 of_layer = self._of_layer(layer, seen, slice(0, self._count))
                 for own, name in wanted.items():
@@ -172,7 +199,40 @@ class Capture:
             return
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
-        self._seen[layer] = None if layer in self._seen else self._look(layer, args, output)
+        self._seen[layer] = seen = None if layer in self._seen else self._look(layer, args, output)
+        if seen is None or not self._factors or rules.for_layer(layer) is rules.of_any_layer:
+            return
+        for own, name in self._layers[layer].items():
+            p = layer.get_parameter(own)
+            if p.requires_grad and p.grad is None and name in self._factors:
+                self._hooks.append(p.register_post_accumulate_grad_hook(partial(self._add_up, layer, own, name)))
+
+    def _add_up(self, layer: nn.Module, own: str, name: str, p: Parameter) -> None:
+        """The squared noise, in the middle of the backward pass; ``p.grad`` is that of this pass alone."""
+        seen = self._seen.get(layer)
+        if seen is None or seen.size <= sum(q.numel() for q in layer.parameters(recurse=False)):
+            return
+        if seen.found is None:
+            complete = (of_layer for other, of_layer in self._complete() if other is layer)
+            seen.found = {} if next(complete, None) is None else self._of_layer(layer, seen, slice(0, self._count))
+        if own in seen.found:
+            g = seen.found.pop(own)
+            g.scale_(self._factors[name])
+            squares = self._reused((name,), p.shape, torch.promote_types(p.dtype, torch.float32), p.device).zero_()
+            g.add_squared_noise_(squares, gradients.dense(p, p.grad), 1.0, name in self._centred)
+            self._summed[name] = Summed(squares, g.count, in_batch=True)
+        if not any(self._layers[layer].get(other) in self._factors for other in seen.found):
+            self._seen[layer] = None
+
+    def _reused(self, key: tuple[Any, ...], shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory that is the same in each step. Taken anew, it would lie between what comes and goes in a pass."""
+        known = self._memory.get(key)
+        if known is None or known.shape != shape or known.dtype != dtype or known.device != device:
+            known = self._memory[key] = torch.empty(shape, dtype=dtype, device=device)
+        return known
+
+    def _copied(self, key: tuple[Any, ...], part: Tensor) -> Tensor:
+        return self._reused(key, part.shape, part.dtype, part.device).copy_(part)
 
     def _look(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> _Seen | None:
         """The first samples, if the call is as it has to be."""
@@ -187,29 +247,34 @@ class Capture:
             if not _is_plain(y) or y.is_leaf or y.dim() <= a or y.shape[a] != self._size:
                 return None
         whole = self._count == self._size
-        x = x.detach() if whole else x.detach().narrow(axis, 0, self._count).clone()
+        x = x.detach() if whole else self._copied((layer,), x.detach().narrow(axis, 0, self._count))
         prepare = rules.preparation(layer, args[0], outputs[0])
         seen = _Seen(x, x._version if whole else None, prepare, [None] * len(outputs))
         for i, (y, a) in enumerate(zip(outputs, axes, strict=True)):
             # The node stays the layer's own when its output is changed in place; a tensor's hooks cost more.
-            keep = partial(_keep, seen.deltas, i, y.output_nr, a, None if whole else self._count)
+            keep = partial(self._keep, layer, seen.deltas, i, y.output_nr, a)
             y.grad_fn.register_prehook(keep)  # type: ignore[union-attr]  # y is no leaf
         return seen
 
-
-def _keep(
-    deltas: list[Tensor | None], i: int, number: int, axis: int, count: int | None, by_outputs: tuple[Tensor, ...]
-) -> None:
-    """Several backward passes add up. A part is copied: a view would keep the gradient of the whole batch alive."""
-    delta = by_outputs[number]
-    if delta is None:  # only another output of the same node has one
-        return
-    if delta.requires_grad:
-        delta = delta.detach()
-    if count is not None:
-        delta = delta.narrow(axis, 0, count).clone()
-    known = deltas[i]
-    deltas[i] = delta if known is None else known + delta
+    def _keep(
+        self,
+        layer: nn.Module,
+        deltas: list[Tensor | None],
+        i: int,
+        number: int,
+        axis: int,
+        by_outputs: tuple[Tensor | None, ...],
+    ) -> None:
+        """Several backward passes add up. A part is copied: a view would keep the gradient of the whole batch alive."""
+        delta = by_outputs[number]
+        if delta is None:  # only another output of the same node has one
+            return
+        delta, known = delta.detach() if delta.requires_grad else delta, deltas[i]
+        if self._count < self._size:
+            delta = delta.narrow(axis, 0, self._count)
+            if known is None:
+                delta = self._copied((layer, i), delta)
+        deltas[i] = delta if known is None else known + delta
 
 
 def _is_plain(value: Any) -> bool:

@@ -40,7 +40,7 @@ def of_batch(parameters: Mapping[str, Parameter], scale: float = 1.0) -> dict[st
         ``{name: (*p.shape)}``, ``p.grad`` itself where it is dense and unscaled: do not write to it. A parameter
         without a gradient took no part in the loss: zeros.
     """
-    return {name: _dense(p, p.grad, scale) for name, p in parameters.items()}
+    return {name: dense(p, p.grad, scale) for name, p in parameters.items()}
 
 
 def of_sample(
@@ -63,7 +63,7 @@ def of_sample(
         active = {name: p for name, p in parameters.items() if p.requires_grad}
         grads = torch.autograd.grad(value, list(active.values()), allow_unused=True) if active else ()
         found = dict(zip(active, grads, strict=True))
-    return {name: _dense(p, found.get(name)) for name, p in parameters.items()}
+    return {name: dense(p, found.get(name)) for name, p in parameters.items()}
 
 
 def has_reentrant_checkpoint(loss: Tensor) -> bool:
@@ -89,7 +89,8 @@ def batch_norms_without_statistics(module: nn.Module) -> list[str]:
     ]
 
 
-def _dense(parameter: Parameter, grad: Tensor | None, scale: float = 1.0) -> Tensor:
+def dense(parameter: Parameter, grad: Tensor | None, scale: float = 1.0) -> Tensor:
+    """A gradient as a tensor like its parameter, detached, over `scale`; zeros for None."""
     if grad is None:
         return torch.zeros_like(parameter, requires_grad=False)
     grad = grad.detach()

@@ -5,9 +5,8 @@ written out for it, nor an embedding's; a bias's can. Differences are taken befo
 gradient cannot cancel the noise away; where squares are added up first, it has been made sure that it does not.
 """
 
-import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -17,6 +16,9 @@ from lightning_gcfreeze._types import Named
 
 CHUNK = 2**20
 """How many elements are written out at once: 4 MiB of float32, what stays in a cache."""
+
+SMALL = 2**15
+"""Up to this size, several gradients are written out by one call: more of them cost more than passes over memory."""
 
 MAX_POSITIONS_OF_PAIRS = 4
 """Up to this many positions, all pairs of them cost less than each sample's gradient written out (measured on CPU)."""
@@ -107,7 +109,7 @@ class Products:
 
     def dense(self, count: int | None = None) -> Tensor:
         delta, x = next(self._samples(self.count if count is None else count, _wide(self._delta.dtype)))
-        return (delta.mT @ x).reshape(-1, *self._shape)
+        return (delta.mT @ x).mul_(self._factor).reshape(-1, *self._shape)
 
     def add_squared_noise_(
         self, out: Tensor, g_batch: Tensor, weight: float, centred: bool = False, gate: Tensor | None = None
@@ -115,25 +117,27 @@ class Products:
         m, groups, positions, rows = self._delta.shape
         if m == groups == positions == 1 and self._unfold is None and gate is None and out.numel() <= CHUNK:
             delta, x = self._delta.view(rows, 1).to(out.dtype), self._x.view(1, -1).to(out.dtype)
-            noise = torch.addcmul(g_batch.to(out.dtype), delta, x, value=-self._factor, out=_scratch(out.shape, out))
+            noise = torch.addcmul(
+                g_batch.to(out.dtype), delta, x, value=-self._factor, out=scratch("noise", out.shape, out)
+            )
             out.addcmul_(noise, noise, value=weight)
             return
         out, g_batch = out.view(groups, rows, -1), g_batch.to(out.dtype).reshape(groups, rows, -1)
         if m > 1 and gate is None and positions <= MAX_POSITIONS_OF_PAIRS:
             delta, x = next(self._samples(m, out.dtype))
-            if _add_squares_by_pairs_(out, delta, x, g_batch, weight, centred):
+            if _add_squares_by_pairs_(out, delta, x, g_batch, weight, self._factor, centred):
                 return
-        columns = out.shape[-1]
-        height = min(rows, max(1, CHUNK // (groups * columns)))
-        at_once = max(1, CHUNK // (groups * columns * max(height, positions)))
-        for delta, x in self._samples(at_once, out.dtype):
-            for top in range(0, rows, height):
-                part = slice(top, top + height)
-                sums, of_rows, g = (
-                    (out, delta, g_batch) if height == rows else (out[:, part], delta[..., part], g_batch[:, part])
-                )
-                noise = torch.matmul(of_rows.mT, x, out=_scratch((len(delta), *g.shape), out)).sub_(g)
-                _add_squares_(sums, noise, weight, gate)
+        columns = groups * out.shape[-1]
+        height = max(1, CHUNK // columns)
+        together = max(1, CHUNK // (columns * max(rows, positions))) if out.numel() <= SMALL else 1
+        for deltas, xs in self._samples(max(together, CHUNK // (columns * positions)), out.dtype):
+            for delta, x in zip(deltas.split(together), xs.split(together), strict=True):
+                for top in range(0, rows, height):
+                    part = slice(top, top + height)
+                    if height >= rows:
+                        _add_noise_(out, delta, x, g_batch, self._factor, weight, gate)
+                    else:
+                        _add_noise_(out[:, part], delta[..., part], x, g_batch[:, part], self._factor, weight, gate)
 
     def _samples(self, at_once: int, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
         for start in range(0, self.count, at_once):
@@ -141,7 +145,7 @@ class Products:
             if at_once < self.count:
                 delta, x = delta[start : start + at_once], x[start : start + at_once]
             x = x.to(dtype)
-            yield delta.to(dtype) * self._factor, x if self._unfold is None else self._unfold(x)
+            yield delta.to(dtype), x if self._unfold is None else self._unfold(x)
 
 
 class Lookups:
@@ -196,28 +200,24 @@ class Lookups:
         return (index + self._rows * torch.arange(len(index), device=index.device)[:, None]).flatten()
 
 
-class Squares:
-    """Not kept: Σ_j (g_j - g_S)² has been added up already, in the order in which the gradients came.
+class Summed:
+    """Not kept: Σ_j (g_j - g_S)² has been added up already.
 
     Args:
-        g_batch: g_S. (*p.shape).
+        squares: the sum. (*p.shape).
+        count: m.
+        in_batch: whether the gradients are terms of g_S.
     """
 
-    def __init__(self, g_batch: Tensor) -> None:
-        self._g_batch = g_batch
-        self._sum = g_batch.new_zeros(g_batch.shape, dtype=_wide(g_batch.dtype))
-        self.count = 0
-
-    def append(self, g: Tensor) -> None:
-        """The next sample's. (*p.shape)."""
-        self.count += 1
-        _add_squares_(self._sum, g.to(self._sum.dtype) - self._g_batch.to(self._sum.dtype), 1.0, None)
+    def __init__(self, squares: Tensor, count: int, in_batch: bool) -> None:
+        self._squares, self.count, self._in_batch, self._factor = squares, count, in_batch, 1.0
 
     def scale_(self, factor: float) -> None:
-        raise TypeError("a sum of squared noise cannot be rescaled: g_S is part of it")
+        """Multiply all of them, and g_S."""
+        self._factor *= factor
 
     def unchecked(self) -> Tensor | None:
-        return self._sum
+        return None if self._in_batch else self._squares
 
     def dense(self, count: int | None = None) -> Tensor:
         raise TypeError("single gradients were not kept")
@@ -225,7 +225,7 @@ class Squares:
     def add_squared_noise_(
         self, out: Tensor, g_batch: Tensor, weight: float, centred: bool = False, gate: Tensor | None = None
     ) -> None:
-        out.add_(_gated(self._sum, gate), alpha=weight)
+        out.add_(_gated(self._squares, gate), alpha=weight * self._factor**2)
 
 
 def one_by_one(samples: Iterable[Mapping[str, Tensor]], g_batch: Named, singly: bool) -> dict[str, PerSample]:
@@ -236,15 +236,25 @@ def one_by_one(samples: Iterable[Mapping[str, Tensor]], g_batch: Named, singly: 
         g_batch: g_S.
         singly: whether to keep every one, not only the sum of squared noise.
     """
-    found: dict[str, Squares | list[Tensor]] = {}
-    for i, sample in enumerate(samples):
-        if i == 0:
-            found = {name: [] if singly else Squares(g_batch[name]) for name in sample}
-        for name in [name for name in found if name not in sample]:
+    count, found = 0, dict[str, Tensor | list[Tensor]]()
+    for sample in samples:
+        if count == 0:
+            found = {
+                n: [] if singly else g_batch[n].new_zeros(g.shape, dtype=_wide(g.dtype)) for n, g in sample.items()
+            }
+        count += 1
+        for name in found.keys() - sample.keys():
             del found[name]
         for name, gathered in found.items():
-            gathered.append(sample[name])
-    return {name: Stacked(torch.stack(g), False) if isinstance(g, list) else g for name, g in found.items()}
+            if isinstance(gathered, list):
+                gathered.append(sample[name])
+            else:
+                noise = sample[name].to(gathered.dtype) - g_batch[name].to(gathered.dtype)
+                gathered.addcmul_(noise, noise)
+    return {
+        name: Stacked(torch.stack(g), False) if isinstance(g, list) else Summed(g, count, False)
+        for name, g in found.items()
+    }
 
 
 def _add_squares_(out: Tensor, noise: Tensor, weight: float, gate: Tensor | None) -> None:
@@ -259,8 +269,23 @@ def _add_squares_(out: Tensor, noise: Tensor, weight: float, gate: Tensor | None
         out.add_(noise.square_().sum(0), alpha=weight)
 
 
+def _add_noise_(
+    out: Tensor, delta: Tensor, x: Tensor, g_batch: Tensor, factor: float, weight: float, gate: Tensor | None
+) -> None:
+    """Add weight · Σ_j (g_j - g_S)² to `out`, written out."""
+    if len(delta) > 1:
+        noise = torch.matmul(delta.mT, x, out=scratch("noise", (len(delta), *g_batch.shape), out))
+        torch.sub(g_batch, noise, alpha=factor, out=noise)
+    elif len(g_batch) == 1:
+        noise = scratch("noise", g_batch.shape, out)
+        torch.addmm(g_batch[0], delta[0, 0].mT, x[0, 0], alpha=-factor, out=noise[0])
+    else:
+        noise = torch.baddbmm(g_batch, delta[0].mT, x[0], alpha=-factor, out=scratch("noise", g_batch.shape, out))
+    _add_squares_(out, noise, weight, gate)
+
+
 def _add_squares_by_pairs_(
-    out: Tensor, delta: Tensor, x: Tensor, g_batch: Tensor, weight: float, centred: bool
+    out: Tensor, delta: Tensor, x: Tensor, g_batch: Tensor, weight: float, factor: float, centred: bool
 ) -> bool:
     """Add weight · Σ_j (g_j - g_S)² to `out`, where g_j² is a sum over pairs of positions: one matrix product for all.
 
@@ -271,24 +296,34 @@ def _add_squares_by_pairs_(
     Returns:
         Whether it was done: there is noise in the factors.
     """
-    squares = delta.square(), x.square()
+    squares = [torch.square(f, out=scratch(use, f.shape, f)) for use, f in (("delta²", delta), ("x²", x))]
     if not any(_is_noisy(*pair) for pair in zip((delta, x), squares, strict=True)):
         return False
-    one, other = torch.triu_indices(delta.shape[2], delta.shape[2], device=delta.device)
-    weights = torch.where(one == other, 1.0, 2.0).to(delta.dtype)[:, None] * weight
+    m, _, positions, _ = delta.shape
     for i, sums in enumerate(out):
         d, a, g = delta[:, i], x[:, i], g_batch[i]
-        if len(one) == 1:
-            by_output, by_input = squares[0][:, i].mul_(weight), squares[1][:, i]
-        else:
-            by_output, by_input = (d[:, one] * d[:, other]).mul_(weights), a[:, one] * a[:, other]
+        by_output, by_input = squares[0][:, i], squares[1][:, i]
+        if positions > 1:
+            by_output, by_input = _pairs("delta²", d), _pairs("x²", a)
+            by_output[:, positions:] *= 2
+        by_output.mul_(weight * factor**2)
         sums.addmm_(by_output.flatten(0, 1).mT, by_input.flatten(0, 1))
         if centred:
-            sums.addcmul_(g, g, value=-weight * len(delta))
+            sums.addcmul_(g, g, value=-weight * m)
         else:
-            of_all = d.flatten(0, 1).mT @ a.flatten(0, 1)
-            sums.addcmul_(g, of_all.mul_(2.0).sub_(g, alpha=len(delta)), value=-weight)
+            of_all = torch.mm(d.flatten(0, 1).mT, a.flatten(0, 1), out=scratch("noise", g.shape, g))
+            sums.addcmul_(g, of_all.mul_(2.0 * factor).sub_(g, alpha=m), value=-weight)
     return True
+
+
+def _pairs(use: str, factor: Tensor) -> Tensor:
+    """Products of the values at two positions: at each one with itself, then at any two. (m, pairs, columns)."""
+    m, n, columns = factor.shape
+    products, start = scratch(use, (m, n * (n + 1) // 2, columns), factor), 0
+    for apart in range(n):
+        torch.mul(factor[:, apart:], factor[:, : n - apart], out=products[:, start : start + n - apart])
+        start += n - apart
+    return products
 
 
 def _is_noisy(factor: Tensor, square: Tensor) -> bool:
@@ -298,19 +333,21 @@ def _is_noisy(factor: Tensor, square: Tensor) -> bool:
     return not bool((mean > (1 - MIN_NOISE) * mean_square).any())
 
 
-@functools.lru_cache(maxsize=256)
-def _buffer(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """One piece of memory in many shapes."""
-    if len(shape) == 1:
-        return torch.empty(shape, dtype=dtype)
-    return _buffer((CHUNK,), dtype)[: math.prod(shape)].view(shape)
+_memory: dict[tuple[str, torch.dtype], Tensor] = {}
 
 
-def _scratch(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Memory for what is used up before the next call. New pages cost a CPU more than what is done with them."""
-    if like.device.type != "cpu" or math.prod(shape) > CHUNK:
+def scratch(use: str, shape: Sequence[int], like: Tensor) -> Tensor:
+    """Memory for what is used up before the next call for the same use; as large as the largest so far.
+
+    New pages cost a CPU more than what is done with them here. Other devices' allocators keep theirs anyway.
+    """
+    if like.device.type != "cpu":
         return like.new_empty(shape)
-    return _buffer(shape, like.dtype)
+    size = math.prod(shape)
+    known = _memory.get((use, like.dtype))
+    if known is None or known.numel() < size:
+        known = _memory[use, like.dtype] = like.new_empty(size)
+    return known[:size].view(shape)
 
 
 def _gated(tensor: Tensor, gate: Tensor | None) -> Tensor:

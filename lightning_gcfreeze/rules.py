@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from lightning_gcfreeze.per_sample import Lookups, PerSample, Products, Stacked
+from lightning_gcfreeze.per_sample import Lookups, PerSample, Products, Stacked, scratch
 
 Rule: TypeAlias = Callable[..., dict[str, PerSample]]
 """(layer, x, δ) -> gradients by own name; a layer with several outputs has as many δ, None for one without use."""
@@ -157,22 +157,16 @@ def _windows(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
     """What each position of the output sees of the input. (m, groups, positions, columns)."""
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     x = F.pad(x, layer._reversed_padding_repeated_twice, mode).contiguous()
-    sizes = [
-        (n - dilation * (kernel - 1) - 1) // stride + 1
-        for n, kernel, stride, dilation in zip(
-            x.shape[2:], layer.kernel_size, layer.stride, layer.dilation, strict=True
-        )
-    ]
-    steps = x.stride()[2:]
-    windows = x.as_strided(
-        (*x.shape[:2], *layer.kernel_size, *sizes),
-        (
-            *x.stride()[:2],
-            *(step * dilation for step, dilation in zip(steps, layer.dilation, strict=True)),
-            *(step * stride for step, stride in zip(steps, layer.stride, strict=True)),
-        ),
-    )
-    return windows.reshape(len(x), layer.groups, -1, math.prod(sizes)).mT
+    geometry = [*zip(x.shape[2:], x.stride()[2:], layer.kernel_size, layer.stride, layer.dilation, strict=True)]
+    sizes = [(n - dilation * (kernel - 1) - 1) // stride + 1 for n, _, kernel, stride, dilation in geometry]
+    if len(sizes) == 2 and sizes[-1] < 8:  # a copy of so short pieces takes longer
+        windows = F.unfold(x, layer.kernel_size, layer.dilation, 0, layer.stride)
+    else:
+        by_place = [step * dilation for _, step, _, _, dilation in geometry]
+        by_position = [step * stride for _, step, _, stride, _ in geometry]
+        view = x.as_strided((*x.shape[:2], *layer.kernel_size, *sizes), (*x.stride()[:2], *by_place, *by_position))
+        windows = scratch("windows", view.shape, x).copy_(view)
+    return windows.view(len(x), layer.groups, -1, math.prod(sizes)).mT
 
 
 def _statistics(layer: _BatchNorm, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:

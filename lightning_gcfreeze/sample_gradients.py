@@ -21,7 +21,8 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from lightning_gcfreeze._types import Named
 from lightning_gcfreeze.capture import Capture
-from lightning_gcfreeze.per_sample import PerSample, Stacked, one_by_one
+from lightning_gcfreeze.estimators.base import finite_batch_correction
+from lightning_gcfreeze.per_sample import PerSample, Stacked, Summed, one_by_one
 from lightning_gcfreeze.replay import Replay, Window
 
 How = Literal["replay", "capture", "auto"]
@@ -99,7 +100,11 @@ class SampleGradients:
         )
         size = self._replay.size_at_hand
         if self._capture is not None and size is not None and (compares or decided["captured"]):
-            self._capture.listen(size, size if self._count is None else self._count)
+            factors: dict[str, float] = {}
+            if size > 1 and not (compares or self._singly or self._count == 1):
+                factors = {name: float(size) if by == "mean" else 1.0 for name, by in decided["captured"].items()}
+            means = [name for name, by in decided["captured"].items() if by == "mean"] if self._how == "auto" else []
+            self._capture.listen(size, self._count_of(size), factors, means)
 
     def join(self) -> bool:
         """After a batch's backward: see `Replay.join`."""
@@ -112,6 +117,12 @@ class SampleGradients:
         self._replay.forget()
         if self._capture is not None:
             self._capture.forget()
+
+    def release(self) -> None:
+        """No step is to be observed any more."""
+        self.forget()
+        if self._capture is not None:
+            self._capture.release()
 
     def begin_backward(self) -> None:
         """Right before a batch's backward."""
@@ -146,8 +157,13 @@ class SampleGradients:
             by = {"mean": (size or 0) / scale, "sum": 1 / scale}
             factors = {name: by[reduction] for name, reduction in decided["captured"].items()}
             found = self._capture.gradients(factors, g_batch, self._singly)
+            # Added up around the mean of this micro-batch, before anything was divided.
+            to_all = finite_batch_correction(size, batch_size) ** 0.5
+            for g in found.values():
+                if isinstance(g, Summed):
+                    g.scale_(to_all / scale)
         whole = self._how == "auto" and batch_size is not None and self._count_of(size) == batch_size
-        centred = {name for name in found if decided["captured"][name] == "mean"} if whole else set()
+        centred = {name for name, by in decided["captured"].items() if by == "mean"} if whole else set()
         for name, p in self._parameters.items():
             if name not in found and (p.grad is None or not p.requires_grad):  # then no sample has a gradient
                 found[name] = Stacked(torch.zeros_like(g_batch[name])[None])
