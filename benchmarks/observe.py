@@ -1,28 +1,40 @@
 """What a step costs while it is observed: ratios to the plain step of the same model, in one process, alternating.
 
-    uv run python -m benchmarks.observe [--models M1,M2] [--ways capture,replay] [--rounds 60] [--json FILE]
+    uv run --group bench python -m benchmarks.observe [--models M1,M2] [--rounds 60] [--trainer] [--json FILE]
 
 A step is forward, backward and the default Adam; one thread. Each round times one step of every way, in turn, so that
-whatever slows the machine down slows all of them; the figure is the median of the rounds' ratios.
+whatever slows the machine down slows all of them; the figure is the median of the rounds' ratios. Freed memory stays
+with the process: which way has to ask for pages again would otherwise be a matter of luck, and cost up to a third.
 """
 
 import argparse
 import contextlib
+import ctypes
 import json
+import logging
+import math
+import multiprocessing
 import platform
+import resource
 import statistics
+import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from torchvision.models import resnet18
 
-from lightning_gcfreeze import gradients
+from lightning_gcfreeze import GradCovFreezeCallback, gradients
 from lightning_gcfreeze.phases import Observing
 from lightning_gcfreeze.sample_gradients import SampleGradients
 
@@ -98,7 +110,7 @@ class Step:
     """A training step of a model of its own: forward, backward, Adam; and what is observed in between."""
 
     def __init__(self, model: nn.Module, batch: Batch, **observed: Any) -> None:
-        self.model, self.batch = deepcopy(model).train(), batch
+        self.model, self.batch = model, batch
         self.optimizer = torch.optim.Adam(self.model.parameters())
         self.parameters = dict(self.model.named_parameters())
         self.samples = None
@@ -128,47 +140,200 @@ class Step:
 
 
 WAYS: dict[str, dict[str, Any]] = {
-    "first sample, auto": {"how": "auto"},
-    "first sample, replay": {"how": "replay"},
+    "first sample": {"how": "auto"},
+    "first sample, by replay": {"how": "replay"},
     "all samples": {"how": "auto", "count": None},
 }
 
+MEMORY: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "first sample": {"how": "capture"},
+    "first sample, a step that compares": {"how": "auto"},
+    "all samples": {"how": "capture", "count": None},
+}
+"""What `samples` and `gradients` of the callback choose."""
 
-def measure(name: str, rounds: int) -> dict[str, float]:
-    """Median ratio to the plain step, by way; "plain" is in milliseconds."""
+
+def makers(peers: bool) -> dict[str, Callable[[nn.Module, Batch], Callable[[], None]]]:
+    """For each way, what makes a step of a model and a batch."""
+    ours = {way: partial(Step, **options) for way, options in WAYS.items()}
+    if not peers:
+        return {"plain": Step, **ours}
+    from benchmarks.peers import PEERS
+
+    return {"plain": Step, **ours, **PEERS}
+
+
+def measure(name: str, rounds: int, peers: bool) -> dict[str, float]:
+    """Median ratio to the plain step, by way, NaN where it fails; "plain" is in milliseconds."""
     torch.manual_seed(0)
     _, make, data = MODELS[name]
     model, batch = make(), data()
-    steps = {"plain": Step(model, batch)} | {way: Step(model, batch, **how) for way, how in WAYS.items()}
+    steps, ratios = {}, {}
+    for way, maker in makers(peers).items():
+        try:
+            steps[way] = maker(deepcopy(model).train(), batch)
+            for _ in range(3):  # the first ones allocate, and compare
+                steps[way]()
+        except Exception as error:
+            steps.pop(way, None)
+            ratios[way] = float("nan")
+            print(f"{name}, {way}: {type(error).__name__}: {str(error).strip().splitlines()[0][:150]}", file=sys.stderr)
     times: dict[str, list[float]] = {way: [] for way in steps}
-    for i in range(rounds + 3):
+    for _ in range(rounds):
         for way, step in steps.items():
+            if len(times[way]) >= 4 and sum(times[way][:4]) > 10 * sum(times["plain"][:4]):
+                continue  # known well enough
             start = time.perf_counter()
             step()
-            if i >= 3:  # the first ones allocate
-                times[way].append(time.perf_counter() - start)
+            times[way].append(time.perf_counter() - start)
+    for way in steps:
+        ratios[way] = statistics.median(t / plain for t, plain in zip(times[way], times["plain"], strict=False))
+    return {way: ratios[way] for way in makers(peers)} | {"plain": 1000 * statistics.median(times["plain"])}
+
+
+class Watched(pl.LightningModule):
+    """A model of the table in a Trainer."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.model(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters())
+
+
+class Clock(pl.Callback):
+    """When steps began, after the first ones."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self.times.append(time.perf_counter())
+
+    def seconds(self) -> float:
+        """The mean step: where each 16th is observed, the median would not see it."""
+        steps = sorted(b - a for a, b in zip(self.times[20:], self.times[21:], strict=False))
+        return statistics.mean(steps[: len(steps) * 98 // 100])  # without what else the machine did
+
+
+IN_TRAINER: dict[str, Callable[[], list[pl.Callback]]] = {
+    "plain": lambda: [],
+    "a callback with empty hooks": lambda: [Empty()],
+    "first sample": lambda: [GradCovFreezeCallback(t0=10**6, k=0.5)],
+    "all samples, every 16th step": lambda: [GradCovFreezeCallback(t0=10**6, k=0.5, samples="all", every=16)],
+}
+
+
+class Empty(pl.Callback):
+    """As many hooks as ours."""
+
+    def on_train_batch_start(self, *args: Any) -> None: ...
+
+    def on_before_backward(self, *args: Any) -> None: ...
+
+    def on_after_backward(self, *args: Any) -> None: ...
+
+    def on_before_optimizer_step(self, *args: Any) -> None: ...
+
+    def on_train_batch_end(self, *args: Any) -> None: ...
+
+
+def measure_in_trainer(name: str, rounds: int) -> dict[str, float]:
+    """The same in Lightning's Trainer: whole runs in turn, each of some hundred steps; "plain" is in milliseconds."""
+    _, make, data = MODELS[name]
+    batch = data()
+    times: dict[str, list[float]] = {way: [] for way in IN_TRAINER}
+    steps = 400 if name == "M1" else 100
+    for _ in range(max(2, rounds // 10)):
+        for way, callbacks in IN_TRAINER.items():
+            torch.manual_seed(0)
+            clock = Clock()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # t0 is not reached
+                trainer = pl.Trainer(
+                    accelerator="cpu", max_steps=steps, logger=False, enable_checkpointing=False,
+                    enable_progress_bar=False, enable_model_summary=False, callbacks=[clock, *callbacks()],
+                )  # fmt: skip
+                trainer.fit(Watched(make()), DataLoader([batch] * steps, batch_size=None))
+            times[way].append(clock.seconds())
     ratios = {
-        way: statistics.median(t / plain for t, plain in zip(times[way], times["plain"], strict=True)) for way in WAYS
+        way: statistics.median(t / plain for t, plain in zip(times[way], times["plain"], strict=True)) for way in times
     }
-    return {"plain": 1000 * statistics.median(times["plain"]), **ratios}
+    return ratios | {"plain": 1000 * statistics.median(times["plain"])}
+
+
+def peak(name: str, way: str) -> float:
+    """MiB that the process has had at most, beyond what it began with, in ten steps."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    _, make, data = MODELS[name]
+    torch.ones(64, 64) @ torch.ones(64, 64)  # libraries are loaded by now
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step = Step(make().train(), data(), **MEMORY[way])
+    for _ in range(10):
+        step()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def memory(name: str) -> str:
+    """A row of a table: each way in a process of its own."""
+    own = sum(p.numel() for p in MODELS[name][1]().parameters()) * 4 / 2**20
+    peaks = []
+    for way in MEMORY:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            peaks.append(process.submit(peak, name, way).result())
+    extra = (f"+{p - peaks[0]:.0f}" for p in peaks[1:])
+    return f"| {name} | {own:.0f} | {peaks[0]:.0f} | {' | '.join(extra)} |"
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
     """A column for each model, a row for each way."""
+
+    def cell(ratio: float) -> str:
+        return "fails" if math.isnan(ratio) else f"{ratio:.2f}"
+
     lines = [f"| way | {' | '.join(results)} |", f"| --- |{' --- |' * len(results)}"]
     lines.append(f"| plain step, ms | {' | '.join(format(r['plain'], '.1f') for r in results.values())} |")
-    lines += [f"| {way} | {' | '.join(f'{r[way]:.2f}' for r in results.values())} |" for way in WAYS]
+    ways = [way for way in next(iter(results.values())) if way != "plain"]
+    lines += [f"| {way} | {' | '.join(cell(r[way]) for r in results.values())} |" for way in ways]
     return "\n".join(lines)
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc's allocator never to give pages back."""
+    with contextlib.suppress(AttributeError, OSError):
+        libc = ctypes.CDLL(None)
+        for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            libc.mallopt(parameter, 2**30)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default=",".join(MODELS), help="of M1 to M5 (%(default)s)")
+    parser.add_argument("--models", help="of M1 to M5 (all; in a Trainer M1,M2)")
     parser.add_argument("--rounds", type=int, default=60, help="steps of every way (%(default)s)")
+    parser.add_argument("--no-peers", action="store_true", help="ours alone")
+    parser.add_argument("--trainer", action="store_true", help="in Lightning's Trainer")
+    parser.add_argument("--memory", action="store_true", help="peaks in MiB, instead of times")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    results = {name: measure(name, args.rounds) for name in args.models.split(",")}
+    keep_freed_memory()
+    names = (args.models or ("M1,M2" if args.trainer else ",".join(MODELS))).split(",")
+    if args.memory:
+        header = ["MiB", "one float a parameter", *MEMORY]
+        print(f"| {' | '.join(header)} |\n|{' --- |' * len(header)}")
+        print("\n".join(map(memory, names)))
+        return
+    if args.trainer:
+        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+        results = {name: measure_in_trainer(name, args.rounds) for name in names}
+    else:
+        results = {name: measure(name, args.rounds, not args.no_peers) for name in names}
     print(f"torch {torch.__version__}, {platform.machine()}, one thread, {args.rounds} rounds\n\n{table(results)}")
     if args.json:
         args.json.write_text(json.dumps(results, indent=1), encoding="utf-8")

@@ -24,6 +24,9 @@ from lightning_gcfreeze import gradients, rules
 from lightning_gcfreeze._types import Named
 from lightning_gcfreeze.per_sample import PerSample, Summed, one_by_one
 
+_LITTLE = 2**19
+"""So many numbers may be kept until the end of a pass: 2 MiB of float32."""
+
 
 @dataclass
 class _Seen:
@@ -114,21 +117,18 @@ class Capture:
                 seen.deltas[:] = [None] * len(seen.deltas)
         self._summed.clear()
 
-    def shares(self) -> dict[str, tuple[Tensor, float]]:
-        """The first sample's share of the batch's gradient, by all parameters that were seen; what was seen stays.
+    def shares(self) -> Iterator[tuple[str, Tensor, float]]:
+        """The first sample's share of the batch's gradient, by one parameter that was seen after the other.
 
-        Returns:
-            ``{name: (share, tolerance)}``: a tensor like the parameter, and how far, relatively, rounding may take it
-            from the same gradient computed otherwise.
+        Yields:
+            Its name, a tensor like it, and how far, relatively, rounding may take that from the same gradient computed
+            otherwise. What was seen stays.
         """
-        found: dict[str, tuple[Tensor, float]] = {}
         for layer, seen in self._complete():
             narrowest = max(torch.finfo(delta.dtype).eps for delta in seen.deltas if delta is not None)
             for own, g in self._of_layer(layer, seen, slice(0, 1)).items():
                 if (name := self._layers[layer].get(own)) is not None:
-                    share = g.dense(1)[0].to(layer.get_parameter(own).dtype)
-                    found[name] = (share, min(0.1, 3 * narrowest**0.5))
-        return found
+                    yield name, g.dense(1)[0].to(layer.get_parameter(own).dtype), min(0.1, 3 * narrowest**0.5)
 
     def gradients(self, factors: Mapping[str, float], g_batch: Named, singly: bool) -> dict[str, PerSample]:
         """The samples' shares of the batch's gradient times a factor, by the parameters that were seen. Forgets them.
@@ -210,7 +210,7 @@ class Capture:
     def _add_up(self, layer: nn.Module, own: str, name: str, p: Parameter) -> None:
         """The squared noise, in the middle of the backward pass; ``p.grad`` is that of this pass alone."""
         seen = self._seen.get(layer)
-        if seen is None or seen.size <= sum(q.numel() for q in layer.parameters(recurse=False)):
+        if seen is None or seen.size <= max(_LITTLE, *(q.numel() for q in layer.parameters(recurse=False))):
             return
         if seen.found is None:
             complete = (of_layer for other, of_layer in self._complete() if other is layer)

@@ -116,10 +116,11 @@ class Products:
     ) -> None:
         m, groups, positions, rows = self._delta.shape
         if m == groups == positions == 1 and self._unfold is None and gate is None and out.numel() <= CHUNK:
-            delta, x = self._delta.view(rows, 1).to(out.dtype), self._x.view(1, -1).to(out.dtype)
-            noise = torch.addcmul(
-                g_batch.to(out.dtype), delta, x, value=-self._factor, out=scratch("noise", out.shape, out)
-            )
+            delta, x = self._delta.view(rows, 1), self._x.view(1, -1)
+            if not g_batch.dtype == delta.dtype == x.dtype == out.dtype:
+                g_batch, delta, x = g_batch.to(out.dtype), delta.to(out.dtype), x.to(out.dtype)
+            into = None if out.numel() <= SMALL else scratch("noise", out.shape, out)
+            noise = torch.addcmul(g_batch, delta, x, value=-self._factor, out=into)
             out.addcmul_(noise, noise, value=weight)
             return
         out, g_batch = out.view(groups, rows, -1), g_batch.to(out.dtype).reshape(groups, rows, -1)
@@ -328,9 +329,9 @@ def _pairs(use: str, factor: Tensor) -> Tensor:
 
 def _is_noisy(factor: Tensor, square: Tensor) -> bool:
     """Whether every column's spread over the samples has a share in its mean square. Of zeros all is noise."""
-    mean_square = square.mean(0).sum(1)
-    mean = factor.mean(0).square_().sum(1)
-    return not bool((mean > (1 - MIN_NOISE) * mean_square).any())
+    mean, mean_square = factor.mean(0), square.mean(0)
+    margin = torch.addcmul(mean_square.mul_(1 - MIN_NOISE), mean, mean, value=-1.0)
+    return float(margin.sum(1).min()) >= 0.0
 
 
 _memory: dict[tuple[str, torch.dtype], Tensor] = {}

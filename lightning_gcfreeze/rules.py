@@ -102,7 +102,7 @@ def of_any_layer(layer: nn.Module, x: Tensor, *deltas: Tensor | None) -> dict[st
 def linear(layer: nn.Linear, x: Tensor, delta: Tensor) -> dict[str, PerSample]:
     """Σ δ ⊗ x, over all axes between the first and the last as positions."""
     bias = delta if delta.dim() == 2 else delta.flatten(1, -2).sum(1)
-    x, delta = x.reshape(len(x), 1, -1, x.shape[-1]), delta.reshape(len(x), 1, -1, delta.shape[-1])
+    x, delta = (t.reshape(t.shape[0], 1, -1, t.shape[-1]) for t in (x, delta))
     return {"weight": Products(delta, x, layer.weight.shape), "bias": Stacked(bias)}
 
 

@@ -157,11 +157,9 @@ class SampleGradients:
             by = {"mean": (size or 0) / scale, "sum": 1 / scale}
             factors = {name: by[reduction] for name, reduction in decided["captured"].items()}
             found = self._capture.gradients(factors, g_batch, self._singly)
-            # Added up around the mean of this micro-batch, before anything was divided.
-            to_all = finite_batch_correction(size, batch_size) ** 0.5
             for g in found.values():
-                if isinstance(g, Summed):
-                    g.scale_(to_all / scale)
+                if isinstance(g, Summed):  # around the mean of this micro-batch, before anything was divided
+                    g.scale_(finite_batch_correction(size, batch_size) ** 0.5 / scale)
         whole = self._how == "auto" and batch_size is not None and self._count_of(size) == batch_size
         centred = {name for name, by in decided["captured"].items() if by == "mean"} if whole else set()
         for name, p in self._parameters.items():
@@ -222,17 +220,16 @@ class SampleGradients:
             return
         finally:
             capture.stop()
-        shares = capture.shares()
         alone = self._replay.gradient(window, before=before)
-        if alone is None or not all(g.isfinite().all() for g in (*alone.values(), *(s for s, _ in shares.values()))):
+        if alone is None or not all(g.isfinite().all() for g in alone.values()):
             return
         captured, replayed = self.decided["captured"], self.decided["replayed"]
         already = set(captured)
         reductions: dict[Reduction, float] = {"mean": size / scale, "sum": 1 / scale}
         largest = max(float(g.norm()) for g in alone.values())
-        for name in [name for name in self._parameters if name in shares and name not in replayed]:
-            expected, (share, tolerance) = alone[name], shares[name]
-            if not (expected.any() or share.any()):
+        for name, share, tolerance in capture.shares():
+            expected = alone[name]
+            if name in replayed or not share.isfinite().all() or not (expected.any() or share.any()):
                 continue  # nothing to compare
             distances: dict[Reduction, float] = {
                 by: float((share * factor - expected).norm()) for by, factor in reductions.items()

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from lightning_gcfreeze import gradients
+from lightning_gcfreeze import capture, gradients
+from lightning_gcfreeze.per_sample import Summed
 from lightning_gcfreeze.sample_gradients import SampleGradients
 
 S = 6
@@ -358,6 +359,75 @@ def test_the_first_sample_is_that_of_the_first_of_several_batches(how, scale):
     assert_close(found, of_first_sample(module, (X, Y)), rtol=1e-9, atol=1e-11)
 
 
+def squared_noise(module, batch, g_batch):
+    """Σ_j (g_j - g_S)², one autograd call a sample."""
+    sums = {name: torch.zeros_like(g) for name, g in g_batch.items()}
+    for j in range(len(batch[0])):
+        for name, g in of_first_sample(module, [part[j:] for part in batch]).items():
+            sums[name] += (g - g_batch[name]) ** 2
+    return sums
+
+
+def gradient(module, batch):
+    twin = copy.deepcopy(module)
+    twin.zero_grad()
+    twin.training_step(batch, 0).backward()
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in twin.named_parameters()}
+
+
+@pytest.mark.parametrize("little", [0, 2**19])
+@pytest.mark.parametrize("how", ["auto", "capture", "replay"])
+@pytest.mark.parametrize("name", ["perceptron", "convolution", "LSTM", "called twice", "in place", "attention"])
+def test_the_squared_noise_of_all_samples_is_that_of_a_loop(name, how, little, monkeypatch):
+    """At steps that compare and at one that does not, where large layers are done with in the backward pass."""
+    monkeypatch.setattr(capture, "_LITTLE", little)
+    module = built(name)
+    observer = Observer(module, how, count=None, singly=False)
+    for _ in range(3):
+        found = observer.all_of_step((X, Y))
+        g_batch = gradient(module, (X, Y))
+        expected = squared_noise(module, (X, Y), g_batch)
+        for own, g in found.items():
+            out = torch.zeros_like(g_batch[own])
+            g.add_squared_noise_(out, g_batch[own], S / g.count)
+            assert_close(out, expected[own], rtol=1e-8, atol=1e-11)
+    in_pass = [own for own, g in found.items() if isinstance(g, Summed) and g.unchecked() is None]
+    assert bool(in_pass) == (little == 0 and how != "replay")
+    assert not observer.samples._capture or not observer.samples._capture._seen
+
+
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+def test_noise_summed_in_the_pass_is_around_the_mean_of_its_micro_batch(scale, monkeypatch):
+    """Of S = 4 of 10 samples, on the scale of noise around the mean of all 10."""
+    monkeypatch.setattr(capture, "_LITTLE", 0)
+    module = built("convolution")
+    observer = Observer(module, "auto", count=None, singly=False)
+    batches = (X[:4], Y[:4]), (X[4:], Y[4:]), (X[:4], Y[:4])
+    for _ in range(3):
+        found = observer.all_of_step(*batches, scale=scale)
+    g_batch = gradient(module, batches[0])
+    expected = squared_noise(module, batches[0], g_batch)
+    of_window = {name: p.grad / scale for name, p in module.named_parameters()}
+    own = "network.1.weight"
+    assert isinstance(found[own], Summed)
+    out = torch.zeros_like(g_batch[own])
+    found[own].add_squared_noise_(out, of_window[own], 1.0)
+    assert_close(out, expected[own] * (1 - 1 / 10) / (1 - 1 / 4), rtol=1e-8, atol=1e-11)
+    assert found[own].unchecked() is None
+
+
+def test_memory_is_the_same_in_each_step_and_let_go_of_at_the_end():
+    observer = Observer(built("convolution"), "capture", count=2)
+    kept = []
+    for _ in range(3):
+        observer.step((X, Y))
+        kept.append({key: tensor.data_ptr() for key, tensor in observer.samples._capture._memory.items()})
+    assert len(kept[0]) == 4
+    assert kept[0] == kept[1] == kept[2]
+    observer.samples.release()
+    assert not observer.samples._capture._memory
+
+
 def test_dropout_is_the_batchs_own():
     """g_1 is the gradient of the first sample's term in the very pass that the batch took, its mask included."""
     torch.manual_seed(3)
@@ -602,7 +672,7 @@ def test_a_parameter_that_a_layer_returns_gets_no_hook():
     observer.samples.keep((X, Y), 0)
     observer.module.training_step((X, Y), 0).backward()
     observer.samples.join()
-    assert observer.samples._capture.shares().keys() == {"network.1.weight", "network.1.bias"}
+    assert {name for name, *_ in observer.samples._capture.shares()} == {"network.1.weight", "network.1.bias"}
     assert not any(p._backward_hooks for p in observer.module.parameters())
 
 
