@@ -128,7 +128,10 @@ class Step:
     def __call__(self) -> None:
         if self.samples is not None:
             self.samples.keep(self.batch, 0)
-        self.training_step(self.batch, 0).backward()
+        loss = self.training_step(self.batch, 0)
+        if self.samples is not None:
+            self.samples.begin_backward()
+        loss.backward()
         if self.samples is not None:
             self.samples.join()
             g_batch, size = gradients.of_batch(self.parameters), len(self.batch[1])

@@ -100,7 +100,9 @@ class Watched(Step):
         assert self.samples is not None
         if due:
             self.samples.keep(batch, 0)
-        self.training_step(batch, 0).backward()
+        loss = self.training_step(batch, 0)
+        self.samples.begin_backward()
+        loss.backward()
         if due:
             self.samples.join()
             g_batch, size = gradients.of_batch(self.parameters), len(batch[1])

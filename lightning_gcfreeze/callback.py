@@ -49,7 +49,7 @@ else:
     except ImportError:
         _Callback = pl.Callback
 
-_FORMAT = 1
+_FORMAT = 2
 _DECISIVE = ("t0", "k", "order", "samples", "every", "gain", "granularity", "include", "exclude", "seed")
 
 
@@ -415,6 +415,7 @@ class GradCovFreezeCallback(_Callback):
 
     def _decide(self, phase: Observing, run: _Run) -> Frozen:
         """Rank and mark, the same on all ranks: their statistics are averaged first."""
+        phase.settle()
         blind = torch.tensor(float(not phase.observed), device=run.trainer.strategy.root_device)
         if run.trainer.strategy.reduce(blind, reduce_op="sum") > 0:
             raise RuntimeError(

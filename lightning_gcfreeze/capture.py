@@ -67,6 +67,7 @@ class Capture:
         self._hooks: list[RemovableHandle] = []
         self._size = self._count = 0
         self._factors: Mapping[str, float] = {}
+        self._fresh: set[str] = set()  # names of the parameters that had no gradient when the backward pass began
         self._centred: Collection[str] = ()
         self._seen: dict[nn.Module, _Seen | None] = {}  # None: not as it has to be, or done with
         self._summed: dict[str, Summed] = {}
@@ -91,7 +92,7 @@ class Capture:
         self.forget()
         self._size, self._count = size, min(size, count)
         self._factors, self._centred = factors or {}, centred if self._count == size else ()
-        self._hooks = [layer.register_forward_hook(self._after_layer) for layer in self._layers]
+        self._hooks = [layer.register_forward_hook(self._after_layer, with_kwargs=True) for layer in self._layers]
 
     def stop(self) -> None:
         """Watch no further pass; what was seen stays. Some layers run otherwise while they are watched."""
@@ -112,10 +113,18 @@ class Capture:
 
     def begin_backward(self) -> None:
         """Gradients that came back so far were not the training step's, which might have asked for some itself."""
-        for seen in self._seen.values() if self._hooks else ():  # without hooks it is a later batch's
+        if not self._hooks:  # it is a later batch's
+            return
+        for seen in self._seen.values():
             if seen is not None:
                 seen.deltas[:] = [None] * len(seen.deltas)
         self._summed.clear()
+        self._fresh = {
+            name
+            for layer, own_names in self._layers.items()
+            for own, name in own_names.items()
+            if layer.get_parameter(own).grad is None
+        }
 
     def shares(self) -> Iterator[tuple[str, Tensor, float]]:
         """The first sample's share of the batch's gradient, by one parameter that was seen after the other.
@@ -130,18 +139,21 @@ class Capture:
                 if (name := self._layers[layer].get(own)) is not None:
                     yield name, g.dense(1)[0].to(layer.get_parameter(own).dtype), min(0.1, 3 * narrowest**0.5)
 
-    def gradients(self, factors: Mapping[str, float], g_batch: Named, singly: bool) -> dict[str, PerSample]:
+    def gradients(
+        self, factors: Mapping[str, float], g_batch: Named, singly: bool, of_sums: float = 1.0
+    ) -> dict[str, PerSample]:
         """The samples' shares of the batch's gradient times a factor, by the parameters that were seen. Forgets them.
 
         Args:
             factors: by name of the parameters wanted.
             g_batch: g_S.
             singly: whether each single one is needed, not only the sum of squared noise.
-
-        Returns:
-            By name. What was added up already is as `listen` says, a `Summed`.
+            of_sums: factor of the gradients whose squared noise was added up in the pass.
         """
-        found: dict[str, PerSample] = {name: g for name, g in self._summed.items() if name in factors}
+        found: dict[str, PerSample] = {}
+        for name in self._summed.keys() & factors.keys():
+            found[name] = self._summed[name]
+            found[name].scale_(of_sums)
         for layer, seen in self._complete():
             wanted = {own: name for own, name in self._layers[layer].items() if name in factors and name not in found}
             if wanted and rules.for_layer(layer) is not rules.of_any_layer:
@@ -194,23 +206,27 @@ class Capture:
             return {}
         return {own: g for own, g in found.items() if (p := layer._parameters.get(own)) is not None and p.requires_grad}
 
-    def _after_layer(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _after_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not self._hooks or layer not in self._layers:  # a copy of it
             return
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
-        self._seen[layer] = seen = None if layer in self._seen else self._look(layer, args, output)
+        self._seen[layer] = seen = None if kwargs or layer in self._seen else self._look(layer, args, output)
         if seen is None or not self._factors or rules.for_layer(layer) is rules.of_any_layer:
             return
         for own, name in self._layers[layer].items():
             p = layer.get_parameter(own)
-            if p.requires_grad and p.grad is None and name in self._factors:
+            if p.requires_grad and name in self._factors:
                 self._hooks.append(p.register_post_accumulate_grad_hook(partial(self._add_up, layer, own, name)))
 
     def _add_up(self, layer: nn.Module, own: str, name: str, p: Parameter) -> None:
-        """The squared noise, in the middle of the backward pass; ``p.grad`` is that of this pass alone."""
+        """The squared noise, in the middle of the backward pass, where ``p.grad`` is that of this pass alone."""
         seen = self._seen.get(layer)
-        if seen is None or seen.size <= max(_LITTLE, *(q.numel() for q in layer.parameters(recurse=False))):
+        if (
+            name not in self._fresh
+            or seen is None
+            or seen.size <= max(_LITTLE, *(q.numel() for q in layer.parameters(recurse=False)))
+        ):
             return
         if seen.found is None:
             complete = (of_layer for other, of_layer in self._complete() if other is layer)

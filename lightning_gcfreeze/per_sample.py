@@ -6,6 +6,7 @@ gradient cannot cancel the noise away; where squares are added up first, it has 
 """
 
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
@@ -126,6 +127,9 @@ class Products:
         out, g_batch = out.view(groups, rows, -1), g_batch.to(out.dtype).reshape(groups, rows, -1)
         if m > 1 and gate is None and positions <= MAX_POSITIONS_OF_PAIRS:
             delta, x = next(self._samples(m, out.dtype))
+            centred = (
+                centred and self._delta.dtype.itemsize >= 4
+            )  # else g_S has been rounded, and is not quite the mean
             if _add_squares_by_pairs_(out, delta, x, g_batch, weight, self._factor, centred):
                 return
         columns = groups * out.shape[-1]
@@ -328,13 +332,13 @@ def _pairs(use: str, factor: Tensor) -> Tensor:
 
 
 def _is_noisy(factor: Tensor, square: Tensor) -> bool:
-    """Whether every column's spread over the samples has a share in its mean square. Of zeros all is noise."""
+    """Whether, at each position, every column's spread over the samples has a share in its mean square, or is zero."""
     mean, mean_square = factor.mean(0), square.mean(0)
     margin = torch.addcmul(mean_square.mul_(1 - MIN_NOISE), mean, mean, value=-1.0)
-    return float(margin.sum(1).min()) >= 0.0
+    return float(margin.min()) >= 0.0
 
 
-_memory: dict[tuple[str, torch.dtype], Tensor] = {}
+_memory = threading.local()
 
 
 def scratch(use: str, shape: Sequence[int], like: Tensor) -> Tensor:
@@ -345,9 +349,11 @@ def scratch(use: str, shape: Sequence[int], like: Tensor) -> Tensor:
     if like.device.type != "cpu":
         return like.new_empty(shape)
     size = math.prod(shape)
-    known = _memory.get((use, like.dtype))
+    name = f"{use} {like.dtype}"
+    known: Tensor | None = getattr(_memory, name, None)
     if known is None or known.numel() < size:
-        known = _memory[use, like.dtype] = like.new_empty(size)
+        known = like.new_empty(size)
+        setattr(_memory, name, known)
     return known[:size].view(shape)
 
 

@@ -39,7 +39,7 @@ class Observing:
         if "second_moment" in needs:
             self.moments["second_moment"] = BatchSecondMoment(parameters)
         self.start = {name: p.detach().clone() for name, p in parameters.items()} if "start" in needs else None
-        self.observed = 0  # steps that entered C_t
+        self._observed = 0  # steps that entered C_t
         self.skipped = 0  # steps that did not
         self.batch_size: int | None = None  # of the first observed batch; C_t is on its scale
         self.decided: Any = None  # on how single samples' gradients are had; numbers and strings
@@ -48,10 +48,16 @@ class Observing:
         self._scale_without = 1.0  # s_t, if they were not
 
     @property
+    def observed(self) -> int:
+        """How many steps entered C_t."""
+        self.settle()
+        return self._observed
+
+    @property
     def variance(self) -> dict[str, Tensor]:
         """The diagonal of C_t; empty while nothing has been observed."""
         self.settle()
-        return self._variance() if self.observed else {}
+        return self._variance() if self._observed else {}
 
     @property
     def matrix(self) -> Tensor | None:
@@ -83,14 +89,14 @@ class Observing:
         """
         self.settle()
         total = _total(samples.values(), g_batch.values())
-        on_cpu = total.device.type == "cpu"
-        if on_cpu and not math.isfinite(total):
+        at_once = _costs_nothing_to_ask(total)
+        if at_once and not math.isfinite(total):
             self.skipped += 1
             return False
-        self.observed += 1
-        kappa = gains.at(gain, self.observed)
+        self._observed += 1
+        kappa = gains.at(gain, self._observed)
         correction = finite_batch_correction(batch_size, self.batch_size or batch_size)
-        gate = None if on_cpu else total.isfinite()
+        gate = None if at_once else total.isfinite()
         sums = [tensor for estimator in self._estimators for tensor in estimator.tensors.values()]
         self._scale, self._scale_without = decayed_(sums, self._scale, kappa, gate)
         for estimator in self._estimators:
@@ -103,10 +109,10 @@ class Observing:
         """Learn from the device whether the last step entered C_t, and tell."""
         verdict, self._verdict = self._verdict, None
         if verdict is not None and not verdict:
-            self.observed -= 1
+            self._observed -= 1
             self.skipped += 1
             self._scale = self._scale_without
-            self.batch_size = self.batch_size if self.observed else None
+            self.batch_size = self.batch_size if self._observed else None
             return False
         return True
 
@@ -155,7 +161,7 @@ class Observing:
             "moments": {name: estimator.tensors for name, estimator in self.moments.items()},
             "start": self.start,
             "scale": self._scale,
-            "observed": self.observed,
+            "observed": self._observed,
             "skipped": self.skipped,
             "batch_size": self.batch_size,
             "decided": copy.deepcopy(self.decided),
@@ -170,7 +176,7 @@ class Observing:
         for name, tensors in state["moments"].items():
             phase.moments[name].tensors = _cloned(tensors)
         phase.start = state["start"]
-        phase.observed, phase.skipped, phase.batch_size = state["observed"], state["skipped"], state["batch_size"]
+        phase._observed, phase.skipped, phase.batch_size = state["observed"], state["skipped"], state["batch_size"]
         phase._scale, phase.decided = state["scale"], copy.deepcopy(state["decided"])
         return phase
 
@@ -193,6 +199,11 @@ class Observing:
     def _variance(self) -> dict[str, Tensor]:
         # What rounding leaves of no noise at all may be less than none.
         return {name: v.clamp_(min=0.0) for name, v in self._read(self.covariance.variance).items()}
+
+
+def _costs_nothing_to_ask(value: Tensor) -> bool:
+    """Whether the CPU has the value at hand; it would wait for another device to come that far."""
+    return value.device.type == "cpu"
 
 
 def _total(samples: Iterable[PerSample], batch: Iterable[Tensor]) -> Tensor:

@@ -155,6 +155,10 @@ class Replay:
         self, window: Window, names: Collection[str] | None, before: Callable[[], None] | None, index: int
     ) -> dict[str, Tensor] | None:
         if index:
+            if window.batch is None:
+                raise RuntimeError(
+                    "the batch cannot be copied, so only its first sample is at hand; use `samples='first'`"
+                )
             sample = samples.sample(window.batch, index, self._copies)
         elif self._copies != 1:
             sample, _ = samples.first_sample(window.sample, self._copies)

@@ -101,7 +101,7 @@ def of_any_layer(layer: nn.Module, x: Tensor, *deltas: Tensor | None) -> dict[st
 @rule(nn.Linear)
 def linear(layer: nn.Linear, x: Tensor, delta: Tensor) -> dict[str, PerSample]:
     """Σ δ ⊗ x, over all axes between the first and the last as positions."""
-    bias = delta if delta.dim() == 2 else delta.flatten(1, -2).sum(1)
+    bias = delta if delta.dim() == 2 else _sum(delta.flatten(1, -2), (1,))
     x, delta = (t.reshape(t.shape[0], 1, -1, t.shape[-1]) for t in (x, delta))
     return {"weight": Products(delta, x, layer.weight.shape), "bias": Stacked(bias)}
 
@@ -113,7 +113,7 @@ def convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor, delta: Tens
     by_group = delta.unflatten(1, (layer.groups, -1)).mT
     return {
         "weight": Products(by_group, x, layer.weight.shape, lambda x: _windows(layer, x)),
-        "bias": Stacked(delta.sum(2)),
+        "bias": Stacked(_sum(delta, (2,))),
     }
 
 
@@ -149,8 +149,13 @@ def batch_norm(layer: _BatchNorm, x: Tensor, delta: Tensor) -> dict[str, PerSamp
 def _scale_and_shift(normalised: Tensor, delta: Tensor, axes: tuple[int, ...]) -> dict[str, PerSample]:
     product = delta * normalised
     if axes:  # no axes mean all to `sum`
-        product, delta = product.sum(axes), delta.sum(axes)
+        product, delta = _sum(product, axes), _sum(delta, axes)
     return {"weight": Stacked(product), "bias": Stacked(delta)}
+
+
+def _sum(tensor: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Of one sample, in half precision, it could leave the range although the batch's does not."""
+    return tensor.sum(axes, dtype=torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _windows(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:

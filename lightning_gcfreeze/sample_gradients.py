@@ -22,7 +22,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from lightning_gcfreeze._types import Named
 from lightning_gcfreeze.capture import Capture
 from lightning_gcfreeze.estimators.base import finite_batch_correction
-from lightning_gcfreeze.per_sample import PerSample, Stacked, Summed, one_by_one
+from lightning_gcfreeze.per_sample import PerSample, Stacked, one_by_one
 from lightning_gcfreeze.replay import Replay, Window
 
 How = Literal["replay", "capture", "auto"]
@@ -156,15 +156,15 @@ class SampleGradients:
                 self._compare(window, scale)
             by = {"mean": (size or 0) / scale, "sum": 1 / scale}
             factors = {name: by[reduction] for name, reduction in decided["captured"].items()}
-            found = self._capture.gradients(factors, g_batch, self._singly)
-            for g in found.values():
-                if isinstance(g, Summed):  # around the mean of this micro-batch, before anything was divided
-                    g.scale_(finite_batch_correction(size, batch_size) ** 0.5 / scale)
+            # What was added up in the pass is around the mean of this micro-batch, and nothing was divided yet.
+            of_sums = 1.0 if size == 1 else finite_batch_correction(size, batch_size) ** 0.5 / scale
+            found = self._capture.gradients(factors, g_batch, self._singly, of_sums)
         whole = self._how == "auto" and batch_size is not None and self._count_of(size) == batch_size
         centred = {name for name, by in decided["captured"].items() if by == "mean"} if whole else set()
         for name, p in self._parameters.items():
             if name not in found and (p.grad is None or not p.requires_grad):  # then no sample has a gradient
-                found[name] = Stacked(torch.zeros_like(g_batch[name])[None])
+                zeros = torch.zeros_like(g_batch[name])
+                found[name] = Stacked(zeros.expand(self._count_of(size), *zeros.shape))
         if missing := [name for name in self._parameters if name not in found]:
             decided["missed"] = decided["missed"] or not decided["captured"].keys().isdisjoint(missing)
             if window.sample is None:

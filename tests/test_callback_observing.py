@@ -15,7 +15,8 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader
 from torchmetrics import MeanSquaredError
 
-from lightning_gcfreeze import GradCovFreezeCallback
+from lightning_gcfreeze import GradCovFreezeCallback, capture
+from lightning_gcfreeze.capture import Capture
 from tests import cases
 from tests.oracles.recursion import covariance
 from tests.oracles.training import observed_run
@@ -107,6 +108,48 @@ def test_the_noise_of_several_samples_enters_by_its_mean(samples, count, how, co
     np.testing.assert_allclose(flat(callback.variance), np.diag(expected), rtol=1e-9)
     if covariance == "full":
         np.testing.assert_allclose(callback.covariance, expected, rtol=1e-8, atol=1e-12 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_large_layers_are_done_with_in_the_backward_pass(accumulate, monkeypatch):
+    """In a Trainer too, which zeroes gradients after the forward pass; the same, or under accumulation nearly."""
+    sums: list[str] = []
+    add_up = Capture._add_up
+
+    def counted(self: Capture, layer: nn.Module, own: str, name: str, p: nn.Parameter) -> None:
+        before = len(self._summed)
+        add_up(self, layer, own, name, p)
+        sums.extend([name] * (len(self._summed) - before))
+
+    monkeypatch.setattr(Capture, "_add_up", counted)
+
+    def run(little: int, **kwargs: Any) -> tuple[GradCovFreezeCallback, pl.Trainer]:
+        monkeypatch.setattr(capture, "_LITTLE", little)
+        callback = GradCovFreezeCallback(t0=8, k=0.5, samples="all")
+        trainer = cases.trainer(callbacks=[callback], accumulate_grad_batches=accumulate, max_epochs=2)
+        module = cases.Regression(cases.mlp(torch.float64))
+        trainer.fit(module, cases.loader(64, 64 * 8, torch.float64), **kwargs)
+        return callback, trainer
+
+    late, _ = run(2**30)
+    assert not sums
+    early, _ = run(0)
+    assert sums
+    tolerance = 1e-9 if accumulate == 1 else 0.2  # around the mean of a micro-batch, not of all
+    np.testing.assert_allclose(flat(early.variance), flat(late.variance), rtol=tolerance)
+
+
+@pytest.mark.parametrize("how", ["replay", "capture", "auto"])
+def test_an_unused_parameter_has_no_covariance(how):
+    network = cases.mlp(torch.float64)
+    first = next(layer for layer in network.modules() if isinstance(layer, nn.Linear))
+    first.register_parameter("spare", nn.Parameter(torch.zeros(3, dtype=torch.float64)))
+    callback = GradCovFreezeCallback(t0=3, k=40, covariance="full", samples="all", gradients=how)
+    cases.trainer(callbacks=[callback]).fit(cases.Regression(network), cases.loader(dtype=torch.float64))
+    assert callback.covariance is not None
+    unused = [name for name in callback.variance if name.endswith("spare")]
+    assert [name for name, v in callback.variance.items() if not v.any()] == unused
+    assert len(unused) == 1
 
 
 @pytest.mark.parametrize("how", ["replay", "capture", "auto"])

@@ -1,5 +1,7 @@
 """Squared noise of every form of single samples' gradients against a loop; what rounding, chunks and gates do to it."""
 
+import threading
+
 import pytest
 import torch
 from hypothesis import given
@@ -106,6 +108,28 @@ def test_a_large_mean_gradient_does_not_cancel_the_noise(mean, positions):
     assert error < 1e-3
     if mean == 1000.0:
         assert ((naive - expected) / expected).abs().max() > 10 * error
+
+
+def test_a_constant_position_is_not_excused_by_a_noisy_one():
+    """The first of two carries nearly the whole gradient; it is 100 in each sample, as a token that begins all is."""
+    torch.manual_seed(0)
+    delta, x = drawn(32, 1, 2, 3) * 1e-3, drawn(32, 1, 2, 4) * 40
+    delta[:, :, 0], x[:, :, 0] = 1.0, 100.0
+    written_out = torch.einsum("mglr,mglc->mrc", delta, x)
+    g_batch, out = written_out.mean(0), torch.zeros(3, 4)
+    g = Products(delta.float(), x.float(), torch.Size((3, 4)))
+    g.add_squared_noise_(out, g_batch.float(), 1.0, centred=True)
+    assert_close(out.double(), squares(written_out, g_batch), rtol=1e-2, atol=0.0)
+
+
+def test_threads_have_memory_of_their_own():
+    like, found = torch.zeros(1), []
+    thread = threading.Thread(target=lambda: found.append(per_sample.scratch("noise", (5,), like)))
+    thread.start()
+    thread.join()
+    mine = per_sample.scratch("noise", (5,), like)
+    assert mine.data_ptr() != found[0].data_ptr()
+    assert mine.data_ptr() == per_sample.scratch("noise", (3,), like).data_ptr()
 
 
 def test_dead_units_and_inputs_have_no_noise_and_do_not_slow_the_others_down(monkeypatch):

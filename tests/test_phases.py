@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_gcfreeze import orderings
+from lightning_gcfreeze import orderings, phases
 from lightning_gcfreeze.phases import Frozen, Observing
 from tests.conformance import pairs, samples, vector
 from tests.oracles import recursion
@@ -126,6 +126,28 @@ class TestObserving:
         unspoilt.skipped = phase.skipped
         assert_same_bits(phase, unspoilt)
         assert vector(phase.variance).all()
+
+    @KINDS
+    @pytest.mark.parametrize("gain", ["1/t", 1.0, 0.3, 0.9999999, lambda t: t**-0.6], ids=str)
+    @pytest.mark.parametrize("bad", [[], [0], [0, 1, 5], [3, 4], [11], list(range(12))], ids=str)
+    def test_where_the_device_is_asked_a_step_later_the_outcome_is_the_same(self, full, needs, gain, bad, monkeypatch):
+        """Whatever steps are not finite: statistics, counts and what is saved, in any step."""
+        phases_found = []
+        for at_once in (True, False):
+            monkeypatch.setattr(phases, "_costs_nothing_to_ask", lambda value, at_once=at_once: at_once)
+            phase = Observing(weights(), full, needs)
+            for t, (g_one, g_batch) in enumerate(pairs()):
+                if t in bad:
+                    g_one["w1"][1] = torch.nan
+                phase.observe(samples(g_one), g_batch, gain, 8 if t % 3 else 5)
+                if t == 6:
+                    phase = Observing.from_state_dict(loaded(phase.state_dict()))
+            phases_found.append(phase)
+        one, other = phases_found
+        assert (one.observed, one.skipped) == (other.observed, other.skipped) == (12 - len(bad), len(bad))
+        assert one.batch_size == other.batch_size
+        for name, tensor in tensors_of(one).items():
+            torch.testing.assert_close(tensors_of(other)[name], tensor, rtol=1e-11, atol=1e-13)
 
     @KINDS
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -182,19 +182,22 @@ class Observer:
 
     def all_of_step(self, *batches, scale=1.0):
         """`PerSample`s by name."""
-        self.module.zero_grad()
         self.batches = batches
         for i, batch in enumerate(batches):
             self.samples.keep(batch, i)
-            (self.module.training_step(batch, i) * (scale / len(batches))).backward()
+            loss = self.module.training_step(batch, i) * (scale / len(batches))
+            if i == 0:
+                self.module.zero_grad()  # between forward and backward, as Lightning does
+            self.samples.begin_backward()
+            loss.backward()
             self.samples.join()
-        return self.taken(scale / len(batches)).by_name
+        return self.taken(scale).by_name
 
     def taken(self, scale=1.0):
-        """What there is at the end of an optimizer step."""
+        """What there is at the end of an optimizer step, of a loss that was scaled."""
         size = sum(len(batch[0]) for batch in self.batches)
         g_batch = gradients.of_batch(self.parameters, scale)
-        found = self.samples.gradients(self.samples.take(), scale, g_batch, size)
+        found = self.samples.gradients(self.samples.take(), scale / len(self.batches), g_batch, size)
         if found is None:
             raise StepLeftOut
         return found
@@ -414,6 +417,46 @@ def test_noise_summed_in_the_pass_is_around_the_mean_of_its_micro_batch(scale, m
     found[own].add_squared_noise_(out, of_window[own], 1.0)
     assert_close(out, expected[own] * (1 - 1 / 10) / (1 - 1 / 4), rtol=1e-8, atol=1e-11)
     assert found[own].unchecked() is None
+
+
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+@pytest.mark.parametrize("count", [None, 3])
+@pytest.mark.parametrize("name", ["LSTM", "GRU, time first", "perceptron"])
+def test_noise_under_accumulation_is_around_the_mean_of_all(name, count, scale):
+    """Of layers without a rule, run once more on each sample, and of small ones."""
+    module = built(name)
+    observer = Observer(module, "auto", count=count, singly=False)
+    batches = (X[:4], Y[:4]), (X[4:], Y[4:])
+    for _ in range(3):
+        found = observer.all_of_step(*batches, scale=scale)
+    g_batch = {n: p.grad / scale for n, p in module.named_parameters()}
+    m = count or 4
+    for own, g in found.items():
+        out, expected = torch.zeros_like(g_batch[own]), torch.zeros_like(g_batch[own])
+        g.add_squared_noise_(out, g_batch[own], 1.0)
+        for j in range(m):
+            expected += (of_first_sample(module, (X[j:], Y[j:]))[own] - g_batch[own]) ** 2
+        assert g.count == m
+        assert_close(out, expected, rtol=1e-8, atol=1e-11)
+
+
+class Keywords(nn.Module):
+    """A layer with an argument by keyword that changes what it does."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.LSTM(1, 3, batch_first=True), nn.Linear(3, 1)
+
+    def forward(self, x):
+        h = torch.ones(1, len(x), 3, dtype=x.dtype)
+        return self.head(self.layer(x[..., None], hx=(h, h))[0][:, -1])
+
+
+@pytest.mark.parametrize("how", ["auto", "capture"])
+def test_a_layer_with_keywords_is_replayed(how):
+    torch.manual_seed(3)
+    module = Module(Keywords())
+    assert_close(Observer(module, how).step((X, Y)), of_first_sample(module, (X, Y)), rtol=1e-9, atol=1e-11)
 
 
 def test_memory_is_the_same_in_each_step_and_let_go_of_at_the_end():
