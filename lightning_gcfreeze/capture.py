@@ -38,11 +38,6 @@ class _Seen:
     deltas: list[Tensor | None]  # one for each tensor that it returned
     found: dict[str, PerSample] | None = None  # by own name, once the first of its parameters has its gradient
 
-    @property
-    def size(self) -> int:
-        """How many numbers are kept."""
-        return self.x.numel() + sum(delta.numel() for delta in self.deltas if delta is not None)
-
 
 class Capture:
     """Watches the layers that own parameters, from `listen` to `gradients`.
@@ -64,10 +59,11 @@ class Capture:
             own = {n: names[id(p)] for n, p in layer._parameters.items() if id(p) in names and owners[id(p)] == 1}
             if own and rules.applies(layer):
                 self._layers[layer] = own
+        self._parameters = parameters
         self._hooks: list[RemovableHandle] = []
         self._size = self._count = 0
         self._factors: Mapping[str, float] = {}
-        self._fresh: set[str] = set()  # names of the parameters that had no gradient when the backward pass began
+        self._early: dict[str, bool] = {}  # whose noise to add up in the pass -> if there was no gradient before it
         self._centred: Collection[str] = ()
         self._seen: dict[nn.Module, _Seen | None] = {}  # None: not as it has to be, or done with
         self._summed: dict[str, Summed] = {}
@@ -91,6 +87,7 @@ class Capture:
         """
         self.forget()
         self._size, self._count = size, min(size, count)
+        self._early = {}
         self._factors, self._centred = factors or {}, centred if self._count == size else ()
         self._hooks = [layer.register_forward_hook(self._after_layer, with_kwargs=True) for layer in self._layers]
 
@@ -119,12 +116,7 @@ class Capture:
             if seen is not None:
                 seen.deltas[:] = [None] * len(seen.deltas)
         self._summed.clear()
-        self._fresh = {
-            name
-            for layer, own_names in self._layers.items()
-            for own, name in own_names.items()
-            if layer.get_parameter(own).grad is None
-        }
+        self._early = {name: self._parameters[name].grad is None for name in self._early}
 
     def shares(self) -> Iterator[tuple[str, Tensor, float]]:
         """The first sample's share of the batch's gradient, by one parameter that was seen after the other.
@@ -214,19 +206,19 @@ class Capture:
         self._seen[layer] = seen = None if kwargs or layer in self._seen else self._look(layer, args, output)
         if seen is None or not self._factors or rules.for_layer(layer) is rules.of_any_layer:
             return
+        kept = seen.x.numel() + sum(y.numel() for y in rules.tensors(output)) * self._count // self._size
+        if kept <= max(_LITTLE, *(p.numel() for p in layer.parameters(recurse=False))):
+            return
         for own, name in self._layers[layer].items():
             p = layer.get_parameter(own)
             if p.requires_grad and name in self._factors:
                 self._hooks.append(p.register_post_accumulate_grad_hook(partial(self._add_up, layer, own, name)))
+                self._early[name] = False
 
     def _add_up(self, layer: nn.Module, own: str, name: str, p: Parameter) -> None:
         """The squared noise, in the middle of the backward pass, where ``p.grad`` is that of this pass alone."""
         seen = self._seen.get(layer)
-        if (
-            name not in self._fresh
-            or seen is None
-            or seen.size <= max(_LITTLE, *(q.numel() for q in layer.parameters(recurse=False)))
-        ):
+        if seen is None or not self._early[name]:
             return
         if seen.found is None:
             complete = (of_layer for other, of_layer in self._complete() if other is layer)

@@ -338,7 +338,12 @@ def _is_noisy(factor: Tensor, square: Tensor) -> bool:
     return float(margin.min()) >= 0.0
 
 
-_memory = threading.local()
+class _Memory(threading.local):
+    def __init__(self) -> None:
+        self.known: dict[tuple[str, torch.dtype], Tensor] = {}
+
+
+_memory = _Memory()
 
 
 def scratch(use: str, shape: Sequence[int], like: Tensor) -> Tensor:
@@ -346,14 +351,12 @@ def scratch(use: str, shape: Sequence[int], like: Tensor) -> Tensor:
 
     New pages cost a CPU more than what is done with them here. Other devices' allocators keep theirs anyway.
     """
-    if like.device.type != "cpu":
-        return like.new_empty(shape)
     size = math.prod(shape)
-    name = f"{use} {like.dtype}"
-    known: Tensor | None = getattr(_memory, name, None)
+    if size <= SMALL or like.device.type != "cpu":
+        return like.new_empty(shape)
+    known = _memory.known.get((use, like.dtype))
     if known is None or known.numel() < size:
-        known = like.new_empty(size)
-        setattr(_memory, name, known)
+        known = _memory.known[use, like.dtype] = like.new_empty(size)
     return known[:size].view(shape)
 
 

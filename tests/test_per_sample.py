@@ -124,12 +124,12 @@ def test_a_constant_position_is_not_excused_by_a_noisy_one():
 
 def test_threads_have_memory_of_their_own():
     like, found = torch.zeros(1), []
-    thread = threading.Thread(target=lambda: found.append(per_sample.scratch("noise", (5,), like)))
+    thread = threading.Thread(target=lambda: found.append(per_sample.scratch("noise", (50_000,), like)))
     thread.start()
     thread.join()
-    mine = per_sample.scratch("noise", (5,), like)
+    mine = per_sample.scratch("noise", (50_000,), like)
     assert mine.data_ptr() != found[0].data_ptr()
-    assert mine.data_ptr() == per_sample.scratch("noise", (3,), like).data_ptr()
+    assert mine.data_ptr() == per_sample.scratch("noise", (40_000,), like).data_ptr()
 
 
 def test_dead_units_and_inputs_have_no_noise_and_do_not_slow_the_others_down(monkeypatch):

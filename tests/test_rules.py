@@ -57,6 +57,11 @@ LAYERS = {
     "conv2d, depthwise, without bias": (lambda: nn.Conv2d(4, 8, 3, groups=4, bias=False), floats(4, 5, 5)),
     "conv2d, same": (lambda: nn.Conv2d(3, 4, 3, padding="same"), floats(3, 5, 5)),
     "conv2d, circular": (lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"), floats(3, 5, 5)),
+    "conv2d, channels last": (
+        lambda: nn.Conv2d(3, 4, 3, padding=1).to(memory_format=torch.channels_last),
+        floats(3, 6, 7).to(memory_format=torch.channels_last),
+    ),
+    "conv2d on few positions": (lambda: nn.Conv2d(3, 4, 3, padding=1), floats(3, 2, 2)),
     "conv3d": (lambda: nn.Conv3d(2, 3, 2, padding=1, dilation=2), floats(2, 4, 4, 4)),
     "transposed conv2d": (lambda: nn.ConvTranspose2d(3, 4, 3, stride=2), floats(3, 4, 4)),
     "embedding": (lambda: nn.Embedding(7, 3), tokens(6)),
