@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_gcfreeze import gains, orderings, selection
 from lightning_gcfreeze._types import Named
 from lightning_gcfreeze.estimators import BatchMean, BatchSecondMoment, DiagonalCovariance, Estimator, FullCovariance
-from lightning_gcfreeze.estimators.base import decayed_, finite_batch_correction
+from lightning_gcfreeze.estimators.base import Step, decayed_, finite_batch_correction
 from lightning_gcfreeze.per_sample import PerSample
 
 
@@ -99,8 +99,9 @@ class Observing:
         gate = None if at_once else total.isfinite()
         sums = [tensor for estimator in self._estimators for tensor in estimator.tensors.values()]
         self._scale, self._scale_without = decayed_(sums, self._scale, kappa, gate)
+        step = Step(samples, g_batch, kappa / self._scale, correction, centred, gate)
         for estimator in self._estimators:
-            estimator.add(samples, g_batch, kappa / self._scale, correction, centred, gate)
+            estimator.add(step)
         self._verdict = gate
         self.batch_size = self.batch_size or batch_size
         return True

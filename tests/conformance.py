@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from lightning_gcfreeze.estimators.base import decayed_
+from lightning_gcfreeze.estimators.base import Step, decayed_
 from lightning_gcfreeze.per_sample import PerSample, Stacked
 from tests.oracles import recursion
 
@@ -56,7 +56,7 @@ def advance(
 ) -> None:
     """A step of the recursion; the scale of the estimator's sum is kept at it."""
     estimator.scale, _ = decayed_(estimator.tensors.values(), getattr(estimator, "scale", 1.0), gain)
-    estimator.add(samples(g_one), g_batch, gain / estimator.scale, correction)
+    estimator.add(Step(samples(g_one), g_batch, gain / estimator.scale, correction))
 
 
 def value(estimator: Any) -> np.ndarray:

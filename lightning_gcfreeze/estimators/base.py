@@ -1,7 +1,7 @@
 """What every estimator has in common: tensors in, tensors out, no module, optimizer, process or Lightning in sight."""
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -10,32 +10,31 @@ from lightning_gcfreeze._types import Named
 from lightning_gcfreeze.per_sample import PerSample
 
 
+class Step(NamedTuple):
+    """What one observed step adds to a statistic."""
+
+    samples: Mapping[str, PerSample]
+    """g_1 … g_m by name; their noise enters by its mean over the m. Not modified."""
+    g_batch: Named
+    """g_S of the *mean* loss over the batch, as in ``p.grad``. ``{name: (*p.shape)}``, any float dtype."""
+    weight: float
+    """w_t, in front of the term."""
+    correction: float = 1.0
+    """Factor on the squared noise; see `finite_batch_correction`."""
+    centred: Collection[str] = ()
+    """Names for which g_S is known to be the mean of the samples' gradients."""
+    gate: Tensor | None = None
+    """0-dim bool: whether to add, where only the device knows. None: yes."""
+
+
 class Estimator(Protocol):
     """A sum over the observed steps, Σ_t w_t x_t; the recursion's X_t is s_t times that, see `decayed_`."""
 
     tensors: dict[str, Tensor]
     """The state, all of it: it is averaged over ranks, moved between devices and saved as it stands."""
 
-    def add(
-        self,
-        samples: Mapping[str, PerSample],
-        g_batch: Named,
-        weight: float,
-        correction: float = 1.0,
-        centred: Collection[str] = (),
-        gate: Tensor | None = None,
-    ) -> None:
-        """Add the term of one step, in place.
-
-        Args:
-            samples: g_1 … g_m by name; their noise enters by its mean over the m. Not modified.
-            g_batch: g_S of the *mean* loss over the batch, as in ``p.grad``. ``{name: (*p.shape)}``, any float dtype.
-                Not modified.
-            weight: w_t.
-            correction: factor on the squared noise; see `finite_batch_correction`.
-            centred: names for which g_S is known to be the mean of the samples' gradients.
-            gate: 0-dim bool: whether to add, where only the device knows. None: yes.
-        """
+    def add(self, step: Step) -> None:
+        """Add the term of one step, in place."""
 
 
 def decayed_(tensors: Iterable[Tensor], scale: float, gain: float, gate: Tensor | None = None) -> tuple[float, float]:

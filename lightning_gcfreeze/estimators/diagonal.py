@@ -6,13 +6,10 @@ Source: the paper, Eq. (2.6), its diagonal, where m = 1. Units: a squared gradie
 parameter.
 """
 
-from collections.abc import Collection, Mapping
-
 from torch import Tensor
 
 from lightning_gcfreeze._types import Named
 from lightning_gcfreeze.estimators import base
-from lightning_gcfreeze.per_sample import PerSample
 
 
 class DiagonalCovariance:
@@ -21,18 +18,11 @@ class DiagonalCovariance:
     def __init__(self, parameters: Named) -> None:
         self.tensors = base.zeros(parameters)
 
-    def add(
-        self,
-        samples: Mapping[str, PerSample],
-        g_batch: Named,
-        weight: float,
-        correction: float = 1.0,
-        centred: Collection[str] = (),
-        gate: Tensor | None = None,
-    ) -> None:
+    def add(self, step: base.Step) -> None:
         for name, v in self.tensors.items():
-            g = samples[name]
-            g.add_squared_noise_(v, g_batch[name], weight * correction / g.count, name in centred, gate)
+            g = step.samples[name]
+            weight = step.weight * step.correction / g.count
+            g.add_squared_noise_(v, step.g_batch[name], weight, name in step.centred, step.gate)
 
     @property
     def variance(self) -> dict[str, Tensor]:

@@ -5,14 +5,13 @@
 Source: the paper, Eq. (2.6), where m = 1. Units: a squared gradient. Memory: p² floats.
 """
 
-from collections.abc import Collection, Mapping
 from functools import reduce
 
 import torch
 from torch import Tensor
 
 from lightning_gcfreeze._types import Named
-from lightning_gcfreeze.per_sample import PerSample
+from lightning_gcfreeze.estimators.base import Step
 
 MAX_BYTES = 4 * 2**30
 """The largest matrix that is allocated without asking: 4 GiB, p = 32,768 in float32."""
@@ -40,21 +39,13 @@ class FullCovariance:
         device = next(iter(parameters.values())).device
         self.tensors = {"covariance": torch.zeros(p, p, dtype=dtype, device=device)}
 
-    def add(
-        self,
-        samples: Mapping[str, PerSample],
-        g_batch: Named,
-        weight: float,
-        correction: float = 1.0,
-        centred: Collection[str] = (),
-        gate: Tensor | None = None,
-    ) -> None:
+    def add(self, step: Step) -> None:
         dtype = self.matrix.dtype
-        noises = ((n, samples[n].dense().to(dtype) - g_batch[n].to(dtype)) for n in self._shapes)
+        noises = ((n, step.samples[n].dense().to(dtype) - step.g_batch[n].to(dtype)) for n in self._shapes)
         noise = torch.cat([rows.reshape(len(rows), self._shapes[n].numel()) for n, rows in noises], dim=1)
-        if gate is not None:
-            noise = torch.where(gate, noise, 0.0)
-        self.matrix.addmm_(noise.T, noise, alpha=weight * correction / len(noise))
+        if step.gate is not None:
+            noise = torch.where(step.gate, noise, 0.0)
+        self.matrix.addmm_(noise.T, noise, alpha=step.weight * step.correction / len(noise))
 
     @property
     def matrix(self) -> Tensor:

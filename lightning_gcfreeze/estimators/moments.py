@@ -6,14 +6,11 @@ They are Adam's two moments with the recursion's gain in place of its betas. Unl
 gradient: E[g_S²] = (E g)² + Σ_ii / S.
 """
 
-from collections.abc import Collection, Mapping
-
 import torch
 from torch import Tensor
 
 from lightning_gcfreeze._types import Named
 from lightning_gcfreeze.estimators import base
-from lightning_gcfreeze.per_sample import PerSample
 
 
 class BatchMean:
@@ -22,17 +19,9 @@ class BatchMean:
     def __init__(self, parameters: Named) -> None:
         self.tensors = base.zeros(parameters)
 
-    def add(
-        self,
-        samples: Mapping[str, PerSample],
-        g_batch: Named,
-        weight: float,
-        correction: float = 1.0,
-        centred: Collection[str] = (),
-        gate: Tensor | None = None,
-    ) -> None:
+    def add(self, step: base.Step) -> None:
         for name, m in self.tensors.items():
-            m.add_(_through(gate, g_batch[name].to(m.dtype)), alpha=weight)
+            m.add_(_through(step.gate, step.g_batch[name].to(m.dtype)), alpha=step.weight)
 
 
 class BatchSecondMoment:
@@ -41,18 +30,10 @@ class BatchSecondMoment:
     def __init__(self, parameters: Named) -> None:
         self.tensors = base.zeros(parameters)
 
-    def add(
-        self,
-        samples: Mapping[str, PerSample],
-        g_batch: Named,
-        weight: float,
-        correction: float = 1.0,
-        centred: Collection[str] = (),
-        gate: Tensor | None = None,
-    ) -> None:
+    def add(self, step: base.Step) -> None:
         for name, s in self.tensors.items():
-            g = _through(gate, g_batch[name].to(s.dtype))
-            s.addcmul_(g, g, value=weight)
+            g = _through(step.gate, step.g_batch[name].to(s.dtype))
+            s.addcmul_(g, g, value=step.weight)
 
 
 def _through(gate: Tensor | None, g: Tensor) -> Tensor:
