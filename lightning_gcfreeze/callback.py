@@ -415,7 +415,6 @@ class GradCovFreezeCallback(_Callback):
 
     def _decide(self, phase: Observing, run: _Run) -> Frozen:
         """Rank and mark, the same on all ranks: their statistics are averaged first."""
-        phase.settle()
         blind = torch.tensor(float(not phase.observed), device=run.trainer.strategy.root_device)
         if run.trainer.strategy.reduce(blind, reduce_op="sum") > 0:
             raise RuntimeError(

@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_gcfreeze import gradients, rules
 from lightning_gcfreeze._types import Named
-from lightning_gcfreeze.per_sample import PerSample, Summed, one_by_one
+from lightning_gcfreeze.per_sample import PerSample, Summed, one_by_one, wide
 
 _LITTLE = 2**19
 """So many numbers may be kept until the end of a pass: 2 MiB of float32."""
@@ -37,6 +37,12 @@ class _Seen:
     prepare: Callable[[Tensor], Tensor]
     deltas: list[Tensor | None]  # one for each tensor that it returned
     found: dict[str, PerSample] | None = None  # by own name, once the first of its parameters has its gradient
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether a gradient came back to the output, and the input is as it was."""
+        unchanged = self.version is None or self.x._version == self.version
+        return unchanged and any(delta is not None for delta in self.deltas)
 
 
 class Capture:
@@ -161,11 +167,8 @@ class Capture:
         return found
 
     def _complete(self) -> Iterator[tuple[nn.Module, _Seen]]:
-        """Layers to whose output a gradient came back, and whose input is as it was."""
         for layer, seen in self._seen.items():
-            if seen is None or all(delta is None for delta in seen.deltas):
-                continue
-            if seen.version is None or seen.x._version == seen.version:
+            if seen is not None and seen.is_complete:
                 yield layer, seen
 
     def _singles(
@@ -221,12 +224,11 @@ class Capture:
         if seen is None or not self._early[name]:
             return
         if seen.found is None:
-            complete = (of_layer for other, of_layer in self._complete() if other is layer)
-            seen.found = {} if next(complete, None) is None else self._of_layer(layer, seen, slice(0, self._count))
+            seen.found = self._of_layer(layer, seen, slice(0, self._count)) if seen.is_complete else {}
         if own in seen.found:
             g = seen.found.pop(own)
             g.scale_(self._factors[name])
-            squares = self._reused((name,), p.shape, torch.promote_types(p.dtype, torch.float32), p.device).zero_()
+            squares = self._reused((name,), p.shape, wide(p.dtype), p.device).zero_()
             g.add_squared_noise_(squares, gradients.dense(p, p.grad), 1.0, name in self._centred)
             self._summed[name] = Summed(squares, g.count, in_batch=True)
         if not any(self._layers[layer].get(other) in self._factors for other in seen.found):

@@ -76,7 +76,7 @@ class Stacked:
         return None if self._in_batch else self._values
 
     def dense(self, count: int | None = None) -> Tensor:
-        return self._values[:count].to(_wide(self._values.dtype)) * self._factor
+        return self._values[:count].to(wide(self._values.dtype)) * self._factor
 
     def add_squared_noise_(
         self, out: Tensor, g_batch: Tensor, weight: float, centred: bool = False, gate: Tensor | None = None
@@ -109,7 +109,7 @@ class Products:
         return None
 
     def dense(self, count: int | None = None) -> Tensor:
-        delta, x = next(self._samples(self.count if count is None else count, _wide(self._delta.dtype)))
+        delta, x = next(self._samples(self.count if count is None else count, wide(self._delta.dtype)))
         return (delta.mT @ x).mul_(self._factor).reshape(-1, *self._shape)
 
     def add_squared_noise_(
@@ -127,9 +127,8 @@ class Products:
         out, g_batch = out.view(groups, rows, -1), g_batch.to(out.dtype).reshape(groups, rows, -1)
         if m > 1 and gate is None and positions <= MAX_POSITIONS_OF_PAIRS:
             delta, x = next(self._samples(m, out.dtype))
-            centred = (
-                centred and self._delta.dtype.itemsize >= 4
-            )  # else g_S has been rounded, and is not quite the mean
+            # In half precision g_S has been rounded, and is not quite the mean.
+            centred = centred and self._delta.dtype.itemsize >= 4
             if _add_squares_by_pairs_(out, delta, x, g_batch, weight, self._factor, centred):
                 return
         columns = groups * out.shape[-1]
@@ -166,13 +165,13 @@ class Lookups:
         self._index, self._delta, self._rows, self.count = index, delta, rows, len(index)
 
     def scale_(self, factor: float) -> None:
-        self._delta = self._delta.to(_wide(self._delta.dtype)) * factor
+        self._delta = self._delta.to(wide(self._delta.dtype)) * factor
 
     def unchecked(self) -> Tensor | None:
         return None
 
     def dense(self, count: int | None = None) -> Tensor:
-        index, delta = self._index[:count], self._delta[:count].to(_wide(self._delta.dtype))
+        index, delta = self._index[:count], self._delta[:count].to(wide(self._delta.dtype))
         values = delta.new_zeros(len(index) * self._rows, delta.shape[-1])
         values.index_add_(0, self._keys(index), delta.flatten(0, 1))
         return values.view(len(index), self._rows, -1)
@@ -193,11 +192,11 @@ class Lookups:
         used = (torch.arange(len(keys), device=keys.device) <= segment[-1]).to(out.dtype)
         row = torch.zeros_like(keys).scatter_(0, segment, keys % self._rows)
         untouched = self.count - out.new_zeros(self._rows).index_add_(0, row, used)
-        noise = _gated(sums - g_batch[row].to(out.dtype), gate)
+        noise = gated(sums - g_batch[row].to(out.dtype), gate)
         out.index_add_(0, row, noise.square_().mul_(used[:, None]), alpha=weight)
         height = max(1, CHUNK // width)
         for top in range(0, self._rows, height):
-            g = _gated(g_batch[top : top + height].to(out.dtype), gate)
+            g = gated(g_batch[top : top + height].to(out.dtype), gate)
             out[top : top + height].addcmul_(g * untouched[top : top + height, None], g, value=weight)
 
     def _keys(self, index: Tensor) -> Tensor:
@@ -230,7 +229,7 @@ class Summed:
     def add_squared_noise_(
         self, out: Tensor, g_batch: Tensor, weight: float, centred: bool = False, gate: Tensor | None = None
     ) -> None:
-        out.add_(_gated(self._squares, gate), alpha=weight * self._factor**2)
+        out.add_(gated(self._squares, gate), alpha=weight * self._factor**2)
 
 
 def one_by_one(samples: Iterable[Mapping[str, Tensor]], g_batch: Named, singly: bool) -> dict[str, PerSample]:
@@ -244,9 +243,7 @@ def one_by_one(samples: Iterable[Mapping[str, Tensor]], g_batch: Named, singly: 
     count, found = 0, dict[str, Tensor | list[Tensor]]()
     for sample in samples:
         if count == 0:
-            found = {
-                n: [] if singly else g_batch[n].new_zeros(g.shape, dtype=_wide(g.dtype)) for n, g in sample.items()
-            }
+            found = {n: [] if singly else g_batch[n].new_zeros(g.shape, dtype=wide(g.dtype)) for n, g in sample.items()}
         count += 1
         for name in found.keys() - sample.keys():
             del found[name]
@@ -264,8 +261,7 @@ def one_by_one(samples: Iterable[Mapping[str, Tensor]], g_batch: Named, singly: 
 
 def _add_squares_(out: Tensor, noise: Tensor, weight: float, gate: Tensor | None) -> None:
     """Add weight · noise² to `out`, or weight · Σ_j noise_j² where there are several. `noise` is used up."""
-    if gate is not None:
-        noise = torch.where(gate, noise, 0.0)
+    noise = gated(noise, gate)
     if noise.dim() == out.dim():
         out.addcmul_(noise, noise, value=weight)
     elif len(noise) == 1:
@@ -360,9 +356,11 @@ def scratch(use: str, shape: Sequence[int], like: Tensor) -> Tensor:
     return known[:size].view(shape)
 
 
-def _gated(tensor: Tensor, gate: Tensor | None) -> Tensor:
+def gated(tensor: Tensor, gate: Tensor | None) -> Tensor:
+    """Zeros where the gate is False, whatever the tensor holds."""
     return tensor if gate is None else torch.where(gate, tensor, 0.0)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """float32, or the dtype itself where that is wider."""
     return torch.promote_types(dtype, torch.float32)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from lightning_gcfreeze.per_sample import Lookups, PerSample, Products, Stacked, scratch
+from lightning_gcfreeze.per_sample import Lookups, PerSample, Products, Stacked, scratch, wide
 
 Rule: TypeAlias = Callable[..., dict[str, PerSample]]
 """(layer, x, δ) -> gradients by own name; a layer with several outputs has as many δ, None for one without use."""
@@ -155,7 +155,7 @@ def _scale_and_shift(normalised: Tensor, delta: Tensor, axes: tuple[int, ...]) -
 
 def _sum(tensor: Tensor, axes: tuple[int, ...]) -> Tensor:
     """Of one sample, in half precision, it could leave the range although the batch's does not."""
-    return tensor.sum(axes, dtype=torch.promote_types(tensor.dtype, torch.float32))
+    return tensor.sum(axes, dtype=wide(tensor.dtype))
 
 
 def _windows(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:

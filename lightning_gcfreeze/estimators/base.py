@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_gcfreeze._types import Named
-from lightning_gcfreeze.per_sample import PerSample
+from lightning_gcfreeze.per_sample import PerSample, wide
 
 
 class Step(NamedTuple):
@@ -65,12 +65,7 @@ def decayed_(tensors: Iterable[Tensor], scale: float, gain: float, gate: Tensor 
 
 def zeros(parameters: Named) -> dict[str, Tensor]:
     """One zero per element, row by row, in float32 or the parameter's dtype if that is wider."""
-    return {name: torch.zeros(p.shape, dtype=accumulator_dtype(p), device=p.device) for name, p in parameters.items()}
-
-
-def accumulator_dtype(tensor: Tensor) -> torch.dtype:
-    """float32, or the tensor's own dtype where that is wider."""
-    return torch.promote_types(tensor.dtype, torch.float32)
+    return {name: torch.zeros(p.shape, dtype=wide(p.dtype), device=p.device) for name, p in parameters.items()}
 
 
 def finite_batch_correction(batch_size: int | None, reference: int | None) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_gcfreeze._types import Named
 from lightning_gcfreeze.estimators.base import Step
+from lightning_gcfreeze.per_sample import gated
 
 MAX_BYTES = 4 * 2**30
 """The largest matrix that is allocated without asking: 4 GiB, p = 32,768 in float32."""
@@ -43,8 +44,7 @@ class FullCovariance:
         dtype = self.matrix.dtype
         noises = ((n, step.samples[n].dense().to(dtype) - step.g_batch[n].to(dtype)) for n in self._shapes)
         noise = torch.cat([rows.reshape(len(rows), self._shapes[n].numel()) for n, rows in noises], dim=1)
-        if step.gate is not None:
-            noise = torch.where(step.gate, noise, 0.0)
+        noise = gated(noise, step.gate)
         self.matrix.addmm_(noise.T, noise, alpha=step.weight * step.correction / len(noise))
 
     @property

@@ -6,11 +6,9 @@ They are Adam's two moments with the recursion's gain in place of its betas. Unl
 gradient: E[g_S²] = (E g)² + Σ_ii / S.
 """
 
-import torch
-from torch import Tensor
-
 from lightning_gcfreeze._types import Named
 from lightning_gcfreeze.estimators import base
+from lightning_gcfreeze.per_sample import gated
 
 
 class BatchMean:
@@ -21,7 +19,7 @@ class BatchMean:
 
     def add(self, step: base.Step) -> None:
         for name, m in self.tensors.items():
-            m.add_(_through(step.gate, step.g_batch[name].to(m.dtype)), alpha=step.weight)
+            m.add_(gated(step.g_batch[name].to(m.dtype), step.gate), alpha=step.weight)
 
 
 class BatchSecondMoment:
@@ -32,9 +30,5 @@ class BatchSecondMoment:
 
     def add(self, step: base.Step) -> None:
         for name, s in self.tensors.items():
-            g = _through(step.gate, step.g_batch[name].to(s.dtype))
+            g = gated(step.g_batch[name].to(s.dtype), step.gate)
             s.addcmul_(g, g, value=step.weight)
-
-
-def _through(gate: Tensor | None, g: Tensor) -> Tensor:
-    return g if gate is None else torch.where(gate, g, 0.0)
