@@ -61,7 +61,7 @@ class Capture:
         names = {id(p): name for name, p in parameters.items()}
         owners = Counter(id(p) for layer in module.modules() for p in layer._parameters.values())
         self._layers: dict[nn.Module, dict[str, str]] = {}  # layer -> own name of a parameter -> its name
-        for layer in _uncompiled(module):
+        for layer in rules.uncompiled(module):
             own = {n: names[id(p)] for n, p in layer._parameters.items() if id(p) in names and owners[id(p)] == 1}
             if own and rules.applies(layer):
                 self._layers[layer] = own
@@ -290,12 +290,3 @@ class Capture:
 def _is_plain(value: Any) -> bool:
     """A tensor, no subclass, and not one that stands for many in `torch.vmap`."""
     return type(value) in (Tensor, Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(value)
-
-
-def _uncompiled(module: nn.Module) -> Iterator[nn.Module]:
-    """All modules inside, without those that `torch.compile` runs: its hooks would split their graphs."""
-    if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
-        return
-    yield module
-    for child in module.children():
-        yield from _uncompiled(child)

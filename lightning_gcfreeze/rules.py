@@ -49,6 +49,26 @@ def applies(layer: nn.Module) -> bool:
     return not (alone and (isinstance(layer, _BatchNorm) or any(True for _ in layer.children())))
 
 
+def uncompiled(module: nn.Module) -> list[nn.Module]:
+    """All modules inside, once each, without those that `torch.compile` runs: hooks would split their graphs."""
+    found: dict[nn.Module, None] = {}
+    left = [module]
+    while left:
+        if not _is_compiled(m := left.pop()) and m not in found:
+            found[m] = None
+            left.extend(reversed([*m.children()]))
+    return list(found)
+
+
+def has_compiled(module: nn.Module) -> bool:
+    """Whether `torch.compile` runs any of it; Lightning keeps the compiled steps of a LightningModule apart."""
+    return getattr(module, "_compiler_ctx", None) is not None or any(map(_is_compiled, module.modules()))
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None
+
+
 def takes(layer: nn.Module, x: Tensor) -> bool:
     """Whether x has an axis for samples."""
     if isinstance(layer, nn.RNNBase):
