@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias, TypeVar, cast
 
 import torch
 
-from lightning_gcfreeze._types import Named
+from lightning_gcfreeze._types import Granularity, Named
 
 Name: TypeAlias = Literal["variance", "random", "reverse", "magnitude", "second_moment", "snr", "displacement"]
 
@@ -32,6 +32,8 @@ class Evidence:
     """Running mean of g_S²; for orderings whose ``needs`` has "second_moment"."""
     start: Named | None = None
     """The parameters when observing began; for orderings whose ``needs`` has "start"."""
+    granularity: Granularity = "element"
+    """What freezes together; scores are averaged over it afterwards."""
 
 
 Ordering: TypeAlias = Callable[[Evidence], Named]
@@ -62,12 +64,14 @@ def reverse(evidence: Evidence) -> Named:
 
 
 def random(evidence: Evidence) -> Named:
-    """A uniformly random order: the same for a seed on every device and rank."""
+    """A uniformly random order, of elements, rows or tensors: the same for a seed on every device and rank."""
     generator = torch.Generator().manual_seed(evidence.seed)
-    return {
-        name: torch.rand(w.shape, generator=generator, dtype=torch.float64).to(w.device)
-        for name, w in evidence.weights.items()
-    }
+    axes = {"element": None, "row": 1, "tensor": 0}[evidence.granularity]
+    scores = {}
+    for name, w in evidence.weights.items():
+        drawn = torch.rand(w.shape[:axes], generator=generator, dtype=torch.float64).to(w.device)
+        scores[name] = drawn.reshape(drawn.shape + (1,) * (w.dim() - drawn.dim())).expand(w.shape)
+    return scores
 
 
 def magnitude(evidence: Evidence) -> Named:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_gcfreeze import gains, orderings, selection
-from lightning_gcfreeze._types import Named
+from lightning_gcfreeze._types import Granularity, Named
 from lightning_gcfreeze.estimators import BatchMean, BatchSecondMoment, DiagonalCovariance, Estimator, FullCovariance
 from lightning_gcfreeze.estimators.base import Step, decayed_, finite_batch_correction
 from lightning_gcfreeze.per_sample import PerSample
@@ -124,8 +124,12 @@ class Observing:
             estimator.tensors = {name: mean(tensor * self._scale) for name, tensor in estimator.tensors.items()}
         self._scale = 1.0
 
-    def scores(self, ordering: orderings.Ordering, weights: Named, seed: int) -> dict[str, Tensor]:
+    def scores(
+        self, ordering: orderings.Ordering, weights: Named, seed: int, granularity: Granularity = "element"
+    ) -> dict[str, Tensor]:
         """What the ordering makes of the evidence so far, in the order of the parameters, which decides ties.
+
+        Elements that freeze together have the same score: the mean of what the ordering gave them.
 
         Raises:
             ValueError: the ordering did not score every element, or with NaN.
@@ -134,21 +138,30 @@ class Observing:
         self.settle()
         moments = {name: self._read(estimator.tensors) for name, estimator in self.moments.items()}
         variance = self._variance()
-        evidence = orderings.Evidence(variance, weights, seed, start=self.start, **moments)
+        evidence = orderings.Evidence(variance, weights, seed, start=self.start, granularity=granularity, **moments)
         scores = ordering(evidence)
         selection.check_scores(scores, weights)
-        return {name: scores[name].detach() for name in weights}
+        return selection.pooled({name: scores[name].detach() for name in weights}, granularity)
 
-    def freeze(self, ordering: orderings.Ordering, weights: Named, seed: int, k: int) -> "Frozen":
+    def freeze(
+        self,
+        ordering: orderings.Ordering,
+        weights: Named,
+        seed: int,
+        k: int,
+        granularity: Granularity = "element",
+        positions: Mapping[str, int] | None = None,
+    ) -> "Frozen":
         """Rank the elements and mark the k lowest, Eq. (2.7)."""
-        scores = self.scores(ordering, weights, seed)
+        scores = self.scores(ordering, weights, seed, granularity)
         return Frozen(
-            frozen=selection.lowest(scores, k),
+            frozen=selection.lowest(scores, k, granularity),
             scores=scores,
             variance=self._variance(),
             matrix=self.matrix,
             observed=self.observed,
             skipped=self.skipped,
+            positions=dict(positions or {}),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -234,6 +247,8 @@ class Frozen:
     """C_t0, (p, p), if it was kept."""
     observed: int
     skipped: int
+    positions: dict[str, int]
+    """By name of a weight, at how many places of a step's batch it is applied, where that was counted."""
 
     name = "frozen"
 
@@ -242,9 +257,14 @@ class Frozen:
         return {name: mask.shape for name, mask in self.frozen.items()}
 
     @property
+    def count(self) -> int:
+        """How many elements are frozen."""
+        return sum(int(mask.sum()) for mask in self.frozen.values())
+
+    @property
     def fraction(self) -> float:
         """Frozen elements / eligible elements."""
-        return sum(int(mask.sum()) for mask in self.frozen.values()) / sum(m.numel() for m in self.frozen.values())
+        return self.count / sum(mask.numel() for mask in self.frozen.values())
 
     def never_moved(self) -> int:
         """How many elements froze first because they never had a gradient: no noise, and nothing scored lower.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from lightning_gcfreeze._types import Named
+from lightning_gcfreeze._types import Granularity, Named
 
 
 def eligible(
@@ -61,16 +61,38 @@ def resolve_count(k: int | float, eligible: int) -> int:
     return count
 
 
-def lowest(scores: Named, k: int) -> dict[str, Tensor]:
-    """Mark the k elements of the lowest score over all tensors.
+def pooled(scores: Named, granularity: Granularity) -> dict[str, Tensor]:
+    """Give every element the mean score of what it freezes with.
 
     Args:
-        scores: ``{name: (*p.shape)}``, any real dtype, free of NaN (see `check_scores`).
-        k: 0 to the number of elements.
+        scores: ``{name: (*p.shape)}``, any real dtype.
+        granularity: "element"; "row", what has the same first index (an output neuron, a filter, a word's embedding, an
+            element of a vector); or "tensor".
 
     Returns:
-        ``{name: bool (*p.shape)}``, True for exactly k elements in all.
+        ``{name: (*p.shape)}``; means are float64, so that their order is that of the exact ones.
     """
+    if granularity == "element":
+        return dict(scores)
+    return {
+        name: _for_elements(_units(score, granularity).mean(1, dtype=torch.float64), score)
+        for name, score in scores.items()
+    }
+
+
+def lowest(scores: Named, k: int, granularity: Granularity = "element") -> dict[str, Tensor]:
+    """Mark the k elements of the lowest score over all tensors; of whole rows or tensors, as many as fit into k.
+
+    Args:
+        scores: ``{name: (*p.shape)}``, any real dtype, free of NaN (see `check_scores`); `pooled` for `granularity`.
+        k: 0 to the number of elements.
+        granularity: rows or tensors are taken in the order of their scores, up to the first that would be too much.
+
+    Returns:
+        ``{name: bool (*p.shape)}``, True for exactly k elements in all, or for at most k.
+    """
+    if granularity != "element":
+        return _lowest_units(scores, k, granularity)
     flat = _flatten(scores)
     if 0 < k < flat.numel():
         threshold = flat.sort().values[k - 1]  # kthvalue is not deterministic on CUDA, and refused where that is asked
@@ -119,6 +141,30 @@ def check_scores(scores: Named, parameters: Named) -> None:
             )
         if score.isnan().any():
             raise ValueError(f"`order` returned NaN for {int(score.isnan().sum())} elements of {name!r}.")
+
+
+def _lowest_units(scores: Named, k: int, granularity: Granularity) -> dict[str, Tensor]:
+    units = {name: _units(score, granularity) for name, score in scores.items()}
+    order = torch.cat([unit[:, 0] for unit in units.values()]).argsort(stable=True)
+    sizes = torch.cat([order.new_full((len(unit),), unit.shape[1]) for unit in units.values()])
+    chosen = torch.empty_like(order, dtype=torch.bool)
+    chosen[order] = sizes[order].cumsum(0) <= k
+    of_each = chosen.split([len(unit) for unit in units.values()])
+    return {name: _for_elements(marks, scores[name]) for name, marks in zip(units, of_each, strict=True)}
+
+
+def _for_elements(of_units: Tensor, like: Tensor) -> Tensor:
+    """What a tensor has for each of its units, for each of its elements."""
+    if not like.numel():
+        return of_units.new_empty(like.shape)
+    return of_units.reshape(len(of_units), *[1] * max(0, like.dim() - 1)).expand(like.shape or (1,)).reshape(like.shape)
+
+
+def _units(tensor: Tensor, granularity: Granularity) -> Tensor:
+    """(rows or tensors, elements of each); of an empty tensor (0, 1)."""
+    if not tensor.numel():
+        return tensor.reshape(0, 1)
+    return tensor.reshape(len(tensor) if granularity == "row" and tensor.dim() else 1, -1)
 
 
 def _flatten(scores: Named) -> Tensor:

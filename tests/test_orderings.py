@@ -91,6 +91,16 @@ class TestRandom:
         assert all(torch.equal(first[name], again[name]) for name in first)
         assert not any(torch.equal(first[name], other[name]) for name in first)
 
+    def test_draws_once_for_what_freezes_together(self):
+        """A mean of many draws would put large tensors in the middle of the order, and biases at its ends."""
+        weights = {"m": torch.zeros(3, 4), "v": torch.zeros(5), "s": torch.zeros(())}
+        rows = orderings.random(Evidence({}, weights, 1, granularity="row"))
+        tensors = orderings.random(Evidence({}, weights, 1, granularity="tensor"))
+        assert {name: score.shape for name, score in rows.items()} == {n: w.shape for n, w in weights.items()}
+        assert (rows["m"] == rows["m"][:, :1]).all()
+        assert len({float(value) for score in rows.values() for value in score.flatten()}) == 3 + 5 + 1
+        assert len({float(value) for score in tensors.values() for value in score.flatten()}) == 3
+
     def test_leaves_the_global_stream_alone(self):
         """Drawing an order does not move torch's own generator; drawing a number does."""
         before = torch.get_rng_state()

@@ -3,6 +3,7 @@
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -223,3 +224,70 @@ class TestEligible:
         """An optimizer of other parameters has nothing to freeze; the error says what it would need."""
         with pytest.raises(ValueError, match="trains none that belongs to the module and requires a gradient"):
             selection.eligible(module, torch.optim.SGD([torch.zeros(1, requires_grad=True)]), None, None)
+
+
+def by_hand(scores, k, granularity):
+    """Units in the order of their means, one after the other, while they fit: in plain Python."""
+    units = []
+    for name, score in scores.items():
+        rows = score.reshape(len(score), -1).tolist() if granularity == "row" else [score.flatten().tolist()]
+        units += [(sum(row) / len(row), len(units) + i, name, i, len(row)) for i, row in enumerate(rows) if row]
+    chosen = {name: set() for name in scores}
+    for _, _, name, i, size in sorted(units):
+        if size > k:
+            break
+        k -= size
+        chosen[name].add(i)
+    return chosen
+
+
+class TestRowsAndTensors:
+    """Whole rows and tensors, as many as fit into k elements."""
+
+    @given(
+        st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=3), min_size=1, max_size=4),
+        st.integers(0, 2**31),
+        st.floats(0, 1),
+        st.sampled_from(["row", "tensor"]),
+        st.booleans(),
+    )
+    def test_are_taken_in_the_order_of_their_means_while_they_fit(self, shapes, seed, fraction, granularity, ties):
+        """Against a loop over units, with and without ties."""
+        rng = np.random.default_rng(seed)
+        draw = (lambda shape: rng.integers(0, 2, shape) * 1.0) if ties else rng.random
+        scores = {f"w{i}": torch.as_tensor(draw(shape)) for i, shape in enumerate(shapes)}
+        k = int(fraction * sum(score.numel() for score in scores.values()))
+        pooled = selection.pooled(scores, granularity)
+        masks = selection.lowest(pooled, k, granularity)
+        chosen = by_hand(scores, k, granularity)
+        for name, mask in masks.items():
+            assert mask.shape == scores[name].shape
+            units = mask.reshape(len(mask), -1) if granularity == "row" else mask.reshape(1, -1)
+            assert {i for i, unit in enumerate(units.tolist()) if all(unit)} == chosen[name]
+            assert {i for i, unit in enumerate(units.tolist()) if any(unit)} == chosen[name]
+        count = sum(int(mask.sum()) for mask in masks.values())
+        places = selection.ranks(pooled)
+        assert all(torch.equal(places[name] <= count, mask) for name, mask in masks.items())
+
+    def test_a_larger_one_ends_the_list(self):
+        """What comes later in the order is noisier, even if it would fit: masks stay nested in k."""
+        scores = {"a": torch.tensor([1.0]), "b": torch.tensor([2.0, 2.0, 2.0]), "c": torch.tensor([3.0])}
+        masks = [selection.lowest(selection.pooled(scores, "tensor"), k, "tensor") for k in range(6)]
+        frozen = [[name for name, mask in of_k.items() if mask.all()] for of_k in masks]
+        assert frozen == [[], ["a"], ["a"], ["a"], ["a", "b"], ["a", "b", "c"]]
+
+    def test_scalars_and_empty_tensors_are_tensors_too(self):
+        """A scalar is a row of its own; nothing of an empty one is frozen."""
+        scores = {"s": torch.tensor(1.0), "e": torch.empty(0, 3), "f": torch.empty(2, 0), "m": torch.ones(2, 2)}
+        for granularity in ("row", "tensor"):
+            pooled = selection.pooled(scores, granularity)
+            assert {name: score.shape for name, score in pooled.items()} == {n: s.shape for n, s in scores.items()}
+            masks = selection.lowest(pooled, 1, granularity)
+            assert [int(mask.sum()) for mask in masks.values()] == [1, 0, 0, 0]
+
+    def test_means_of_half_precision_are_wide(self):
+        """A thousand equal scores in bfloat16 have that score as their mean, and one that is a bit higher is higher."""
+        scores = {"a": torch.full((1, 1000), 1.0, dtype=torch.bfloat16), "b": torch.full((1, 1000), 1.0).bfloat16()}
+        scores["a"][0, 0] = 1.0078125
+        masks = selection.lowest(selection.pooled(scores, "row"), 1000, "row")
+        assert [bool(mask.all()) for mask in masks.values()] == [False, True]
