@@ -1,0 +1,529 @@
+"""A delta and the weights of t0 are the trained model: to the bit in the model and in the file, or it is refused."""
+
+import copy
+import json
+import sys
+from itertools import pairwise
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn import Parameter
+from torch.testing import assert_close
+
+from lightning_gcfreeze import GradCovFreezeCallback, delta
+from tests import cases
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+
+
+class Bag(nn.Module):
+    """Parameters of every kind of shape and memory format, a persistent buffer and another one."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+
+        def values(*shape):
+            return torch.randn(shape, generator=generator).to(dtype)
+
+        self.scalar = Parameter(values())
+        self.frozen_scalar = Parameter(values())
+        self.empty = Parameter(values(0, 3))
+        self.vector = Parameter(values(40))
+        self.matrix = Parameter(values(30, 7))
+        self.transposed = Parameter(values(9, 8).t())
+        self.rows = Parameter(values(20, 3, 2))
+        self.kernel = Parameter(values(6, 5, 3, 3).to(memory_format=torch.channels_last))
+        self.kernel_rows = Parameter(values(6, 5, 3, 3).to(memory_format=torch.channels_last))
+        self.mostly_live = Parameter(values(12, 4))
+        self.live = Parameter(values(3, 4))
+        self.still = Parameter(values(3, 4))
+        self.without_mask = Parameter(values(3))
+        self.register_buffer("mean", values(5))
+        self.register_buffer("cache", values(5), persistent=False)
+
+
+def masks():
+    """A mask for each parameter of a Bag but one, True = frozen."""
+    generator = torch.Generator().manual_seed(1)
+    found = {name: torch.rand(p.shape, generator=generator) < 0.8 for name, p in Bag().named_parameters()}
+    found["scalar"], found["frozen_scalar"] = torch.tensor(False), torch.tensor(True)
+    for name in ("rows", "kernel_rows"):
+        found[name] = (torch.arange(len(found[name])) % 5 > 0).view(-1, *[1] * (found[name].dim() - 1))
+        found[name] = found[name].expand_as(getattr(Bag(), name))
+    found["mostly_live"] = torch.rand(12, 4, generator=generator) < 0.1
+    found["live"], found["still"] = torch.zeros(3, 4, dtype=torch.bool), torch.ones(3, 4, dtype=torch.bool)
+    return {name: mask for name, mask in found.items() if name != "without_mask"}
+
+
+def train_(module, frozen):
+    """Give every element that is not frozen another value, -0.0 and NaN among them."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            new = torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
+            new[torch.rand(tensor.shape, generator=generator) < 0.1] = -0.0
+            new[torch.rand(tensor.shape, generator=generator) < 0.1] = torch.nan
+            tensor.copy_(torch.where(frozen.get(name, torch.tensor(False)), tensor, new))
+    return module
+
+
+def content(tensor):
+    """The bytes of the elements, row by row."""
+    return tensor.detach().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def contents(module):
+    return {name: content(tensor) for name, tensor in module.state_dict().items()}
+
+
+def by_hand(file, start):
+    """The trained tensors as bytes: those of t0 with the file's in their places, one by one. No torch."""
+    stored = file.read_bytes()
+    end = 8 + int.from_bytes(stored[:8], "little")
+    parts = {
+        key: stored[end + entry["data_offsets"][0] : end + entry["data_offsets"][1]]
+        for key, entry in json.loads(stored[8:end]).items()
+        if key != "__metadata__"
+    }
+    trained = {}
+    for name, tensor in start.state_dict().items():
+        result = bytearray(content(tensor))
+        for unit, width in (
+            ("elements", tensor.element_size()),
+            ("rows", tensor.element_size() * tensor.numel() // max([1, *tensor.shape[:1]])),
+        ):
+            for i, place in enumerate(np.frombuffer(parts.get(f"{name}:{unit}", b""), dtype="<i4")):
+                result[place * width : (place + 1) * width] = parts[f"{name}:values"][i * width : (i + 1) * width]
+        trained[name] = bytes(parts.get(f"{name}:whole", result))
+    return trained
+
+
+@DTYPES
+def test_t0_and_the_delta_are_the_trained_model(dtype, tmp_path):
+    """Applied from memory and from a file, and read by hand: the bits are the trained ones, and they have moved."""
+    start, trained = Bag(dtype), train_(Bag(dtype), masks())
+    found = delta.of(trained, masks())
+    delta.save(found, tmp_path / "delta.safetensors")
+    assert by_hand(tmp_path / "delta.safetensors", start) == contents(trained) != contents(start)
+    for source in (found, tmp_path / "delta.safetensors", str(tmp_path / "delta.safetensors")):
+        model = Bag(dtype)
+        places = {name: (p.data_ptr(), p.stride()) for name, p in model.named_parameters()}
+        assert delta.apply_delta(model, source) is None
+        assert contents(model) == contents(trained)
+        assert {name: (p.data_ptr(), p.stride()) for name, p in model.named_parameters()} == places
+        assert content(model.cache) == content(start.cache) != content(trained.cache)
+    assert contents(trained) == contents(train_(Bag(dtype), masks()))  # taking a delta changes nothing
+
+
+def test_each_parameter_is_stored_in_the_form_that_takes_least():
+    """Rows where whole rows are frozen, nothing but a fingerprint where all is, everything where that is smaller."""
+    found = delta.of(train_(Bag(), masks()), masks())
+    parts = {}
+    for key in found.keys() - {"format"}:
+        name, part = key.split(":")
+        parts.setdefault(name, set()).add(part)
+    forms = {
+        ("whole",): ["scalar", "empty", "mostly_live", "live", "without_mask", "mean"],
+        ("frozen",): ["frozen_scalar", "still"],
+        ("elements", "values", "frozen"): ["vector", "matrix", "transposed", "kernel"],
+        ("rows", "values", "frozen"): ["rows", "kernel_rows"],
+    }
+    assert parts == {name: set(form) for form, names in forms.items() for name in names}
+    assert found["rows:rows"].tolist() == [0, 5, 10, 15]
+    assert found["rows:values"].shape == (4, 3, 2)
+    assert found["matrix:elements"].tolist() == np.flatnonzero(~masks()["matrix"].numpy()).tolist()
+    assert all(t.is_contiguous() and t.device.type == "cpu" and not t.requires_grad for t in found.values())
+
+
+def test_a_delta_is_a_copy():
+    """Training on changes the module, not the delta."""
+    module = train_(Bag(), masks())
+    found = delta.of(module, masks())
+    before = {key: content(tensor) for key, tensor in found.items()}
+    with torch.no_grad():
+        for tensor in [*module.parameters(), *module.buffers()]:
+            tensor.add_(1)
+    assert {key: content(tensor) for key, tensor in found.items()} == before
+    assert {key: content(tensor) for key, tensor in delta.of(module, masks()).items()} != before
+
+
+def test_parameters_without_gradient_are_left_out_unless_they_have_a_mask():
+    """A backbone that was never trained stays at home; what the freeze itself switched off does not."""
+    module = nn.ModuleDict({"backbone": nn.Linear(4, 4), "head": nn.Linear(4, 2)})
+    module["backbone"].requires_grad_(False)
+    module["head"].weight.requires_grad_(False)
+    found = delta.of(module, {"head.weight": torch.ones(2, 4, dtype=torch.bool)})
+    assert found.keys() == {"format", "head.weight:frozen", "head.bias:whole"}
+
+
+def test_a_tied_parameter_is_stored_once_and_applied_to_both():
+    """Under the first of its names; the other layer has the trained bits as well, and is still tied."""
+    start = nn.ModuleDict({"embed": nn.Embedding(9, 4), "out": nn.Linear(4, 9, bias=False)})
+    start["out"].weight = start["embed"].weight
+    trained = copy.deepcopy(start)
+    frozen = {"embed.weight": torch.arange(36).view(9, 4) % 5 > 0}
+    train_(trained, frozen)
+    found = delta.of(trained, frozen)
+    assert found.keys() == {"format", "embed.weight:elements", "embed.weight:values", "embed.weight:frozen"}
+    assert contents(start) != contents(trained)
+    delta.apply_delta(start, found)
+    assert contents(start) == contents(trained)
+    assert start["out"].weight is start["embed"].weight
+
+
+@pytest.mark.parametrize("frozen", [0.0, 0.5, 0.9, 0.99, 1.0])
+def test_the_file_is_as_large_as_the_live_fraction(frozen, tmp_path):
+    """Place and value are 8 bytes for 4: never more than 2 (1 - f) of the state dict, nor than all; rows half of it."""
+    model = nn.Sequential(nn.Linear(300, 400), nn.ReLU(), nn.Linear(400, 200))
+    save_file(model.state_dict(), tmp_path / "full")
+    full = (tmp_path / "full").stat().st_size
+    elements = {name: torch.rand(p.shape) < frozen for name, p in model.named_parameters()}
+    rows = {name: (torch.rand(len(p)) < frozen).view(-1, *[1] * (p.dim() - 1)) for name, p in model.named_parameters()}
+    rows = {name: mask.expand_as(model.get_parameter(name)) for name, mask in rows.items()}
+    for masks_, times in ((elements, 2), (rows, 1)):
+        delta.save(delta.of(model, masks_), tmp_path / "delta")
+        live = sum(int((~mask).sum()) for mask in masks_.values()) / sum(mask.numel() for mask in masks_.values())
+        size = (tmp_path / "delta").stat().st_size
+        assert min(times * live, 1) * full * 0.95 <= size <= min(times * live, 1) * full * 1.02 + 2500
+
+
+def damaged(found, **changes):
+    """A copy of a delta with other tensors under some keys; None removes one. "__" stands for ":"."""
+    changes = {key.replace("__", ":"): tensor for key, tensor in changes.items()}
+    return {key: tensor for key, tensor in (found | changes).items() if tensor is not None}
+
+
+def flip_zero_(model):
+    """A change of one bit in one frozen element that no comparison of numbers would see."""
+    element = masks()["matrix"].nonzero()[0].tolist()
+    assert model.matrix[tuple(element)] == 0
+    model.matrix.data[tuple(element)] = -0.0
+
+
+WRONG_MODELS = {
+    "one bit": (flip_zero_, "not those of step t0: matrix differ"),
+    "wholly frozen": (lambda model: model.still.data.add_(1), "not those of step t0: still differ"),
+    "several": (
+        lambda model: [p.data.add_(1) for p in model.parameters()],
+        r"frozen_scalar, kernel, kernel_rows and 5",
+    ),
+    "shape": (lambda model: setattr(model, "matrix", Parameter(model.matrix.data.view(15, 14))), "t0: matrix differ"),
+    "whole's shape": (lambda model: setattr(model, "live", Parameter(torch.ones(12))), r"takes values of \(12,\)"),
+    "row's shape": (lambda model: setattr(model, "rows", Parameter(torch.ones(20, 6))), r"takes values of \(4, 6\)"),
+    "row of nothing": (lambda model: setattr(model, "rows", Parameter(torch.ones(()))), r"within \[0, 0\)"),
+    "dtype": (lambda model: model.double(), "is torch.float64 of .* but the delta's are torch.float32"),
+    "frozen dtype": (lambda model: setattr(model, "still", Parameter(model.still.data.half())), "t0: still differ"),
+    "names": (lambda model: delattr(model, "vector"), "has vector, but the Bag has not"),
+}
+WRONG_DELTAS = {
+    "prefix": (
+        lambda d: {k if k == "format" else f"net.{k}": t for k, t in d.items()},
+        r"net\.empty.* and 11 more, but",
+    ),
+    "no format": (lambda d: damaged(d, format=None), "has the format None, this version reads 1"),
+    "format": (lambda d: damaged(d, format=torch.tensor(2)), "has the format 2, this version reads 1"),
+    "no values": (lambda d: damaged(d, matrix__values=None), r"\['elements', 'frozen'\] of 'matrix', but"),
+    "no places": (lambda d: damaged(d, matrix__elements=None), r"\['frozen', 'values'\] of 'matrix', but \['frozen'\]"),
+    "no fingerprint": (lambda d: damaged(d, rows__frozen=None), r"of 'rows', but \['frozen', 'rows', 'values'\] go"),
+    "too much": (lambda d: damaged(d, matrix__whole=torch.ones(30, 7)), r"of 'matrix', but \['whole'\] go together"),
+    "unknown part": (lambda d: damaged(d, matrix__sign=torch.ones(1)), "'sign', 'values'] of 'matrix'"),
+    "too far": (
+        lambda d: damaged(d, matrix__elements=d["matrix:elements"] + 3),
+        r"'matrix' must ascend within \[0, 210\)",
+    ),
+    "negative": (
+        lambda d: damaged(d, rows__rows=d["rows:rows"] - 1),
+        r"rows of 'rows' must ascend within \[0, 20\), got \[-1",
+    ),
+    "twice": (lambda d: damaged(d, rows__rows=d["rows:rows"].clamp(max=5)), r"must ascend .*\[0, 5, 5, 5\]"),
+    "no integers": (lambda d: damaged(d, rows__rows=d["rows:rows"].float()), "rows of 'rows' must ascend"),
+    "other places": (lambda d: damaged(d, rows__rows=d["rows:rows"] + 1), "t0: rows differ"),
+    "more values": (lambda d: damaged(d, rows__values=torch.ones(5, 3, 2)), r"takes values of \(4, 3, 2\)"),
+    "other dtype": (lambda d: damaged(d, mean__whole=torch.ones(5).half()), "delta's are torch.float16"),
+}
+WRONG = [(spoil, None, text) for spoil, text in WRONG_MODELS.values()]
+WRONG += [(None, spoil, text) for spoil, text in WRONG_DELTAS.values()]
+
+
+@pytest.mark.parametrize(("spoil_model", "spoil_delta", "text"), WRONG, ids=[*WRONG_MODELS, *WRONG_DELTAS])
+def test_what_does_not_fit_is_refused_and_nothing_is_written(spoil_model, spoil_delta, text):
+    """The model has the bits that it had; without the damage the same delta moves it."""
+
+    def start():
+        model = Bag()
+        model.matrix.data[tuple(masks()["matrix"].nonzero()[0].tolist())] = 0.0
+        return model
+
+    found = delta.of(train_(start(), masks()), masks())
+    model = start()
+    if spoil_model:
+        spoil_model(model)
+    before = contents(model)
+    with pytest.raises(ValueError, match=text):
+        delta.apply_delta(model, spoil_delta(found) if spoil_delta else found)
+    assert contents(model) == before
+    model = start()
+    before = contents(model)
+    delta.apply_delta(model, found)
+    assert contents(model) != before
+
+
+def test_weights_of_zeros_are_told_apart_by_dtype_and_places():
+    """Where the bits left alone are all the same: another 16-bit format, or values for the next elements."""
+    start = nn.Linear(20, 5, bias=False, dtype=torch.bfloat16)
+    nn.init.zeros_(start.weight)
+    frozen = {"weight": torch.arange(100).view(5, 20) % 10 > 0}
+    found = delta.of(start, frozen)
+    assert found["weight:elements"].tolist() == list(range(0, 100, 10))
+    delta.apply_delta(start, found)
+    with pytest.raises(ValueError, match="not those of step t0"):
+        delta.apply_delta(start, damaged(found, weight__elements=found["weight:elements"] + 1))
+    found = delta.of(start, {"weight": torch.ones(5, 20, dtype=torch.bool)})
+    delta.apply_delta(start, found)
+    with pytest.raises(ValueError, match="not those of step t0"):
+        delta.apply_delta(start.half(), found)
+
+
+def test_only_what_the_delta_leaves_alone_must_be_as_at_t0():
+    """Other values in the live elements are no other weights: they are overwritten. So a delta can be applied twice."""
+    trained = train_(Bag(), masks())
+    found = delta.of(trained, masks())
+    model = Bag()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.add_((~masks().get(name, torch.zeros(p.shape, dtype=torch.bool))).to(p.dtype))
+    assert contents(model) != contents(Bag())
+    for _ in range(2):
+        delta.apply_delta(model, found)
+        assert contents(model) == contents(trained)
+
+
+def test_part_of_a_delta_is_a_delta():
+    """With its format it is applied to what it names, and to nothing else."""
+    trained = train_(Bag(), masks())
+    part = {key: tensor for key, tensor in delta.of(trained, masks()).items() if key == "format" or "matrix" in key}
+    model = Bag()
+    delta.apply_delta(model, part)
+    assert content(model.matrix) == content(trained.matrix) != content(Bag().matrix)
+    assert {name for name, bits in contents(model).items() if bits != contents(Bag())[name]} == {"matrix"}
+
+
+@pytest.mark.parametrize(
+    ("frozen", "text"),
+    [
+        ({"weights": torch.ones(1, 1, dtype=torch.bool)}, "`frozen` has weights, no parameters of the Linear"),
+        ({"weight": torch.ones(2, dtype=torch.bool)}, r"'weight' has \(2, 3\), its mask torch.bool and \(2,\)"),
+        ({"weight": torch.ones(2, 3)}, r"A mask of `frozen` is bool .* its mask torch.float32 and \(2, 3\)"),
+    ],
+)
+def test_masks_that_do_not_fit_are_refused(frozen, text):
+    with pytest.raises(ValueError, match=text):
+        delta.of(nn.Linear(3, 2), frozen)
+
+
+def test_what_is_no_delta_is_refused(tmp_path):
+    """Neither another type nor another safetensors file."""
+    with pytest.raises(TypeError, match="`delta` must be a mapping of tensors or the path of a file, got 3"):
+        delta.apply_delta(nn.Linear(3, 2), 3)
+    save_file(nn.Linear(3, 2).state_dict(), tmp_path / "weights")
+    with pytest.raises(ValueError, match="has the format None, this version reads 1: is it a delta's file"):
+        delta.apply_delta(nn.Linear(3, 2), tmp_path / "weights")
+
+
+def test_without_the_extras_the_error_names_them(monkeypatch, tmp_path):
+    found = delta.of(nn.Linear(3, 2), {})
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match=r"safetensors: `pip install lightning-gcfreeze\[export\]`"):
+        delta.save(found, tmp_path / "delta")
+    with pytest.raises(ImportError, match=r"safetensors: `pip install lightning-gcfreeze\[export\]`"):
+        delta.apply_delta(nn.Linear(3, 2), tmp_path / "delta")
+    with pytest.raises(ImportError, match=r"peft: `pip install lightning-gcfreeze\[peft\]`"):
+        delta.to_shira(found, nn.Linear(3, 2))
+
+
+@settings(deadline=None)
+@given(
+    shape=st.lists(st.integers(0, 6), max_size=4).map(tuple),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    fraction=st.sampled_from([0.0, 0.3, 0.9, 1.0]),
+    by_row=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_any_mask_of_any_shape_there_and_back(shape, dtype, fraction, by_row, seed):
+    """Trained bits from those of t0; from those with one frozen element changed an error, where one is told apart."""
+    generator = torch.Generator().manual_seed(seed)
+    start, trained, other = nn.Module(), nn.Module(), nn.Module()
+    start.p = Parameter(torch.randn(shape, generator=generator).to(dtype))
+    mask = torch.rand(shape[:1] if by_row else shape, generator=generator) < fraction
+    frozen = {"p": mask.reshape([*mask.shape, *[1] * (len(shape) - mask.dim())]).expand(shape)}
+    trained.p = Parameter(torch.where(frozen["p"], start.p.data, start.p.data + 1))
+    other.p = Parameter(start.p.data.clone())
+    found = delta.of(trained, frozen)
+    assert frozen["p"].all() or content(start.p) != content(trained.p)
+    if "p:whole" not in found:
+        other.p.data.view(-1)[frozen["p"].flatten().nonzero()[-1]] += 1
+        with pytest.raises(ValueError, match="not those of step t0: p differ"):
+            delta.apply_delta(other, found)
+    delta.apply_delta(start, found)
+    assert content(start.p) == content(trained.p)
+
+
+def test_a_frozen_run_from_t0_on():
+    """Of a network with BatchNorm: the weights of t0 and the delta at the end give all that the run ended with."""
+    module = cases.Regression(cases.convnet())
+    freeze = GradCovFreezeCallback(t0=5, k=0.8)
+    at_t0 = {}
+
+    class Keep(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            if freeze.phase == "frozen" and not at_t0:
+                at_t0.update(copy.deepcopy(pl_module.state_dict()))
+
+    cases.trainer(callbacks=[freeze, Keep()]).fit(module, cases.loader())
+    model = cases.Regression(cases.convnet())
+    model.load_state_dict(at_t0)
+    moved = {name for name, bits in contents(model).items() if bits != contents(module)[name]}
+    assert {"network.1.weight", "network.2.running_var", "network.2.num_batches_tracked"} <= moved
+    delta.apply_delta(model, delta.of(module, freeze.frozen))
+    assert contents(model) == contents(module)
+
+
+# PEFT ----------------------------------------------------------------------------------------------------------------
+
+
+def tune(start, live):
+    """A trained copy and its masks: of the weights in `live` so many elements moved, of other parameters none."""
+    trained = copy.deepcopy(start)
+    frozen = {name: torch.ones(p.shape, dtype=torch.bool) for name, p in start.named_parameters()}
+    for name, count in live.items():
+        frozen[name].view(-1)[torch.randperm(frozen[name].numel())[:count]] = False
+        with torch.no_grad():
+            p = trained.get_parameter(name)
+            p.add_(~frozen[name] * torch.randn_like(p))
+    return trained, frozen
+
+
+def network(dtype=torch.float32):
+    """Twelve layers, so that the name "1" is also the end of another, and its Linear layers differ in shape."""
+    sizes = [8, 20, 30, 20, 10, 10, 10]
+    layers = [layer for m, n in pairwise(sizes) for layer in (nn.Tanh(), nn.Linear(m, n))]
+    return nn.Sequential(*layers).to(dtype)
+
+
+@pytest.mark.parametrize("adapter_name", ["default", "tuned"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_peft_loads_the_adapter_and_gives_the_trained_outputs(dtype, adapter_name, tmp_path):
+    """At once, after ``save_pretrained`` and ``from_pretrained``, and merged; without the adapter those of t0."""
+    from peft import PeftModel
+    from peft.tuners.shira import ShiraLayer
+
+    start = network(dtype)
+    trained, frozen = tune(start, {"1.weight": 29, "3.weight": 1, "7.weight": 60})
+    found = delta.of(trained, frozen)
+    x = torch.randn(16, 8, dtype=dtype)
+    converted = delta.to_shira(found, copy.deepcopy(start), adapter_name)
+    converted.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(start), tmp_path / ("" if adapter_name == "default" else "tuned"))
+    with torch.no_grad():
+        for model in (converted, loaded):
+            assert_close(model(x), trained(x))
+            with model.disable_adapter():
+                assert torch.equal(model(x), start(x))
+        assert not torch.allclose(trained(x), start(x), atol=0.1)
+        layers = {name: m for name, m in loaded.get_base_model().named_modules() if isinstance(m, ShiraLayer)}
+        assert layers.keys() == {"1", "3", "7"}  # and not "11"; r(in + out) is enough for 60 of (20, 10) with r = 2
+        assert [len(m.shira_weight["default"]) for m in layers.values()] == [2 * 28, 2 * 50, 2 * 30]
+        for name, layer in layers.items():
+            row, column = layer.shira_indices["default"].numpy()
+            assert len(set(zip(row, column, strict=True))) == len(row)
+            values = np.zeros(layer.base_layer.weight.shape)
+            for i, j, value in zip(row, column, layer.shira_weight["default"].tolist(), strict=True):
+                values[i, j] = value
+            assert not values[frozen[f"{name}.weight"].numpy()].any()
+        for name, p in loaded.merge_and_unload().named_parameters():
+            tolerance = {"rtol": 0, "atol": 0} if dtype == torch.bfloat16 else {}  # a sum in float32, rounded once
+            assert_close(p, trained.get_parameter(name), **tolerance)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # by transformers, read by PEFT
+def test_a_transformer_of_the_hub_takes_the_adapter(tmp_path):
+    """A LLaMA whose norms trained on as well: those go into the base, by the delta's own means, the rest to PEFT."""
+    from peft import PeftModel
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    start = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes)).eval()
+    live = {name: p.numel() // 10 + 1 for name, p in start.named_parameters() if "proj" in name or "norm" in name}
+    trained, frozen = tune(start, live)
+    found = delta.of(trained, frozen)
+    tokens = torch.arange(12).view(2, 6)
+    with pytest.raises(ValueError, match=r"also changes .*input_layernorm.weight.* and 2 more\. Use `apply_delta`"):
+        delta.to_shira(found, copy.deepcopy(start))
+    norms = {key: tensor for key, tensor in found.items() if key == "format" or "norm" in key}
+    base = copy.deepcopy(start)
+    delta.apply_delta(base, norms)
+    delta.to_shira(found, copy.deepcopy(base)).save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base, tmp_path).eval()
+    with torch.no_grad():
+        assert_close(loaded(tokens).logits, trained(tokens).logits)
+        assert not torch.allclose(loaded(tokens).logits, start(tokens).logits, atol=0.1)
+
+
+class Attention(nn.Module):
+    """Its out_proj is a Linear layer that is never called."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2)
+
+
+def tied():
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    model[1].weight = model[0].weight
+    return model
+
+
+@pytest.mark.parametrize(
+    ("start", "live", "text"),
+    [
+        (network, {"1.weight": 5, "3.bias": 1}, r"the delta also changes 3\.bias\. .*`requires_grad_\(False\)`"),
+        (cases.convnet, {"1.weight": 5, "2.weight": 1}, r"also changes 1\.weight, 2\.weight\. Use `apply_delta`"),
+        (Attention, {"attention.out_proj.weight": 2}, r"also changes attention\.out_proj\.weight"),
+        (tied, {"0.weight": 3}, r"used once; the delta also changes 0\.weight"),
+        (lambda: nn.Linear(8, 8), {"weight": 3}, "also changes weight"),
+        (network, {"1.weight": 5, "3.weight": 551}, r"with r=12: more than 1 \(20, 8\) has"),
+        (
+            lambda: nn.Sequential(nn.Linear(8, 1)),
+            {"0.weight": 1},
+            r"r=1: more than 0 \(1, 8\) has\..* freeze more by `k`",
+        ),
+        (network, {}, "changes nothing in `base`"),
+    ],
+    ids=["bias", "conv", "uncalled", "tied", "root", "too many", "too narrow", "nothing"],
+)
+def test_what_shira_cannot_express_is_refused(start, live, text):
+    """And the base keeps its layers."""
+    base = start()
+    found = delta.of(*tune(base, live))
+    layers = [type(m) for m in base.modules()]
+    with pytest.raises(ValueError, match=text):
+        delta.to_shira(found, base)
+    assert [type(m) for m in base.modules()] == layers
+
+
+def test_a_buffer_that_moved_is_refused_and_one_that_did_not_is_no_hindrance():
+    """BatchNorm's statistics, of a run and of no run."""
+    start = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+    trained, frozen = tune(start, {"0.weight": 9})
+    delta.to_shira(delta.of(trained, frozen), copy.deepcopy(start))
+    trained[1].running_mean += 1
+    with pytest.raises(ValueError, match=r"also changes 1\.running_mean\."):
+        delta.to_shira(delta.of(trained, frozen), start)
