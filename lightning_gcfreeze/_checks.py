@@ -58,6 +58,17 @@ def one_of(name: str, value: Any, allowed: Collection[str]) -> str:
     return value
 
 
+def boolean(name: str, value: Any) -> bool:
+    """Return `value` if it is True or False.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be True or False, got {value!r}.")
+    return value
+
+
 def integer_or_name(name: str, value: Any, at_least: int, allowed: Collection[str]) -> int | str:
     """Return an int of at least `at_least`, or one of the allowed names.
 

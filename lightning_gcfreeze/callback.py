@@ -9,9 +9,11 @@ One optimizer step, t = 1, 2, …, in hooks of the Trainer:
     on_train_batch_end          log
 """
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
@@ -25,12 +27,16 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_gcfreeze import _checks, gains, gradients, orderings, refusals, reporting, selection
+from lightning_gcfreeze import _checks, delta, gains, gradients, orderings, refusals, reporting, selection
+from lightning_gcfreeze._types import Granularity
 from lightning_gcfreeze.estimators import FullCovariance
-from lightning_gcfreeze.freezing import Restore
+from lightning_gcfreeze.freezing import Positions
+from lightning_gcfreeze.holding import Hold
+from lightning_gcfreeze.holding import How as HowToHold
 from lightning_gcfreeze.phases import Frozen, Observing
 from lightning_gcfreeze.replay import Window
 from lightning_gcfreeze.sample_gradients import How, SampleGradients
+from lightning_gcfreeze.savings import Savings
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback as _Callback
@@ -49,7 +55,7 @@ else:
     except ImportError:
         _Callback = pl.Callback
 
-_FORMAT = 2
+_FORMAT = 3
 _DECISIVE = ("t0", "k", "order", "samples", "every", "gain", "granularity", "include", "exclude", "seed")
 
 
@@ -61,8 +67,9 @@ class _Run:
     parameters: dict[str, Parameter]  # the eligible ones
     k: int
     samples: SampleGradients
+    positions: Positions
     post_hook: RemovableHandle | None = None
-    holder: Restore | None = None
+    hold: Hold | None = None
     tried: bool = False  # whether the optimizer step to come was tried to observe
     observed_step: int = 0  # the last that was observed
     logged_step: int = 0
@@ -90,8 +97,13 @@ class GradCovFreezeCallback(_Callback):
         gain: κ_t: "1/t", a float in (0, 1], or a callable t -> κ, t counting observed steps from 1.
         gradients: how single samples' gradients are had: "replay", the loss on the sample once more; "capture", from
             the batch's own pass; "auto", captured where a comparison with replay allows it.
-        granularity: what freezes together: "element", nothing.
-        hold: how constancy is kept: "restore".
+        granularity: what freezes together: "element", nothing; "row", what has the same first index (an output neuron,
+            a filter, a word's embedding); "tensor", a whole parameter. Rows and tensors are ranked by their mean score,
+            and as many freeze as fit into `k` elements.
+        hold: how constancy is kept: "compact", the optimizer gets the live elements alone, which saves its memory and
+            its work; "restore", frozen values are put back after each step, under any optimizer; "auto", compact where
+            the optimizer treats every element by itself.
+        promote: spare the gradients that whole frozen parameters, rows and columns do not need.
         include: patterns (fnmatch) of the parameter names that are eligible; None: all. Only parameters that require
             a gradient and that the optimizer has are ever eligible.
         exclude: patterns of the names that are not.
@@ -116,8 +128,9 @@ class GradCovFreezeCallback(_Callback):
         covariance: Literal["diagonal", "full"] = "diagonal",
         gain: gains.Gain = "1/t",
         gradients: How = "auto",
-        granularity: Literal["element"] = "element",
-        hold: Literal["restore"] = "restore",
+        granularity: Granularity = "element",
+        hold: HowToHold = "auto",
+        promote: bool = True,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         seed: int | None = None,
@@ -138,8 +151,11 @@ class GradCovFreezeCallback(_Callback):
         self.gain = gains.check(gain)
         _checks.one_of("gradients", gradients, ["auto", "replay", "capture"])
         self.gradients: How = gradients
-        self.granularity = _checks.one_of("granularity", granularity, ["element"])
-        self.hold = _checks.one_of("hold", hold, ["restore"])
+        _checks.one_of("granularity", granularity, ["element", "row", "tensor"])
+        self.granularity: Granularity = granularity
+        _checks.one_of("hold", hold, ["auto", "compact", "restore"])
+        self.hold: HowToHold = hold
+        self.promote = _checks.boolean("promote", promote)
         self.include = _checks.patterns("include", include)
         self.exclude = _checks.patterns("exclude", exclude)
         self.seed = None if seed is None else _checks.integer("seed", seed, at_least=0, at_most=2**63 - 1)
@@ -154,6 +170,8 @@ class GradCovFreezeCallback(_Callback):
         self._steps = 0  # optimizer steps; Trainer.global_step counts every optimizer's
         self._seed = 0  # of the random order; set when a run begins
         self._resumed: dict[str, Any] | None = None  # the arguments that the loaded state was made with
+        self._savings: Savings | None = None
+        self._module: Callable[[], pl.LightningModule | None] = _gone  # of the last fit
         self._run: _Run | None = None
 
     # What there is to see ------------------------------------------------------------------------------------------
@@ -198,7 +216,38 @@ class GradCovFreezeCallback(_Callback):
             return selection.ranks(self._phase.scores)
         if self._run is None or not self._phase.observed:
             return {}
-        return selection.ranks(self._phase.scores(self._ordering, self._run.parameters, self._seed))
+        scores = self._phase.scores(self._ordering, self._run.parameters, self._seed, self.granularity)
+        return selection.ranks(scores)
+
+    @property
+    def savings(self) -> Savings | None:
+        """What the freeze saved, and what it did not; None while observing."""
+        return self._savings
+
+    def delta(self, file: str | Path | None = None) -> dict[str, Tensor]:
+        """The live elements' places and values: all that makes the weights of step t0 the ones that there are now.
+
+        Args:
+            file: where to save them, too, as safetensors; `apply_delta` takes it.
+
+        Returns:
+            A flat dict of CPU tensors, see `lightning_gcfreeze.delta`.
+
+        Raises:
+            RuntimeError: nothing is frozen yet, or the module of the last fit is gone.
+            ImportError: a file is wanted, and safetensors is not installed.
+        """
+        if not isinstance(self._phase, Frozen):
+            raise RuntimeError(f"There is no delta before step t0={self.t0}: nothing is frozen yet.")
+        if (module := self._module()) is None:
+            raise RuntimeError(
+                "This callback is a copy and knows no module, or the last fit's is gone. Use"
+                " `lightning_gcfreeze.delta.of(module, callback.frozen)`."
+            )
+        found = delta.of(module, self._phase.frozen)
+        if file is not None:
+            delta.save(found, file)
+        return found
 
     # Hooks, in the order in which they run -------------------------------------------------------------------------
 
@@ -236,8 +285,10 @@ class GradCovFreezeCallback(_Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse what cannot work, before anything is trained. The optimizers exist by now."""
+        self._module = weakref.ref(pl_module)
         _refuse(refusals.of_module(pl_module, pl_module.training_step, pl_module.automatic_optimization))
         _refuse(refusals.of_optimizers(trainer.optimizers))
+        _refuse(refusals.of_hold(self.hold, trainer.optimizers[0]))
         _refuse(refusals.of_samples(pl_module, self._count))
         parameters = selection.eligible(pl_module, trainer.optimizers[0], self.include, self.exclude)
         k = selection.resolve_count(self.k, sum(p.numel() for p in parameters.values()))
@@ -253,7 +304,7 @@ class GradCovFreezeCallback(_Callback):
             count=self._count,
             singly=self._full,
         )
-        self._run = _Run(trainer, parameters, k, samples)
+        self._run = _Run(trainer, parameters, k, samples, Positions(pl_module, parameters))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin, or go on where the checkpoint stopped: by now all of it is loaded under every strategy."""
@@ -272,7 +323,7 @@ class GradCovFreezeCallback(_Callback):
             else:
                 run.samples.decided = self._phase.decided
         else:
-            run.holder = Restore(run.parameters, self._phase.frozen)
+            self._begin_to_hold(run, self._phase, resumed=True)
         run.post_hook = trainer.optimizers[0].register_step_post_hook(self._after_step)
 
     def on_train_batch_start(
@@ -282,20 +333,29 @@ class GradCovFreezeCallback(_Callback):
         run = self._running
         if batch_idx % trainer.accumulate_grad_batches == 0:
             run.samples.forget()  # Lightning zeroes the gradients here, also of a window that was broken off
+            run.positions.clear()
+        if isinstance(self._phase, Observing) and self._steps + 1 == self.t0:
+            run.positions.listen()
         if isinstance(self._phase, Observing) and (self._due or self._steps == 0):
             run.samples.keep(batch, batch_idx)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """The backward pass to come is the training step's own. Runs before every micro-batch's backward."""
+        run = self._running
         if isinstance(self._phase, Observing):
-            self._running.samples.begin_backward()
+            run.positions.stop()
+            run.samples.begin_backward()
+        elif run.hold:
+            run.hold.begin_backward()
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Observe one step, while observing.
+        """Observe one step, while observing; then take the live elements' gradients.
 
         Runs after every micro-batch's backward; ``p.grad`` is g_S, times the loss scale, on the last one of a step.
         """
         run = self._running
+        if run.hold and not trainer.fit_loop._should_accumulate():
+            run.hold.after_backward()
         if not isinstance(self._phase, Observing) or not run.samples.join() or trainer.fit_loop._should_accumulate():
             return
         window = run.samples.take()
@@ -316,8 +376,8 @@ class GradCovFreezeCallback(_Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Zero the frozen elements' gradients. Runs after averaging and unscaling, before clipping."""
-        if self._run and self._run.holder:
-            self._run.holder.mask_gradients_()
+        if self._run and self._run.hold:
+            self._run.hold.before_step()
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Count the step; freeze at t0; put frozen values back. Runs right after the parameters have moved.
@@ -334,13 +394,14 @@ class GradCovFreezeCallback(_Callback):
         run.tried = False
         run.samples.forget()
         self._steps += 1
-        if run.holder:
-            run.holder.restore_()
+        if run.hold:
+            run.hold.after_step()
         elif isinstance(self._phase, Observing) and self._steps == self.t0:
             self._phase = self._decide(self._phase, run)
-            run.holder = Restore(run.parameters, self._phase.frozen)
-            run.holder.clear_state_(optimizer)
             run.samples.release()
+            self._begin_to_hold(run, self._phase, resumed=False)
+            if self._savings:
+                rank_zero_info(self._savings.table())
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -391,13 +452,17 @@ class GradCovFreezeCallback(_Callback):
     def _unbind(self) -> None:
         if self._run:
             self._run.samples.forget()
+            self._run.positions.stop()
+            if self._run.hold:
+                self._run.hold.release()
             if self._run.post_hook:
                 self._run.post_hook.remove()
         self._run = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the Trainer out of copies and pickles, and the module, whose `log` Lightning attaches to callbacks."""
-        return {name: v for name, v in self.__dict__.items() if name not in ("log", "log_dict")} | {"_run": None}
+        kept = {name: v for name, v in self.__dict__.items() if name not in ("log", "log_dict")}
+        return kept | {"_run": None, "_module": _gone}
 
     def _observe(self, phase: Observing, run: _Run, window: Window, size: int | None) -> bool:
         """Take one pair into the statistics, if it can be had and is finite; tell whether it was."""
@@ -423,23 +488,37 @@ class GradCovFreezeCallback(_Callback):
             )
         if run.trainer.world_size > 1:
             phase.average(lambda tensor: run.trainer.strategy.reduce(tensor, reduce_op="mean"))
-        frozen = phase.freeze(self._ordering, run.parameters, self._seed, run.k)
+        frozen = phase.freeze(self._ordering, run.parameters, self._seed, run.k, self.granularity, run.positions.counts)
         rank_zero_info(
             f"{type(self).__name__}: after {self._steps} optimizer steps ({phase.observed} observed, {phase.skipped}"
-            f" left out) {frozen.fraction:.1%} of the eligible elements are frozen: {run.k:,}."
+            f" left out) {frozen.fraction:.1%} of the eligible elements are frozen: {frozen.count:,}."
         )
+        if run.k and not frozen.count:
+            rank_zero_warn(
+                f"Nothing was frozen: the first {self.granularity} in the order has more than `k={self.k}` allows,"
+                f" {run.k:,} elements. Raise `k`, or choose a finer `granularity`."
+            )
         if (dead := frozen.never_moved()) > 0.1 * run.k:
             rank_zero_warn(
-                f"{dead:,} of the {run.k:,} frozen elements never had a gradient in the {phase.observed} observed steps"
-                " (constant inputs, dead units, unseen embedding rows, unused parameters). They rank lowest, but"
-                " have not converged; a larger `t0` or `exclude` tells them apart."
+                f"{dead:,} of the {frozen.count:,} frozen elements never had a gradient in the"
+                f" {phase.observed} observed steps (constant inputs, dead units, unseen embedding rows, unused parameters)."
+                " They rank lowest, but have not converged; a larger `t0` or `exclude` tells them apart."
             )
         return frozen
+
+    def _begin_to_hold(self, run: _Run, phase: Frozen, resumed: bool) -> None:
+        trainer, wrapper = run.trainer, run.trainer.strategy.model
+        run.hold = Hold(
+            self.hold, trainer.optimizers[0], trainer.lightning_module, wrapper, run.parameters, phase.frozen,
+            phase.positions, self.promote, resumed,
+        )  # fmt: skip
+        self._savings = run.hold.savings
 
     def _log(self, trainer: pl.Trainer, run: _Run, with_histograms: bool) -> None:
         step = trainer.fit_loop.epoch_loop._batches_that_stepped  # the axis of whatever `self.log` writes
         frozen = self._phase.frozen if isinstance(self._phase, Frozen) else {}
         metrics = reporting.scalars(run.parameters, frozen, self.frozen_fraction, self._phase.observed)
+        metrics |= self._savings.scalars() if self._savings else {}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=step)
             add_histogram = getattr(getattr(logger, "experiment", None), "add_histogram", None)
@@ -457,6 +536,10 @@ class GradCovFreezeCallback(_Callback):
 
         values = {name: plain(getattr(self, name)) for name in _DECISIVE}
         return {**values, "covariance": "full" if self._full else "diagonal"}
+
+
+def _gone() -> None:
+    """In place of a reference to a module."""
 
 
 def _refuse(reason: str | None) -> None:

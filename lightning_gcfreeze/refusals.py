@@ -13,6 +13,7 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_gcfreeze import gradients
 from lightning_gcfreeze._types import Named
+from lightning_gcfreeze.freezing import ELEMENTWISE
 
 
 def of_strategy(strategy: Any) -> str | None:
@@ -70,6 +71,17 @@ def of_optimizers(optimizers: Sequence[Any]) -> str | None:
     if not isinstance(optimizers[0], Optimizer):
         return f"{type(optimizers[0]).__name__} is no torch.optim.Optimizer: no hook runs right after its steps."
     return None
+
+
+def of_hold(hold: str, optimizer: Optimizer) -> str | None:
+    """An optimizer that cannot go without the frozen elements."""
+    if hold != "compact" or type(optimizer) in ELEMENTWISE:
+        return None
+    return (
+        f"`hold='compact'` hands the live elements to the optimizer as flat vectors, but {type(optimizer).__name__} is"
+        f" not known to treat every element by itself; {', '.join(sorted(cls.__name__ for cls in ELEMENTWISE))} are."
+        " Use `hold='restore'` or 'auto', or, if it does, add its class to `lightning_gcfreeze.freezing.ELEMENTWISE`."
+    )
 
 
 def of_resuming(

@@ -18,10 +18,10 @@ LAYERS = (
     ("per_sample",),  # gradients of several samples, as tensors
     ("gains", "estimators", "orderings"),  # the paper's formulas: tensors in, tensors out
     # what they apply to: modules, batches, layers, names, optimizers
-    ("gradients", "samples", "rules", "selection", "freezing"),
-    # put together: a warm-up, a decision, sentences, a sample, tags
-    ("phases", "refusals", "replay", "capture", "reporting"),
-    ("sample_gradients",),  # which of the two ways to g_1
+    ("gradients", "samples", "rules", "selection"),
+    # put together: a warm-up, a decision and its holding, a sample, tags
+    ("phases", "freezing", "replay", "capture", "reporting", "savings", "delta"),
+    ("sample_gradients", "holding", "refusals"),  # which of the two ways to g_1, of the two to constancy; sentences
     ("callback",),  # when each of it happens
     ("__init__",),  # public names
 )
@@ -173,7 +173,7 @@ PLANTED = [
         "from lightning_gcfreeze.estimators import full",
         "estimators.base imports lightning_gcfreeze.estimators.full",
     ),
-    (against_the_layers, "savings.py", "", "savings has no layer"),
+    (against_the_layers, "sharing.py", "", "sharing has no layer"),
     (
         lightning_outside_the_callback,
         "gradients.py",

@@ -1,5 +1,7 @@
-"""Holding elements constant to the bit while an optimizer moves their neighbours."""
+"""Holding elements constant to the bit while an optimizer moves their neighbours, and saving what that allows."""
 
+from lightning_gcfreeze.freezing.compact import ELEMENTWISE, Compact
+from lightning_gcfreeze.freezing.promotion import Positions, Promotion
 from lightning_gcfreeze.freezing.restore import Restore
 
-__all__ = ["Restore"]
+__all__ = ["ELEMENTWISE", "Compact", "Positions", "Promotion", "Restore"]

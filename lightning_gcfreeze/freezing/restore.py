@@ -5,8 +5,7 @@ froze are kept aside and put back right after every optimizer step; gradients ar
 clipping and optimizers that look at whole tensors count live elements only. The increment is masked, Eq. (2.8).
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lightning_gcfreeze._types import Named
+from lightning_gcfreeze.freezing.base import flat
 
 
 class Restore:
@@ -32,6 +32,11 @@ class Restore:
             if index.numel():
                 self._held.append((p, index, p.detach().reshape(-1)[index]))
 
+    @property
+    def index_bytes(self) -> int:
+        """What knowing the frozen elements and their values takes."""
+        return sum(index.nbytes + values.nbytes for _, index, values in self._held)
+
     @torch.no_grad()
     def mask_gradients_(self) -> None:
         """Zero the gradients of the frozen elements; a NaN among them becomes 0, too."""
@@ -41,15 +46,15 @@ class Restore:
             if p.grad.is_sparse:
                 p.grad = _mask_sparse(p.grad, index)
             else:
-                with _flat(p.grad) as flat:
-                    flat.index_fill_(0, index, 0.0)
+                with flat(p.grad) as elements:
+                    elements.index_fill_(0, index, 0.0)
 
     @torch.no_grad()
     def restore_(self) -> None:
         """Put the frozen values back, bit by bit."""
         for p, index, values in self._held:
-            with _flat(p) as flat:
-                flat.index_copy_(0, index, values)
+            with flat(p) as elements:
+                elements.index_copy_(0, index, values)
 
     @torch.no_grad()
     def clear_state_(self, optimizer: Optimizer) -> None:
@@ -60,18 +65,8 @@ class Restore:
         for p, index, _ in self._held:
             for value in optimizer.state.get(p, {}).values():
                 if isinstance(value, Tensor) and value.dim() and value.shape == p.shape:
-                    with _flat(value) as flat:
-                        flat.index_fill_(0, index, 0)
-
-
-@contextmanager
-def _flat(tensor: Tensor) -> Iterator[Tensor]:
-    """The elements of a tensor row by row, to be changed in place; of any memory format."""
-    tensor = tensor.detach()
-    flat = tensor.reshape(-1)
-    yield flat
-    if not tensor.is_contiguous():  # `reshape` had to copy
-        tensor.copy_(flat.view_as(tensor))
+                    with flat(value) as elements:
+                        elements.index_fill_(0, index, 0)
 
 
 def _mask_sparse(grad: Tensor, index: Tensor) -> Tensor:

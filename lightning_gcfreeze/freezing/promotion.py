@@ -1,0 +1,296 @@
+"""Promotion: what froze as a whole stops costing.
+
+A wholly frozen parameter needs no gradient, and what lies before the first live one no backward pass at all. Where
+output neurons or inputs of a layer froze as a whole (rows or columns of its weight), the product that makes the
+weight's gradient is taken of the others alone: of the smallest block of rows and columns that holds all live elements.
+
+Nothing else changes: forward passes, the gradients of activations and the values of all live elements' gradients, but
+for rounding. Weights are frozen by `Compact` or `Restore`, whatever is promoted.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter, grad
+from torch.nn.modules.conv import _ConvNd
+from torch.utils.hooks import RemovableHandle
+
+from lightning_gcfreeze import rules
+from lightning_gcfreeze._types import Named
+
+WORTH = 2**22
+"""Multiply-adds that a block has to save in each backward pass; with fewer its hooks cost more."""
+
+_WEIGHT_GRADIENT: dict[type[nn.Module], Callable[..., Tensor]] = {
+    nn.Conv1d: grad.conv1d_weight,
+    nn.Conv2d: grad.conv2d_weight,
+    nn.Conv3d: grad.conv3d_weight,
+}
+
+
+class Positions:
+    """Counts at how many places of the batch each layer's weight is applied, in passes from `listen` to `stop`.
+
+    A place is a sample, a token, a pixel of the output: with n of them, the gradient of a weight of p elements takes
+    n·p multiply-adds. Counted are linear layers and convolutions whose weight's gradient can be had in part.
+    """
+
+    def __init__(self, module: nn.Module, parameters: Mapping[str, Parameter]) -> None:
+        names = {id(p): name for name, p in parameters.items()}
+        self._layers = {
+            layer: name
+            for layer in rules.uncompiled(module)
+            if _has_block(layer) and (name := names.get(id(layer._parameters["weight"])))
+        }
+        self._handles: list[RemovableHandle] = []
+        self.clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Positions":
+        """A copy of the module that is made during a pass takes the hooks along: its layers are not counted."""
+        return self
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """By name of the weight; nothing where gradients of gradients were asked for."""
+        return {} if self._twice else dict(self._counts)
+
+    def clear(self) -> None:
+        """Begin again at 0."""
+        self._counts: dict[str, int] = {}
+        self._twice = False
+
+    def listen(self) -> None:
+        """Count in forward passes to come."""
+        self._handles = [layer.register_forward_hook(self._count) for layer in self._layers]
+
+    def stop(self) -> None:
+        """Count no further pass."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _count(self, layer: nn.Module, inputs: Any, output: Any) -> None:
+        name = self._layers.get(layer)  # None: a copy of the layer
+        if name and isinstance(output, Tensor) and output.requires_grad:
+            weight = layer.get_parameter("weight")
+            self._counts[name] = self._counts.get(name, 0) + output.numel() // len(weight)
+            output.register_hook(self._look)
+
+    def _look(self, gradient: Tensor) -> None:
+        self._twice |= torch.is_grad_enabled()
+
+
+class Block:
+    """The smallest block of rows and columns of a weight that holds all live elements.
+
+    Rows are outputs, columns inputs; of a convolution, channels with their whole kernels.
+
+    Args:
+        frozen: bool (*weight.shape), True = held constant.
+    """
+
+    def __init__(self, frozen: Tensor) -> None:
+        live = ~frozen.reshape(*frozen.shape[:2], -1)  # (outputs, inputs, kernel)
+        rows, columns = live.any(2).any(1), live.any(2).any(0)
+        self.shape = (int(rows.sum()), int(columns.sum()), *frozen.shape[2:])
+        self.rows = None if rows.all() else rows.nonzero().squeeze(1)
+        self.columns = None if columns.all() else columns.nonzero().squeeze(1)
+        inside = live[rows][:, columns].flatten()
+        self.index = None if inside.all() else inside.nonzero().squeeze(1)  # of the live elements in the block
+        self.numel = math.prod(self.shape)
+        self._size, self._dimensions = frozen.shape, frozen.dim()
+
+    def gradient(self, layer: nn.Module, x: Tensor, delta: Tensor) -> Tensor:
+        """The weight's gradient in the block.
+
+        Args:
+            x: the layer's input.
+            delta: the gradient of its output.
+        """
+        axis = 1 - self._dimensions  # of the channels, in batches and single samples
+        x = x.to(delta.dtype)  # under autocast the layer has done so, too
+        if self.rows is not None:
+            delta = delta.index_select(axis, self.rows)
+        if self.columns is not None:
+            x = x.index_select(axis, self.columns)
+        if isinstance(layer, nn.Linear):
+            return delta.reshape(-1, delta.shape[-1]).mT @ x.reshape(-1, x.shape[-1])
+        assert isinstance(layer, _ConvNd)
+        if x.dim() < self._dimensions:
+            x, delta = x[None], delta[None]
+        of_weight = _WEIGHT_GRADIENT[type(layer)]
+        return of_weight(x, self.shape, delta, layer.stride, layer.padding, layer.dilation, 1)
+
+    def live(self, gradient: Tensor) -> Tensor:
+        """Its live elements, flat, in the order of the weight's."""
+        return gradient.flatten() if self.index is None else gradient.flatten().index_select(0, self.index)
+
+    def embedded(self, gradient: Tensor) -> Tensor:
+        """In a tensor of the weight's shape, zero outside the block."""
+        full = gradient.new_zeros(self._size)
+        rows = torch.arange(self._size[0], device=full.device) if self.rows is None else self.rows
+        if self.columns is None:
+            return full.index_copy_(0, rows, gradient)
+        full[rows[:, None], self.columns] = gradient
+        return full
+
+
+class _WeightGradient(torch.autograd.Function):
+    """Leaves a layer's output as it is, and makes the gradient of its weight, which the layer itself took for granted.
+
+    In place, so that the output is no view: what follows may change it in place as it could before.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, x: Tensor, target: Tensor, layer: nn.Module, block: Block) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.layer, ctx.block, ctx.live_alone = layer, block, target.dim() == 1
+        ctx.mark_dirty(output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "Gradients of gradients cannot be taken where the product for a weight's gradient was shortened, and"
+                " in the step before the freeze none were. Use GradCovFreezeCallback(..., promote=False)."
+            )
+        of_target = None
+        if ctx.needs_input_grad[2]:
+            (x,) = ctx.saved_tensors
+            gradient = ctx.block.gradient(ctx.layer, x, delta)
+            of_target = ctx.block.live(gradient) if ctx.live_alone else ctx.block.embedded(gradient)
+        return delta, None, of_target, None, None
+
+
+class _Shortened:
+    """A layer's hooks: the forward pass takes the weight for a constant, and `_WeightGradient` makes its gradient.
+
+    A copy of the layer with other weights (an average of them, one for a functional call) is left alone.
+    """
+
+    def __init__(self, layer: nn.Module, weight: Parameter, block: Block, target: Callable[[], Tensor]) -> None:
+        self._weight, self._block, self._target = weight, block, target
+        self._constant: Tensor | None = None  # in the weight's place, during the forward pass
+        self.handles = [
+            layer.register_forward_pre_hook(self.before),
+            layer.register_forward_hook(self.after, prepend=True, with_kwargs=True, always_call=True),
+        ]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Shortened":
+        return self
+
+    def __reduce__(self) -> Any:
+        return _Nothing, ()
+
+    def before(self, layer: nn.Module, inputs: Any) -> None:
+        if torch.is_grad_enabled() and layer._parameters["weight"] is self._weight and self._weight.requires_grad:
+            self._constant = self._weight.detach()
+            layer._parameters["weight"] = self._constant  # type: ignore[assignment]
+
+    def after(self, layer: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
+        constant, self._constant = self._constant, None
+        if constant is None or layer._parameters["weight"] is not constant:
+            return None
+        layer._parameters["weight"] = self._weight
+        if not isinstance(output, Tensor):  # the layer has raised an error
+            return None
+        x = inputs[0] if inputs else keywords["input"]
+        return _WeightGradient.apply(output, x, self._target(), layer, self._block)
+
+
+class _Absent(torch.autograd.Function):
+    """A number that depends on parameters, and has no gradient for them."""
+
+    @staticmethod
+    def forward(ctx: Any, *parameters: Tensor) -> Tensor:
+        return torch.zeros((), device=parameters[0].device)
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor) -> tuple[None, ...]:
+        return (None,) * len(ctx.needs_input_grad)
+
+
+class Promotion:
+    """Spares the training steps of a module what its frozen parameters do not need, until `release`.
+
+    Args:
+        module: the module that is trained.
+        parameters: of it, by name.
+        frozen: ``{name: bool (*p.shape)}``, True = held constant.
+        positions: what `Positions` counted; weights without a count get no block.
+        leaf: name of a weight -> its live elements, flat, in whose ``grad`` those of its gradient are wanted; None:
+            they are wanted in the weight's own ``grad``, in their places.
+        reducer_waits: DistributedDataParallel expects to hear of every parameter in every backward pass.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        parameters: Mapping[str, Parameter],
+        frozen: Named,
+        positions: Mapping[str, int],
+        leaf: Callable[[str], Tensor] | None = None,
+        reducer_waits: bool = False,
+    ) -> None:
+        self.blocks: dict[str, Block] = {}
+        self._handles: list[RemovableHandle] = []
+        self._stop_gradients({n: parameters[n] for n, mask in frozen.items() if mask.all()}, module, reducer_waits)
+        layers = [layer for layer in rules.uncompiled(module) if _has_block(layer)]
+        for name, mask in frozen.items():
+            if name not in positions or not mask.any() or mask.all():
+                continue
+            weight = parameters[name]
+            block = Block(mask.to(weight.device))
+            if positions[name] * (mask.numel() - block.numel) < WORTH:
+                continue
+            self.blocks[name] = block
+            target = (lambda weight=weight: weight) if leaf is None else functools.partial(leaf, name)
+            for layer in layers:
+                if layer._parameters["weight"] is weight:
+                    self._handles += _Shortened(layer, weight, block, target).handles
+
+    def begin_backward(self) -> None:
+        """Tell the reducer that the parameters without a gradient have come. Before every backward pass."""
+        if self._absent is not None:
+            self._absent.backward(retain_graph=True)
+
+    def release(self) -> None:
+        """Let all parameters have gradients again."""
+        for handle in self._handles:
+            handle.remove()
+        for p in self.without_gradient.values():
+            p.requires_grad_(True)
+        self._absent = None
+
+    def _stop_gradients(self, whole: dict[str, Parameter], module: nn.Module, reducer_waits: bool) -> None:
+        """Wholly frozen parameters require none; but a loss must depend on something that does."""
+        if whole and {p for p in module.parameters() if p.requires_grad} <= set(whole.values()):
+            whole.popitem()  # the last one, near the loss
+        self.without_gradient = whole
+        self._absent = _Absent.apply(*whole.values()) if whole and reducer_waits else None
+        for p in whole.values():
+            p.requires_grad_(False)
+            p.grad = None
+        if whole and rules.has_compiled(module):
+            torch.compiler.reset()  # compiled code does not notice (pytorch#139476)
+
+
+def _has_block(layer: nn.Module) -> bool:
+    """Whether it is a linear map whose weight's gradient can be had in part; by exact type, see `rules`."""
+    if type(layer) in _WEIGHT_GRADIENT:
+        assert isinstance(layer, _ConvNd)
+        return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    return type(layer) is nn.Linear
+
+
+class _Nothing:
+    """What a layer's hooks become in a pickled module."""
+
+    def before(self, *args: Any) -> None: ...
+
+    def after(self, *args: Any) -> None: ...

@@ -1,0 +1,93 @@
+"""After the decision: frozen elements stay constant, what that spares is spared, and counted."""
+
+from collections.abc import Mapping
+from typing import Literal, TypeAlias
+
+from torch import nn
+from torch.nn import Parameter
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from lightning_gcfreeze import savings
+from lightning_gcfreeze._types import Named
+from lightning_gcfreeze.freezing import ELEMENTWISE, Compact, Promotion, Restore
+
+How: TypeAlias = Literal["auto", "compact", "restore"]
+
+
+class Hold:
+    """Keeps the elements of a decision at the values they have now, until `release`.
+
+    Args:
+        how: "compact", "restore", or "auto": compact, if the optimizer treats every element by itself.
+        optimizer: the one that steps the parameters; its state is that of all elements.
+        module: what is trained.
+        wrapper: what the strategy calls instead of it, if anything.
+        parameters: the eligible ones, by name.
+        frozen: ``{name: bool (*p.shape)}``, True = held constant.
+        positions: by name of a weight, at how many places of a step's batch it is applied.
+        promote: spare the work that frozen parameters, rows and columns do not need.
+        resumed: the optimizer knows of the decision already.
+    """
+
+    def __init__(
+        self,
+        how: How,
+        optimizer: Optimizer,
+        module: nn.Module,
+        wrapper: nn.Module | None,
+        parameters: Mapping[str, Parameter],
+        frozen: Named,
+        positions: Mapping[str, int],
+        promote: bool,
+        resumed: bool,
+    ) -> None:
+        ddp = wrapper if isinstance(wrapper, DistributedDataParallel) else None
+        before = savings.Footprint.of(optimizer)
+        self._compact, self._restore = None, None
+        if how == "compact" or (how == "auto" and type(optimizer) in ELEMENTWISE):
+            self._compact = Compact(optimizer, parameters, frozen, early=ddp is None)
+        else:
+            self._restore = Restore(parameters, frozen)
+            if not resumed:
+                self._restore.clear_state_(optimizer)
+        self._promotion = None
+        if promote:
+            leaf = self._compact.leaf if self._compact and ddp is None else None
+            waits = ddp is not None and not ddp.find_unused_parameters
+            self._promotion = Promotion(module, parameters, frozen, positions, leaf, waits)
+        self.savings = savings.of_freeze(
+            frozen,
+            positions,
+            self._promotion.blocks if self._promotion else {},
+            self._promotion.without_gradient if self._promotion else {},
+            before,
+            savings.Footprint.of(optimizer),
+            (self._compact or self._restore).index_bytes,  # type: ignore[union-attr]
+        )
+
+    def begin_backward(self) -> None:
+        """Before every backward pass."""
+        if self._promotion:
+            self._promotion.begin_backward()
+
+    def after_backward(self) -> None:
+        """After the last backward pass of a step, before gradients are unscaled."""
+        if self._compact:
+            self._compact.take_gradients_()
+
+    def before_step(self) -> None:
+        """Before gradients are clipped."""
+        if self._restore:
+            self._restore.mask_gradients_()
+
+    def after_step(self) -> None:
+        """Right after the optimizer's step."""
+        (self._compact or self._restore).restore_()  # type: ignore[union-attr]
+
+    def release(self) -> None:
+        """Leave module and optimizer as they were, but for the values."""
+        if self._promotion:
+            self._promotion.release()
+        if self._compact:
+            self._compact.release()

@@ -1,0 +1,104 @@
+"""Two gloo processes after the freeze: every way to hold, every setting of the wrapper, against a loop by hand."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TWO_RANKS = """
+import itertools
+import warnings
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler
+
+from lightning_gcfreeze import GradCovFreezeCallback
+from lightning_gcfreeze.freezing import promotion
+from tests import cases
+
+warnings.simplefilter("ignore")  # find_unused_parameters=True finds none before the freeze
+promotion.WORTH = 1
+
+
+def network():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 1)).double()
+
+
+class Keep(pl.Callback):
+    def on_train_batch_end(self, trainer, module, *args):
+        if callback.phase == "frozen" and not start:
+            start.update({n: p.detach().clone() for n, p in module.named_parameters()})
+            shapes.append(sum(p.numel() for g in trainer.optimizers[0].param_groups for p in g["params"]))
+
+
+options = [{}, {"find_unused_parameters": True}, {"static_graph": True}, {"gradient_as_bucket_view": True}]
+ways = [("element", "compact"), ("row", "compact"), ("tensor", "compact"), ("row", "restore"), ("tensor", "restore")]
+for (granularity, hold), wrapper, accumulate in [
+    *itertools.product(ways, options, [1]), *itertools.product(ways[1:3], options[:1], [2])
+]:
+    start, shapes = {}, []
+    callback = GradCovFreezeCallback(t0=4, k=0.7, granularity=granularity, hold=hold, order="random", seed=2)
+    module = cases.Regression(network(), lambda p: torch.optim.SGD(p, 0.02))
+    trainer = cases.trainer(
+        callbacks=[callback, Keep()], devices=2, strategy=DDPStrategy(**wrapper), use_distributed_sampler=False,
+        accumulate_grad_batches=accumulate, max_epochs=1,
+    )
+    data = cases.data(96, torch.float64)
+    sampler = DistributedSampler(data, num_replicas=2, rank=trainer.global_rank, shuffle=False)
+    trainer.fit(module, DataLoader(data, batch_size=4, sampler=sampler))
+
+    frozen = {n.removeprefix("network."): mask for n, mask in callback.frozen.items()}
+    promoted = callback.savings.without_backward
+    assert promoted or granularity != "tensor"
+    live = sum(int((~mask).sum()) for mask in frozen.values())
+    assert shapes == [live if hold == "compact" else sum(m.numel() for m in frozen.values())]
+    by_hand = network()
+    by_hand.load_state_dict({n.removeprefix("network."): p for n, p in start.items()})
+    x, y = data.tensors
+    size = 8 * accumulate  # of a step, over both ranks
+    for step in range(4, 96 // size):
+        rows = slice(size * step, size * (step + 1))
+        loss = nn.functional.mse_loss(by_hand(x[rows]), y[rows])
+        gradients = torch.autograd.grad(loss, list(by_hand.parameters()))
+        with torch.no_grad():
+            for (name, p), gradient in zip(by_hand.named_parameters(), gradients):
+                p -= 0.02 * gradient * ~frozen[name]
+    moved = 0
+    for name, p in by_hand.named_parameters():
+        ours = module.network.get_parameter(name).detach()
+        torch.testing.assert_close(ours, p.detach(), rtol=1e-10, atol=1e-12)
+        at_freeze = start["network." + name]
+        assert torch.equal(ours[frozen[name]], at_freeze[frozen[name]])
+        moved += int((ours != at_freeze).sum())
+    assert moved == live, (moved, live)
+    assert all(p.requires_grad for p in module.parameters())
+    print("agreed", flush=True)
+print(f"rank {trainer.global_rank} agrees", flush=True)
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_train_the_live_elements_as_one_process_does(tmp_path):
+    """Also what is wholly frozen: the reducer is told, and neither waits nor stumbles."""
+    script = tmp_path / "two_ranks.py"
+    script.write_text(TWO_RANKS)
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    for rank in (0, 1):
+        assert f"rank {rank} agrees" in done.stdout, done.stdout[-2000:] + done.stderr[-6000:]
+    assert done.stdout.count("agreed") == 2 * 22
