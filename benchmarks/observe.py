@@ -171,28 +171,40 @@ def measure(name: str, rounds: int, peers: bool) -> dict[str, float]:
     """Median ratio to the plain step, by way, NaN where it fails; "plain" is in milliseconds."""
     torch.manual_seed(0)
     _, make, data = MODELS[name]
-    model, batch = make(), data()
-    steps, ratios = {}, {}
-    for way, maker in makers(peers).items():
+    return alternated(built(makers(peers), make(), data(), name), rounds)
+
+
+def built(
+    makers: dict[str, Callable[[nn.Module, Batch], Any]], model: nn.Module, batch: Batch, name: str
+) -> dict[str, Any]:
+    """A step of every way, each with a copy of the model, past its first runs; None where it fails."""
+    steps: dict[str, Any] = {}
+    for way, maker in makers.items():
         try:
             steps[way] = maker(deepcopy(model).train(), batch)
             for _ in range(3):  # the first ones allocate, and compare
                 steps[way]()
         except Exception as error:
-            steps.pop(way, None)
-            ratios[way] = float("nan")
+            steps[way] = None
             print(f"{name}, {way}: {type(error).__name__}: {str(error).strip().splitlines()[0][:150]}", file=sys.stderr)
+    return steps
+
+
+def alternated(steps: dict[str, Callable[[], None] | None], rounds: int) -> dict[str, float]:
+    """Median ratio to the step "plain", by way, NaN where there is no step; "plain" is in milliseconds."""
     times: dict[str, list[float]] = {way: [] for way in steps}
     for _ in range(rounds):
         for way, step in steps.items():
-            if len(times[way]) >= 4 and sum(times[way][:4]) > 10 * sum(times["plain"][:4]):
+            if step is None or (len(times[way]) >= 4 and sum(times[way][:4]) > 10 * sum(times["plain"][:4])):
                 continue  # known well enough
             start = time.perf_counter()
             step()
             times[way].append(time.perf_counter() - start)
-    for way in steps:
-        ratios[way] = statistics.median(t / plain for t, plain in zip(times[way], times["plain"], strict=False))
-    return {way: ratios[way] for way in makers(peers)} | {"plain": 1000 * statistics.median(times["plain"])}
+    ratios = {
+        way: statistics.median([t / plain for t, plain in zip(times[way], times["plain"], strict=False)] or [math.nan])
+        for way in steps
+    }
+    return ratios | {"plain": 1000 * statistics.median(times["plain"])}
 
 
 class Watched(pl.LightningModule):
