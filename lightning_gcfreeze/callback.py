@@ -334,6 +334,8 @@ class GradCovFreezeCallback(_Callback):
         if batch_idx % trainer.accumulate_grad_batches == 0:
             run.samples.forget()  # Lightning zeroes the gradients here, also of a window that was broken off
             run.positions.clear()
+            if run.hold:
+                run.hold.begin_step()
         if isinstance(self._phase, Observing) and self._steps + 1 == self.t0:
             run.positions.listen()
         if isinstance(self._phase, Observing) and (self._due or self._steps == 0):
@@ -500,8 +502,8 @@ class GradCovFreezeCallback(_Callback):
             )
         if (dead := frozen.never_moved()) > 0.1 * run.k:
             rank_zero_warn(
-                f"{dead:,} of the {frozen.count:,} frozen elements never had a gradient in the"
-                f" {phase.observed} observed steps (constant inputs, dead units, unseen embedding rows, unused parameters)."
+                f"{dead:,} of the {frozen.count:,} frozen elements never had a gradient in the {phase.observed}"
+                " observed steps (constant inputs, dead units, unseen embedding rows, unused parameters)."
                 " They rank lowest, but have not converged; a larger `t0` or `exclude` tells them apart."
             )
         return frozen

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_gcfreeze import savings
 from lightning_gcfreeze._types import Named
-from lightning_gcfreeze.freezing import ELEMENTWISE, Compact, Promotion, Restore
+from lightning_gcfreeze.freezing import ELEMENTWISE, Compact, Promotion, Restore, blocks_worth_it
 
 How: TypeAlias = Literal["auto", "compact", "restore"]
 
@@ -44,27 +44,36 @@ class Hold:
     ) -> None:
         ddp = wrapper if isinstance(wrapper, DistributedDataParallel) else None
         before = savings.Footprint.of(optimizer)
+        on_device = {name: mask.to(parameters[name].device) for name, mask in frozen.items()}
+        blocks = blocks_worth_it(on_device, positions) if promote else {}
         self._compact, self._restore = None, None
         if how == "compact" or (how == "auto" and type(optimizer) in ELEMENTWISE):
-            self._compact = Compact(optimizer, parameters, frozen, early=ddp is None)
+            self._compact = Compact(optimizer, parameters, on_device, early=ddp is None, alone=blocks)
         else:
-            self._restore = Restore(parameters, frozen)
+            self._restore = Restore(parameters, on_device)
             if not resumed:
                 self._restore.clear_state_(optimizer)
+        self._taken = False
         self._promotion = None
         if promote:
             leaf = self._compact.leaf if self._compact and ddp is None else None
             waits = ddp is not None and not ddp.find_unused_parameters
-            self._promotion = Promotion(module, parameters, frozen, positions, leaf, waits)
+            self._promotion = Promotion(module, parameters, on_device, blocks, leaf, waits)
         self.savings = savings.of_freeze(
             frozen,
             positions,
-            self._promotion.blocks if self._promotion else {},
+            blocks,
             self._promotion.without_gradient if self._promotion else {},
             before,
             savings.Footprint.of(optimizer),
             (self._compact or self._restore).index_bytes,  # type: ignore[union-attr]
         )
+
+    def begin_step(self) -> None:
+        """Before the first batch of a step."""
+        if self._compact:
+            self._compact.drop_gradients_()
+            self._taken = False
 
     def begin_backward(self) -> None:
         """Before every backward pass."""
@@ -75,11 +84,14 @@ class Hold:
         """After the last backward pass of a step, before gradients are unscaled."""
         if self._compact:
             self._compact.take_gradients_()
+            self._taken = True
 
     def before_step(self) -> None:
         """Before gradients are clipped."""
         if self._restore:
             self._restore.mask_gradients_()
+        elif self._compact and not self._taken:  # the last batch of the step had no loss
+            self._compact.take_gradients_()
 
     def after_step(self) -> None:
         """Right after the optimizer's step."""

@@ -11,8 +11,8 @@ shapes, with zeros where frozen.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, optim
@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_gcfreeze._types import Named
-from lightning_gcfreeze.freezing.base import Live
+from lightning_gcfreeze.freezing.base import Places
 
 ELEMENTWISE: set[type[Optimizer]] = {
     optim.SGD, optim.Adam, optim.AdamW, optim.NAdam, optim.RAdam, optim.RMSprop, optim.Adagrad, optim.Adadelta,
@@ -30,39 +30,57 @@ ELEMENTWISE: set[type[Optimizer]] = {
 """Optimizers, by exact class, whose update of an element depends on that element's value, gradient and state alone.
 Another one that does is added before training: ``ELEMENTWISE.add(Lion)``."""
 
+SMALL = 2**14
+"""Parameters of at most so many elements travel together: copying them costs less than an operation for each."""
+
 State = dict[str, Any]
 
 
 class _Part:
-    """One parameter's live elements, and which piece of which vector they are; if none, of no vector."""
+    """The live elements of a parameter, or of several small ones together; and which piece of which vector they are."""
 
-    def __init__(self, parameter: Parameter, frozen: Tensor) -> None:
-        self.parameter = parameter
-        self.live = Live(frozen.to(parameter.device))
-        self.vector: _Vector | None = None
+    def __init__(self, parameters: list[Parameter], frozen: Sequence[Tensor]) -> None:
+        self.parameters: list[Tensor] = [*parameters]
+        masks = [mask.to(p.device) for p, mask in zip(parameters, frozen, strict=True)]
+        self.live = Places(~masks[0] if len(masks) == 1 else ~_joined(masks))
         self.piece = slice(0)
+        self._together = None  # several parameters, side by side
+        if len(parameters) > 1:
+            self._together = _joined(parameters).detach()
+            pieces = self._together.split([p.numel() for p in parameters])
+            self._pieces = [piece.view(p.shape) for p, piece in zip(parameters, pieces, strict=True)]
         self.leaf: Tensor | None = None  # the piece, as what a graph may use in place of the parameter
 
-    def taken(self, state: State) -> State:
-        """The parameter's optimizer state with live elements alone, flat."""
+    def take(self, tensors: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+        """The live elements of tensors shaped like the parameters, flat."""
+        return self.live.take(tensors[0] if self._together is None else _joined(tensors), out)
+
+    def put_(self, tensors: Sequence[Tensor], values: Tensor) -> None:
+        """Write flat values over the live elements."""
+        if self._together is None:
+            self.live.put_(tensors[0], values)
+        else:
+            torch.cat([tensor.reshape(-1) for tensor in tensors], out=self._together)
+            self.live.put_(self._together, values)
+            torch._foreach_copy_([*tensors], self._pieces)
+
+    def taken(self, states: Sequence[State]) -> State:
+        """The parameters' optimizer state with live elements alone, flat; what is not by element is the first one's."""
+        first = self.parameters[0]
         return {
-            key: self.live.take(value) if _by_element(value, self.parameter) else _copied(value)
-            for key, value in state.items()
+            key: self.take([state[key] for state in states]) if _by_element(value, first) else _copied(value)
+            for key, value in states[0].items()
         }
 
-    def piece_of(self, state: State, vector: Parameter) -> State:
-        """The same from the vector's state."""
-        return {key: value[self.piece] if _by_element(value, vector) else value for key, value in state.items()}
-
-    def filled_up(self, state: State, vector: Parameter) -> State:
-        """The parameter's state in its ordinary shape, from the vector's: zero where frozen."""
-        full = {}
+    def filled_up(self, state: State, vector: Parameter) -> list[State]:
+        """Each parameter's state in its ordinary shape, from the vector's: zero where frozen."""
+        full: list[State] = [{} for _ in self.parameters]
         for key, value in state.items():
             if _by_element(value, vector):
-                full[key] = torch.zeros_like(self.parameter, dtype=value.dtype, requires_grad=False)
-                self.live.put_(full[key], value[self.piece])
-            else:
-                full[key] = _copied(value)
+                tensors = [torch.zeros_like(p, dtype=value.dtype, requires_grad=False) for p in self.parameters]
+                self.put_(tensors, value[self.piece])
+            for i, of_p in enumerate(full):
+                of_p[key] = tensors[i] if _by_element(value, vector) else _copied(value)
         return full
 
 
@@ -73,14 +91,16 @@ class _Vector:
         self.parts = parts
         start = 0
         for part in parts:
-            part.vector, part.piece = self, slice(start, start + len(part.live))
+            part.piece = slice(start, start + len(part.live))
             start = part.piece.stop
-        self.parameter = Parameter(torch.cat([part.live.take(part.parameter) for part in parts]))
+        self.parameter = Parameter(torch.cat([part.take(part.parameters) for part in parts]).detach())
+        self._gradient = torch.empty_like(self.parameter, requires_grad=False)  # stays in memory from step to step
+        self.slots = {part: self._gradient[part.piece] for part in parts}
+        self.values = {part: self.parameter.detach()[part.piece] for part in parts}
+        self.filled: set[_Part] = set()  # whose gradients have come
         for part in parts:
             if part.leaf is not None:
                 part.leaf = self.leaf(part)
-        self.filled: set[_Part] = set()  # whose gradients have come
-        self._gradient: Tensor | None = None  # stays in memory from step to step
 
     def leaf(self, part: _Part) -> Tensor:
         """A piece of the vector whose gradient, wherever it comes from, becomes the vector's."""
@@ -88,33 +108,33 @@ class _Vector:
         leaf.register_post_accumulate_grad_hook(lambda leaf: self._take_from(part, leaf))
         return leaf
 
-    def add(self, part: _Part, gradient: Tensor) -> None:
-        """Take over a gradient's live elements; of several before a step, their sum.
-
-        Args:
-            gradient: shaped like the parameter, or flat and live alone.
-        """
+    def slot(self, part: _Part) -> tuple[Tensor, bool]:
+        """Where a part's gradient belongs, and whether there is one already: then both are to be added up."""
         if self.parameter.grad is None:  # `zero_grad` has set it to None
-            if self._gradient is None:
-                self._gradient = torch.empty_like(self.parameter)
             self.parameter.grad = self._gradient.detach()
             self.filled.clear()
-        piece = self.parameter.grad[part.piece]
-        if gradient.is_sparse:
-            gradient = gradient.to_dense()
-        is_live_alone = gradient.shape == piece.shape  # a parameter with as many elements is wholly live
-        if part in self.filled:
-            piece += gradient if is_live_alone else part.live.take(gradient)
-        elif is_live_alone:
-            piece.copy_(gradient)
-        else:
-            part.live.take(gradient, piece)
+        was_filled = part in self.filled
         self.filled.add(part)
+        return self.slots[part], was_filled
+
+    def take(self, part: _Part) -> None:
+        """Take over the live elements of the parameters' gradients; of several passes before a step, the sum."""
+        gradients = [cast("Tensor", p.grad) for p in part.parameters]
+        if any(gradient.is_sparse for gradient in gradients):
+            gradients = [gradient.to_dense() for gradient in gradients]
+        slot, was_filled = self.slot(part)
+        if was_filled:
+            slot += part.take(gradients)
+        else:
+            part.take(gradients, slot)
 
     def _take_from(self, part: _Part, leaf: Tensor) -> None:
-        gradient, leaf.grad = leaf.grad, None
-        if gradient is not None:
-            self.add(part, gradient)
+        gradient, leaf.grad = cast("Tensor", leaf.grad), None
+        slot, was_filled = self.slot(part)
+        if was_filled:
+            slot += gradient
+        else:
+            slot.copy_(gradient)
 
 
 class Compact:
@@ -124,60 +144,75 @@ class Compact:
         optimizer: of a class in `ELEMENTWISE`; changed in place, and put back by `release`.
         parameters: the parameters, by name.
         frozen: ``{name: bool (*p.shape)}``, True = held constant; the names are among those of `parameters`.
-        early: take each parameter's gradient, and let go of it, as soon as a backward pass has it. Not with DDP,
-            which averages it later; then `take_gradients_` does it.
+        early: take each parameter's gradient, and let go of it, as soon as a backward pass has it, but for small ones.
+            Not with DDP, which averages it later; then `take_gradients_` does it.
+        alone: names of those whose `leaf` will be asked for.
     """
 
     def __init__(
-        self, optimizer: Optimizer, parameters: Mapping[str, Parameter], frozen: Named, early: bool = True
+        self,
+        optimizer: Optimizer,
+        parameters: Mapping[str, Parameter],
+        frozen: Named,
+        early: bool = True,
+        alone: Collection[str] = (),
     ) -> None:
         self._optimizer = optimizer
-        self._early = early
-        self._parts = {parameters[name]: _Part(parameters[name], mask) for name, mask in frozen.items() if mask.any()}
+        self._frozen = {parameters[name]: mask for name, mask in frozen.items() if mask.any()}
         self._names = {name: parameters[name] for name in frozen}
-        self._left: dict[Parameter, State] = {}  # the state of those that are not in the optimizer
+        self._alone = {p for name, p in self._names.items() if name in alone or p.numel() > SMALL}
+        self._left: dict[Parameter, State] = {}  # the state of those that are wholly frozen
         self._compact()
+        self.drop_gradients_()
+        by_themselves = [p for p in self._frozen if early and (p in self._alone or p in self._left) and p.requires_grad]
         self._handles: list[RemovableHandle] = [
             optimizer.register_state_dict_post_hook(self._in_full),
             optimizer.register_load_state_dict_pre_hook(lambda optimizer, state_dict: self._expand()),
             optimizer.register_load_state_dict_post_hook(lambda optimizer: self._compact()),
+            *(p.register_post_accumulate_grad_hook(self._arrived) for p in by_themselves),
         ]
-        if early:
-            self._handles += [
-                p.register_post_accumulate_grad_hook(self._take_gradient) for p in self._parts if p.requires_grad
-            ]
 
     @property
     def index_bytes(self) -> int:
         """What knowing the live elements takes."""
-        return sum(part.live.index.nbytes for part in self._parts.values())
+        return sum(part.live.index.nbytes for vector in self._vectors for part in vector.parts)
 
     def leaf(self, name: str) -> Tensor:
-        """What a graph may use in place of a partly frozen parameter: its live elements, flat, (number of them,)."""
-        part = self._parts[self._names[name]]
+        """What a graph may use in place of a parameter of `alone`: its live elements, flat, (number of them,)."""
+        vector, part = self._places[self._names[name]]
         if part.leaf is None:
-            assert part.vector is not None
-            part.leaf = part.vector.leaf(part)
+            part.leaf = vector.leaf(part)
         return part.leaf
 
     @torch.no_grad()
     def take_gradients_(self) -> None:
-        """Complete the live elements' gradient. Once a step, after the last backward pass and before unscaling."""
-        if not self._early:
-            for p in self._parts:
-                self._take_gradient(p)
-        if self._nothing is not None:  # a loss scaler wants to see some gradient
-            self._nothing.grad = torch.empty_like(self._nothing)
-        for vector in [*self._vectors()]:
+        """Complete the live elements' gradient. After the last backward pass of a step, and before unscaling."""
+        for vector in self._vectors:
+            for part in vector.parts:
+                there = sum(p.grad is not None for p in part.parameters)
+                if there == len(part.parameters):
+                    vector.take(part)
+                elif there:
+                    return self._part_company()
+        self.drop_gradients_()
+        for vector in self._vectors[:]:
             if vector.parameter.grad is not None and len(vector.filled) < len(vector.parts):
                 self._split(vector)
+        if self._nothing is not None:  # a loss scaler wants to see some gradient
+            self._nothing.grad = torch.empty_like(self._nothing)
+        return None
+
+    def drop_gradients_(self) -> None:
+        """Let go of gradients that were not taken: `zero_grad` does not know these parameters."""
+        for p in self._frozen:
+            p.grad = None
 
     @torch.no_grad()
     def restore_(self) -> None:
         """Scatter the live elements to the parameters. Right after each step of the optimizer."""
-        for vector in self._vectors():
+        for vector in self._vectors:
             for part in vector.parts:
-                part.live.put_(part.parameter, vector.parameter[part.piece])
+                part.put_(part.parameters, vector.values[part])
 
     def release(self) -> None:
         """Give the optimizer its parameters back, with a state of the ordinary shape."""
@@ -185,71 +220,74 @@ class Compact:
             handle.remove()
         self._expand()
 
-    def _vectors(self) -> Iterator[_Vector]:
-        return iter({part.vector: None for part in self._parts.values() if part.vector is not None})
-
-    def _take_gradient(self, p: Tensor) -> None:
-        gradient, p.grad = p.grad, None
-        part = self._parts[p]  # type: ignore[index]
-        if gradient is not None and part.vector is not None:
-            part.vector.add(part, gradient)
+    def _arrived(self, p: Tensor) -> None:
+        """A backward pass is done with a parameter's gradient."""
+        if p in self._places:
+            vector, part = self._places[p]
+            vector.take(part)
+        p.grad = None
 
     @torch.no_grad()
     def _compact(self) -> None:
         """Put vectors in the place of what is partly frozen, and leave out what is wholly frozen."""
-        for p in self._parts:
-            p.grad = None  # `zero_grad` does not know it any more
-        self._members = [list(group["params"]) for group in self._optimizer.param_groups]
-        self._member_names = [group.get("param_names") for group in self._optimizer.param_groups]
-        for group in self._optimizer.param_groups:
-            alike: dict[Any, list[_Part]] = {}
+        groups = self._optimizer.param_groups
+        self._members = [list(group["params"]) for group in groups]
+        self._member_names = [group.get("param_names") for group in groups]
+        self._vectors: list[_Vector] = []
+        self._places: dict[Tensor, tuple[_Vector, _Part]] = {}  # of what is partly frozen
+        for group in groups:
+            alike: dict[Any, list[Parameter]] = {}
             for p in group["params"]:
-                part = self._parts.get(p)
-                if part is not None and len(part.live):
-                    alike.setdefault(self._kind(p), []).append(part)
-                elif part is not None:
+                if p in self._frozen and self._frozen[p].all():
                     self._left[p] = {
                         key: value.new_zeros(()).expand_as(value) if _by_element(value, p) else value
                         for key, value in self._optimizer.state.pop(p, {}).items()
                     }
+                elif p in self._frozen:
+                    alike.setdefault(self._kind(p), []).append(p)
             vectors = []
-            for parts in alike.values():
-                states = [part.taken(self._optimizer.state.pop(part.parameter, {})) for part in parts]
+            for partly in alike.values():
+                together = [p for p in partly if p not in self._alone]
+                bundles = [[p] for p in partly if p in self._alone] + ([together] if together else [])
+                parts = [_Part(ps, [self._frozen[p] for p in ps]) for ps in bundles]
+                parts.sort(key=lambda part: len(part.live) % 16)  # so that rows lie in memory as they like it
+                states = [part.taken([self._optimizer.state.pop(p, {}) for p in part.parameters]) for part in parts]
                 vectors.append(self._make(parts, states))
-            self._replace(group, [p for p in group["params"] if p not in self._parts] + vectors)
+            self._replace(group, [p for p in group["params"] if p not in self._frozen] + vectors)
         self._nothing = None
-        if not any(group["params"] for group in self._optimizer.param_groups):
-            p = next(iter(self._parts))
+        if not any(group["params"] for group in groups):
+            p = next(iter(self._frozen))
             self._nothing = Parameter(torch.empty(0, dtype=p.dtype, device=p.device))
-            self._replace(self._optimizer.param_groups[0], [self._nothing])
+            self._replace(groups[0], [self._nothing])
 
     @torch.no_grad()
     def _expand(self) -> None:
         """The inverse."""
+        full = self._full_states()
+        for vector in self._vectors:
+            self._optimizer.state.pop(vector.parameter, None)
+        if self._nothing is not None:
+            self._optimizer.state.pop(self._nothing, None)
+        self._optimizer.state.update(full)
         for group, members, names in zip(self._optimizer.param_groups, self._members, self._member_names, strict=False):
-            for p in members:
-                if p in self._parts:
-                    self._optimizer.state[p] = self._full_state(p)
             group["params"][:] = members
             if names is not None:
                 group["param_names"] = names
-        for vector in self._vectors():
-            self._optimizer.state.pop(vector.parameter, None)
-        for part in self._parts.values():
-            part.vector = None
-        if self._nothing is not None:
-            self._optimizer.state.pop(self._nothing, None)
 
-    def _full_state(self, p: Parameter) -> State:
-        part = self._parts[p]
-        if part.vector is not None:
-            return part.filled_up(self._optimizer.state.get(part.vector.parameter, {}), part.vector.parameter)
-        return {
-            key: torch.zeros_like(p, dtype=value.dtype, requires_grad=False)
-            if _by_element(value, p)
-            else _copied(value)
-            for key, value in self._left[p].items()
+    def _full_states(self) -> dict[Tensor, State]:
+        """The states in their ordinary shape of all that is not in the optimizer itself."""
+        full: dict[Tensor, State] = {
+            p: {
+                key: torch.zeros_like(p, dtype=value.dtype, requires_grad=False) if _by_element(value, p) else value
+                for key, value in state.items()
+            }
+            for p, state in self._left.items()
         }
+        for vector in self._vectors:
+            state = self._optimizer.state.get(vector.parameter, {})
+            for part in vector.parts:
+                full |= zip(part.parameters, part.filled_up(state, vector.parameter), strict=True)
+        return full
 
     def _kind(self, p: Parameter) -> tuple[Any, ...]:
         """What makes two parameters of a group alike: Adam, for instance, counts the steps with a gradient."""
@@ -261,28 +299,52 @@ class Compact:
 
     def _make(self, parts: Sequence[_Part], states: Sequence[State]) -> Parameter:
         """A vector with its state, from the flat states of its parts; what is not by element is the first one's."""
-        vector = _Vector(parts).parameter
+        vector = _Vector(parts)
+        self._vectors.append(vector)
+        self._places |= {p: (vector, part) for part in parts for p in part.parameters}
         if states[0]:
-            self._optimizer.state[vector] = {
+            self._optimizer.state[vector.parameter] = {
                 key: torch.cat([state[key] for state in states])
                 if isinstance(value, Tensor) and value.dim()
                 else _copied(value)
                 for key, value in states[0].items()
             }
-        return vector
+        return vector.parameter
+
+    def _part_company(self) -> None:
+        """Small parameters travel alone from now on, since of some that were together a few have no gradient."""
+        taken = [
+            (part.parameters[0], vector.slots[part])
+            for vector in self._vectors
+            for part in (vector.filled if vector.parameter.grad is not None else ())
+            if part.parameters[0].grad is None  # else it is taken once more
+        ]
+        self._alone = set(self._frozen)
+        self._expand()
+        self._compact()
+        for p, gradient in taken:
+            vector, part = self._places[p]
+            vector.slot(part)[0].copy_(gradient)
+        self.take_gradients_()
 
     def _split(self, vector: _Vector) -> None:
         """Part those that have a gradient from those that have none: in this step the optimizer leaves these alone."""
         old = vector.parameter
-        state, gradient = self._optimizer.state.pop(old, {}), old.grad
-        assert gradient is not None
-        with_gradient = [part for part in vector.parts if part in vector.filled]
-        without = [part for part in vector.parts if part not in vector.filled]
-        pieces = {part: (part.piece_of(state, old), gradient[part.piece]) for part in vector.parts}
-        made = [self._make(parts, [pieces[part][0] for part in parts]) for parts in (with_gradient, without)]
-        for part in with_gradient:
-            assert part.vector is not None
-            part.vector.add(part, pieces[part][1])
+        state = self._optimizer.state.pop(old, {})
+        pieces = {
+            part: (
+                {key: value[part.piece] if _by_element(value, old) else value for key, value in state.items()},
+                vector.slots[part],
+            )
+            for part in vector.parts
+        }
+        self._vectors.remove(vector)
+        made = []
+        for filled in (True, False):
+            parts = [part for part in vector.parts if (part in vector.filled) is filled]
+            made.append(self._make(parts, [pieces[part][0] for part in parts]))
+            for part in parts if filled else ():
+                self._vectors[-1].slot(part)[0].copy_(pieces[part][1])
         for group in self._optimizer.param_groups:
             if any(p is old for p in group["params"]):
                 self._replace(group, [p for p in group["params"] if p is not old] + made)
@@ -295,6 +357,7 @@ class Compact:
 
     def _in_full(self, optimizer: Optimizer, packed: dict[str, Any]) -> dict[str, Any]:
         """A `state_dict` as it would be of the parameters themselves."""
+        full = self._full_states()
         state = {key: value for key, value in packed["state"].items() if not isinstance(key, int)}
         groups, index = [], 0
         members = [*self._members, *(group["params"] for group in optimizer.param_groups[len(self._members) :])]
@@ -302,8 +365,7 @@ class Compact:
             packed["param_groups"], members, itertools.chain(self._member_names, itertools.repeat(None)), strict=False
         ):
             for p in params:
-                of_p = self._full_state(p) if p in self._parts else optimizer.state.get(p, {})
-                if of_p:
+                if of_p := full.get(p) or optimizer.state.get(p, {}):
                     state[index] = of_p
                 index += 1
             own = {"params": list(range(index - len(params), index))}
@@ -314,6 +376,10 @@ class Compact:
 def _by_element(value: Any, parameter: Tensor) -> bool:
     """Whether an entry of the optimizer's state has a number for each element, unlike Adam's count of steps."""
     return isinstance(value, Tensor) and value.dim() > 0 and value.shape == parameter.shape
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
 def _copied(value: Any) -> Any:

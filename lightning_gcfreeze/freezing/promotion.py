@@ -139,6 +139,18 @@ class Block:
         return full
 
 
+def blocks_worth_it(frozen: Named, positions: Mapping[str, int]) -> dict[str, Block]:
+    """The blocks of partly frozen weights that save `WORTH` multiply-adds in each backward pass.
+
+    Args:
+        frozen: ``{name: bool (*p.shape)}``, True = held constant.
+        positions: what `Positions` counted; weights without a count have no block.
+    """
+    partly = {name: mask for name, mask in frozen.items() if name in positions and mask.any() and not mask.all()}
+    blocks = {name: Block(mask) for name, mask in partly.items()}
+    return {name: b for name, b in blocks.items() if positions[name] * (partly[name].numel() - b.numel) >= WORTH}
+
+
 class _WeightGradient(torch.autograd.Function):
     """Leaves a layer's output as it is, and makes the gradient of its weight, which the layer itself took for granted.
 
@@ -222,7 +234,7 @@ class Promotion:
         module: the module that is trained.
         parameters: of it, by name.
         frozen: ``{name: bool (*p.shape)}``, True = held constant.
-        positions: what `Positions` counted; weights without a count get no block.
+        blocks: by name of a weight, the part of its gradient that is to be computed; see `blocks_worth_it`.
         leaf: name of a weight -> its live elements, flat, in whose ``grad`` those of its gradient are wanted; None:
             they are wanted in the weight's own ``grad``, in their places.
         reducer_waits: DistributedDataParallel expects to hear of every parameter in every backward pass.
@@ -233,22 +245,15 @@ class Promotion:
         module: nn.Module,
         parameters: Mapping[str, Parameter],
         frozen: Named,
-        positions: Mapping[str, int],
+        blocks: Mapping[str, Block],
         leaf: Callable[[str], Tensor] | None = None,
         reducer_waits: bool = False,
     ) -> None:
-        self.blocks: dict[str, Block] = {}
         self._handles: list[RemovableHandle] = []
         self._stop_gradients({n: parameters[n] for n, mask in frozen.items() if mask.all()}, module, reducer_waits)
         layers = [layer for layer in rules.uncompiled(module) if _has_block(layer)]
-        for name, mask in frozen.items():
-            if name not in positions or not mask.any() or mask.all():
-                continue
+        for name, block in blocks.items():
             weight = parameters[name]
-            block = Block(mask.to(weight.device))
-            if positions[name] * (mask.numel() - block.numel) < WORTH:
-                continue
-            self.blocks[name] = block
             target = (lambda weight=weight: weight) if leaf is None else functools.partial(leaf, name)
             for layer in layers:
                 if layer._parameters["weight"] is weight:

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lightning_gcfreeze._types import Named
-from lightning_gcfreeze.freezing.base import flat
+from lightning_gcfreeze.freezing.base import Places
 
 
 class Restore:
@@ -25,36 +25,33 @@ class Restore:
     """
 
     def __init__(self, parameters: Mapping[str, Parameter], frozen: Named) -> None:
-        self._held: list[tuple[Parameter, Tensor, Tensor]] = []
+        self._held: list[tuple[Parameter, Places, Tensor]] = []
         for name, mask in frozen.items():
-            p = parameters[name]
-            index = mask.to(p.device).flatten().nonzero().squeeze(1)
-            if index.numel():
-                self._held.append((p, index, p.detach().reshape(-1)[index]))
+            p, places = parameters[name], Places(mask.to(parameters[name].device))
+            if len(places):
+                self._held.append((p, places, places.take(p.detach())))
 
     @property
     def index_bytes(self) -> int:
         """What knowing the frozen elements and their values takes."""
-        return sum(index.nbytes + values.nbytes for _, index, values in self._held)
+        return sum(places.index.nbytes + values.nbytes for _, places, values in self._held)
 
     @torch.no_grad()
     def mask_gradients_(self) -> None:
         """Zero the gradients of the frozen elements; a NaN among them becomes 0, too."""
-        for p, index, _ in self._held:
+        for p, places, _ in self._held:
             if p.grad is None:
                 continue
             if p.grad.is_sparse:
-                p.grad = _mask_sparse(p.grad, index)
+                p.grad = _mask_sparse(p.grad, places)
             else:
-                with flat(p.grad) as elements:
-                    elements.index_fill_(0, index, 0.0)
+                places.fill_(p.grad, 0.0)
 
     @torch.no_grad()
     def restore_(self) -> None:
         """Put the frozen values back, bit by bit."""
-        for p, index, values in self._held:
-            with flat(p) as elements:
-                elements.index_copy_(0, index, values)
+        for p, places, values in self._held:
+            places.put_(p, values)
 
     @torch.no_grad()
     def clear_state_(self, optimizer: Optimizer) -> None:
@@ -62,17 +59,16 @@ class Restore:
 
         Per-element state has its parameter's shape; scalars such as Adam's step are left alone.
         """
-        for p, index, _ in self._held:
+        for p, places, _ in self._held:
             for value in optimizer.state.get(p, {}).values():
                 if isinstance(value, Tensor) and value.dim() and value.shape == p.shape:
-                    with flat(value) as elements:
-                        elements.index_fill_(0, index, 0)
+                    places.fill_(value, 0)
 
 
-def _mask_sparse(grad: Tensor, index: Tensor) -> Tensor:
-    """A sparse gradient whose elements at the flat, dense positions `index` are zero."""
+def _mask_sparse(grad: Tensor, frozen: Places) -> Tensor:
+    """A sparse gradient that is zero at the frozen places of its dense shape."""
     grad = grad.coalesce()
     live = torch.ones(grad.shape, dtype=torch.bool, device=grad.device)
-    live.view(-1)[index] = False
+    frozen.fill_(live, False)
     grad.values().masked_fill_(~live[tuple(grad.indices())], 0.0)  # the values are a view
     return grad

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_gcfreeze.freezing import Compact, Positions, Promotion, promotion
+from lightning_gcfreeze.freezing import Compact, Positions, Promotion, blocks_worth_it, promotion
 
 
 @pytest.fixture(autouse=True)
@@ -53,8 +53,11 @@ def promoted(module, frozen, x, compact=True):
     parameters = dict(module.named_parameters())
     positions = counted(module, parameters, lambda: module(x).sum().backward())
     module.zero_grad()
-    holder = Compact(torch.optim.SGD(module.parameters(), 0.1), parameters, frozen) if compact else None
-    return holder, Promotion(module, parameters, frozen, positions, holder.leaf if holder else None)
+    blocks = blocks_worth_it(frozen, positions)
+    assert blocks
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    holder = Compact(optimizer, parameters, frozen, alone=blocks) if compact else None
+    return holder, Promotion(module, parameters, frozen, blocks, holder.leaf if holder else None)
 
 
 def plain_gradients(module, x, loss):
@@ -81,8 +84,7 @@ def test_live_elements_have_their_gradient(name, kind, compact):
     loss = lambda y: (y * torch.arange(y.numel(), dtype=y.dtype).view_as(y)).sum()  # noqa: E731
     expected = plain_gradients(module, x, loss)
     by_x = torch.autograd.grad(loss(module(x)), x)[0]
-    holder, promotion_ = promoted(module, frozen, x.detach(), compact)
-    assert set(promotion_.blocks) == {"1.weight"}
+    holder, _ = promoted(module, frozen, x.detach(), compact)
     for _ in range(2):
         loss(module(x)).backward()
     live = ~frozen["1.weight"]
@@ -179,8 +181,7 @@ def test_a_layer_that_is_called_twice_and_a_weight_that_two_layers_share():
     module, x = Shared(), torch.randn(3, 4, dtype=torch.float64)
     expected = plain_gradients(module, x, torch.sum)["first.weight"]
     frozen = {"first.weight": torch.tensor([[True] * 4, [False] * 4, [True] * 4, [False, True, False, False]])}
-    holder, promotion_ = promoted(module, frozen, x)
-    assert promotion_.blocks
+    holder, _ = promoted(module, frozen, x)
     module(x).sum().backward()
     holder.take_gradients_()
     (vector,) = holder._optimizer.param_groups[0]["params"]
@@ -203,8 +204,7 @@ def test_under_autocast_and_activation_checkpointing(around):
     expected = torch.autograd.grad(run().float().square().sum(), list(module.parameters()))[2]
     frozen = {"2.weight": torch.zeros(5, 8, dtype=torch.bool)}
     frozen["2.weight"][[1, 2]] = True
-    holder, promotion_ = promoted(module, frozen, x)
-    assert promotion_.blocks
+    holder, _ = promoted(module, frozen, x)
     run().float().square().sum().backward()
     holder.take_gradients_()
     found = [p for p in holder._optimizer.param_groups[0]["params"] if p.numel() == 24]
@@ -285,9 +285,9 @@ def test_small_blocks_and_unknown_layers_are_left_alone(monkeypatch):
     positions = counted(module, parameters, lambda: module(x).sum().backward())
     assert positions == {"4.weight": 8}
     monkeypatch.setattr(promotion, "WORTH", 8 * 8)
-    assert Promotion(module, parameters, frozen, positions).blocks.keys() == {"4.weight"}
+    assert blocks_worth_it(frozen, positions).keys() == {"4.weight"}
     monkeypatch.setattr(promotion, "WORTH", 8 * 8 + 1)
-    assert not Promotion(module, parameters, frozen, positions).blocks
+    assert not blocks_worth_it(frozen, positions)
 
 
 def test_copies_with_other_weights_are_ordinary_modules():
