@@ -61,12 +61,13 @@ def uncompiled(module: nn.Module) -> list[nn.Module]:
 
 
 def has_compiled(module: nn.Module) -> bool:
-    """Whether `torch.compile` runs any of it; Lightning keeps the compiled steps of a LightningModule apart."""
-    return getattr(module, "_compiler_ctx", None) is not None or any(map(_is_compiled, module.modules()))
+    """Whether `torch.compile` runs any of it."""
+    return any(map(_is_compiled, module.modules()))
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    return isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None
+    of_lightning = getattr(module, "_compiler_ctx", None) is not None  # a LightningModule whose steps are compiled
+    return of_lightning or isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None
 
 
 def takes(layer: nn.Module, x: Tensor) -> bool:

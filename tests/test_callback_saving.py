@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -313,14 +314,20 @@ def test_all_or_nothing(k, scaled):
         assert all(torch.equal(before[n], after[n]) == (k == 1.0) for n in ("network.5.weight", "network.7.weight"))
 
 
-def test_a_compiled_module_trains_on():
-    """Its wholly frozen tensors cost nothing any more; held is what has to be held."""
-    callback = GradCovFreezeCallback(t0=4, k=0.9, granularity="tensor")
-    module = cases.Regression(torch.compile(network(), backend="aot_eager"), adamw)
+@pytest.mark.parametrize("granularity", ["row", "tensor"])
+@pytest.mark.parametrize("whole", [True, False], ids=["LightningModule", "network"])
+def test_what_is_compiled_trains_on(granularity, whole):
+    """Wholly frozen tensors cost nothing any more; layers get no hooks, which would have them compiled step by step."""
+    torch.compiler.reset()
+    callback = GradCovFreezeCallback(t0=4, k=0.9, granularity=granularity)
+    compiled = partial(torch.compile, backend="aot_eager")
+    module = cases.Regression(network() if whole else compiled(network()), adamw)
     witness = Witness(callback)
-    cases.trainer(callbacks=[witness, callback], max_epochs=3).fit(module, cases.ResumableLoader())
+    trainer = cases.trainer(callbacks=[witness, callback], max_epochs=3)
+    trainer.fit(compiled(module) if whole else module, cases.ResumableLoader())
     witness.check()
     assert callback.savings.without_backward
+    assert callback.savings.weight_gradient_flops_skipped == 0  # none was counted
     torch.compiler.reset()
 
 

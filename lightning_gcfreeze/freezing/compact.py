@@ -44,25 +44,27 @@ class _Part:
         masks = [mask.to(p.device) for p, mask in zip(parameters, frozen, strict=True)]
         self.live = Places(~masks[0] if len(masks) == 1 else ~_joined(masks))
         self.piece = slice(0)
-        self._together = None  # several parameters, side by side
-        if len(parameters) > 1:
-            self._together = _joined(parameters).detach()
-            pieces = self._together.split([p.numel() for p in parameters])
-            self._pieces = [piece.view(p.shape) for p, piece in zip(parameters, pieces, strict=True)]
+        self._memory: dict[torch.dtype, tuple[Tensor, list[Tensor]]] = {}  # to join several in, with a view for each
         self.leaf: Tensor | None = None  # the piece, as what a graph may use in place of the parameter
 
     def take(self, tensors: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
         """The live elements of tensors shaped like the parameters, flat."""
-        return self.live.take(tensors[0] if self._together is None else _joined(tensors), out)
+        return self.live.take(tensors[0] if len(tensors) == 1 else _joined(tensors), out)
 
     def put_(self, tensors: Sequence[Tensor], values: Tensor) -> None:
         """Write flat values over the live elements."""
-        if self._together is None:
+        if len(tensors) == 1:
             self.live.put_(tensors[0], values)
-        else:
-            torch.cat([tensor.reshape(-1) for tensor in tensors], out=self._together)
-            self.live.put_(self._together, values)
-            torch._foreach_copy_([*tensors], self._pieces)
+            return
+        if values.dtype not in self._memory:
+            together = _joined(tensors).detach()
+            pieces = together.split([tensor.numel() for tensor in tensors])
+            views = [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
+            self._memory[values.dtype] = together, views
+        together, views = self._memory[values.dtype]
+        torch.cat([tensor.reshape(-1) for tensor in tensors], out=together)
+        self.live.put_(together, values)
+        torch._foreach_copy_([*tensors], views)
 
     def taken(self, states: Sequence[State]) -> State:
         """The parameters' optimizer state with live elements alone, flat; what is not by element is the first one's."""

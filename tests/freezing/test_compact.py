@@ -295,34 +295,42 @@ def test_groups_may_be_added_later():
     assert optimizer.param_groups[1]["params"] == [more]
 
 
-def test_an_optimizer_that_a_user_vouches_for():
-    """A class of one's own, once it is in `ELEMENTWISE`, is compacted like torch's."""
+def test_an_optimizer_of_ones_own_with_wider_state():
+    """Any class whose update goes element by element, and state in another dtype than its parameters'."""
 
     class Lion(Optimizer):
-        def __init__(self, params, lr=0.1):
+        def __init__(self, params, lr=0.125):
             super().__init__(params, {"lr": lr})
 
         @torch.no_grad()
         def step(self, closure=None):
             for group in self.param_groups:
                 for p in group["params"]:
-                    momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    momentum = self.state[p].setdefault("momentum", torch.zeros_like(p, dtype=torch.float32))
                     p.sub_((0.9 * momentum + 0.1 * p.grad).sign(), alpha=group["lr"])
-                    momentum.lerp_(p.grad, 0.01)
+                    momentum.lerp_(p.grad.float(), 0.01)
 
-    p = Parameter(torch.ones(4))
-    optimizer = Lion([p])
-    frozen = torch.tensor([True, False, False, True])
-    for after in range(4):
+    parameters = {"p": Parameter(torch.ones(4).bfloat16()), "q": Parameter(torch.ones(2, 2).bfloat16())}
+    slopes = {"p": torch.tensor([1.0, -1.0, 1.0, 1.0]), "q": torch.tensor([[1.0, 1.0], [-1.0, 1.0]])}
+    frozen = {"p": torch.tensor([True, False, False, True]), "q": torch.tensor([[True, False], [False, True]])}
+    optimizer = Lion(parameters.values())
+
+    def run(before=lambda: None, after=lambda: None):
         optimizer.zero_grad()
-        (p * torch.tensor([1.0, -1.0, 1.0, 1.0])).sum().backward()
-        if after == 2:
-            before = p.detach().clone()
-            holder = Compact(optimizer, {"p": p}, {"p": frozen}, early=False)
-            p.grad = torch.tensor([1.0, -1.0, 1.0, 1.0])
-        if after >= 2:
-            holder.take_gradients_()
+        for name, p in parameters.items():
+            p.grad = slopes[name].bfloat16()
+        before()
         optimizer.step()
-        if after >= 2:
-            holder.restore_()
-    torch.testing.assert_close(p.detach() - before, torch.tensor([0.0, 0.2, -0.2, 0.0]))
+        after()
+
+    run()
+    holder = Compact(optimizer, parameters, frozen, early=False)
+    run(holder.take_gradients_, holder.restore_)
+    assert parameters["p"].tolist() == [0.875, 1.25, 0.75, 0.875]
+    assert parameters["q"].tolist() == [[0.875, 0.75], [1.25, 0.875]]
+    saved = optimizer.state_dict()["state"]
+    assert {i: (s["momentum"].dtype, s["momentum"].shape) for i, s in saved.items()} == {
+        0: (torch.float32, (4,)),
+        1: (torch.float32, (2, 2)),
+    }
+    torch.testing.assert_close(saved[1]["momentum"], torch.tensor([[0.0, 0.0199], [-0.0199, 0.0]]))
