@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -395,3 +396,33 @@ def test_a_delta_makes_of_the_weights_of_t0_those_at_the_end(tmp_path, granulari
     cases.assert_identical(dict(base.state_dict()), dict(module.state_dict()))
     with pytest.raises(RuntimeError, match="callback is a copy and knows no module"):
         copy.deepcopy(callback).delta()
+
+
+@pytest.mark.parametrize("without", [{0}, {1}, {0, 1}], ids=str)
+def test_batches_without_a_loss_within_a_step(without):
+    """Of two micro-batches the first, the last or both give no loss: what there is counts, and nothing is left over."""
+
+    class Some(cases.Regression):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            skipped = batch_idx % 2 in without and batch_idx % 4 >= 2 and callback.phase == "frozen"
+            return None if skipped else super().training_step(batch, batch_idx)
+
+    ends = []
+    for hold in HOLDS:
+        callback = GradCovFreezeCallback(t0=2, k=0.5, hold=hold, promote=False)
+        module = Some(network(), OPTIMIZERS["SGD momentum"])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*returned `None`")
+            cases.trainer(callbacks=[callback], max_epochs=1, accumulate_grad_batches=2).fit(module, cases.loader(4))
+        ends.append(dict(module.state_dict()))
+    for name, value in ends[0].items():
+        torch.testing.assert_close(value, ends[1][name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_that_is_taken_again_is_counted_once():
+    """A loss scaler leaves out the first attempts at step t0."""
+    callback = GradCovFreezeCallback(t0=1, k=0.5, granularity="row")
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    fit(adamw, callback, plugins=[MixedPrecision("16-mixed", "cpu", scaler=scaler)], max_epochs=8)
+    assert scaler.get_scale() < 2.0**39
+    assert callback.savings.parameters["network.5.weight"].flops == 2 * 8 * 180

@@ -206,7 +206,7 @@ class _Shortened:
 
     def after(self, layer: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
         constant, self._constant = self._constant, None
-        if constant is None or layer._parameters["weight"] is not constant:
+        if constant is None:
             return None
         layer._parameters["weight"] = self._weight
         if not isinstance(output, Tensor):  # the layer has raised an error

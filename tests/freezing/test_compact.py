@@ -172,6 +172,48 @@ def test_sparse_gradients_are_taken_too():
     assert torch.allclose(before - layer.weight, torch.tensor([[0.0, 1.0], [2.0, 2.0], [0.0, 0.0], [0.0, 0.0]]))
 
 
+def test_gradients_from_before_are_let_go_of():
+    """What the parameters had when they were compacted belongs to a step that has been taken."""
+    p = Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([p], lr=1.0)
+    p.grad = torch.full((3,), 100.0)
+    holder = Compact(optimizer, {"p": p}, {"p": torch.tensor([True, False, False])})
+    p.sum().backward()
+    holder.take_gradients_()
+    optimizer.step()
+    holder.restore_()
+    assert p.tolist() == [1.0, 0.0, 0.0]
+
+
+def test_parameters_that_have_taken_fewer_steps_keep_their_count():
+    """Adam corrects its bias by the steps that had a gradient: two counts in one group are two vectors."""
+    generator = torch.Generator().manual_seed(0)
+    parameters = {n: Parameter(torch.ones(4, dtype=torch.float64)) for n in "ab"}
+    alone = {n: Parameter(torch.ones(3, dtype=torch.float64)) for n in "ab"}
+    frozen = {n: torch.tensor([False, True, False, False]) for n in "ab"}
+    optimizer, oracle = torch.optim.Adam(parameters.values(), 0.1), torch.optim.Adam(alone.values(), 0.1)
+    holder = None
+    for step_number in range(6):
+        optimizer.zero_grad()
+        oracle.zero_grad()
+        for n in "ab" if step_number > 1 else "a":
+            gradient = torch.randn(4, generator=generator, dtype=torch.float64)
+            parameters[n].grad, alone[n].grad = gradient.clone(), gradient[~frozen[n]]
+        if step_number == 4:
+            kept = {n: p.grad for n, p in parameters.items()}
+            holder = Compact(optimizer, parameters, frozen, early=False)
+            for n, p in parameters.items():
+                p.grad = kept[n]
+        if holder:
+            holder.take_gradients_()
+        optimizer.step()
+        oracle.step()
+        if holder:
+            holder.restore_()
+    for n in "ab":
+        torch.testing.assert_close(parameters[n].detach()[~frozen[n]], alone[n].detach(), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("early", [True, False])
 def test_a_parameter_without_a_gradient_is_left_alone_in_that_step(name, early):
