@@ -4,8 +4,9 @@ One optimizer step, t = 1, 2, …, in hooks of the Trainer:
 
     on_train_batch_start        keep the first sample of the batch
     on_after_backward           while observing: fold (g_1, g_S) into C_t
-    on_before_optimizer_step    once frozen: zero the gradients of frozen elements, before clipping
-    the optimizer's post-hook   count t; at t0 decide and freeze; once frozen: put the frozen values back
+                                once frozen: hand the live elements' gradients to the optimizer,
+    on_before_optimizer_step    or zero those of frozen elements, before clipping
+    the optimizer's post-hook   count t; at t0 decide and freeze; once frozen: write live elements, or frozen ones, back
     on_train_batch_end          log
 """
 
@@ -32,7 +33,6 @@ from lightning_gcfreeze._types import Granularity
 from lightning_gcfreeze.estimators import FullCovariance
 from lightning_gcfreeze.freezing import Positions
 from lightning_gcfreeze.holding import Hold
-from lightning_gcfreeze.holding import How as HowToHold
 from lightning_gcfreeze.phases import Frozen, Observing
 from lightning_gcfreeze.replay import Window
 from lightning_gcfreeze.sample_gradients import How, SampleGradients
@@ -101,8 +101,9 @@ class GradCovFreezeCallback(_Callback):
             a filter, a word's embedding); "tensor", a whole parameter. Rows and tensors are ranked by their mean score,
             and as many freeze as fit into `k` elements.
         hold: how constancy is kept: "compact", the optimizer gets the live elements alone, which saves its memory and
-            its work; "restore", frozen values are put back after each step, under any optimizer; "auto", compact where
-            the optimizer treats every element by itself.
+            its work, and leaves no ``p.grad``; "restore", frozen values are put back after each step, under any
+            optimizer; "auto", compact where the optimizer treats every element by itself and no hook of the user's own
+            may look at gradients, in which case nothing is promoted either.
         promote: spare the gradients that whole frozen parameters, rows and columns do not need.
         include: patterns (fnmatch) of the parameter names that are eligible; None: all. Only parameters that require
             a gradient and that the optimizer has are ever eligible.
@@ -129,7 +130,7 @@ class GradCovFreezeCallback(_Callback):
         gain: gains.Gain = "1/t",
         gradients: How = "auto",
         granularity: Granularity = "element",
-        hold: HowToHold = "auto",
+        hold: Literal["auto", "compact", "restore"] = "auto",
         promote: bool = True,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
@@ -154,7 +155,7 @@ class GradCovFreezeCallback(_Callback):
         _checks.one_of("granularity", granularity, ["element", "row", "tensor"])
         self.granularity: Granularity = granularity
         _checks.one_of("hold", hold, ["auto", "compact", "restore"])
-        self.hold: HowToHold = hold
+        self.hold = hold
         self.promote = _checks.boolean("promote", promote)
         self.include = _checks.patterns("include", include)
         self.exclude = _checks.patterns("exclude", exclude)
@@ -288,7 +289,8 @@ class GradCovFreezeCallback(_Callback):
         self._module = weakref.ref(pl_module)
         _refuse(refusals.of_module(pl_module, pl_module.training_step, pl_module.automatic_optimization))
         _refuse(refusals.of_optimizers(trainer.optimizers))
-        _refuse(refusals.of_hold(self.hold, trainer.optimizers[0]))
+        if self.hold == "compact":
+            _refuse(refusals.of_compact(trainer.optimizers[0], pl_module))
         _refuse(refusals.of_samples(pl_module, self._count))
         parameters = selection.eligible(pl_module, trainer.optimizers[0], self.include, self.exclude)
         k = selection.resolve_count(self.k, sum(p.numel() for p in parameters.values()))
@@ -334,21 +336,26 @@ class GradCovFreezeCallback(_Callback):
         if batch_idx % trainer.accumulate_grad_batches == 0:
             run.samples.forget()  # Lightning zeroes the gradients here, also of a window that was broken off
             run.positions.clear()
-            if run.hold:
-                run.hold.begin_step()
         if isinstance(self._phase, Observing) and self._steps + 1 == self.t0:
             run.positions.listen()
         if isinstance(self._phase, Observing) and (self._due or self._steps == 0):
             run.samples.keep(batch, batch_idx)
+
+    def on_before_zero_grad(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+        """Zero what the optimizer does not know of, too. Runs between forward and backward of a step's first batch."""
+        if self._run and self._run.hold:
+            self._run.hold.begin_step()
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """The backward pass to come is the training step's own. Runs before every micro-batch's backward."""
         run = self._running
         if isinstance(self._phase, Observing):
             run.positions.stop()
+            if self._steps == 0 and self.gradients == "capture":
+                _refuse(refusals.of_graph(loss))
             run.samples.begin_backward()
         elif run.hold:
-            run.hold.begin_backward()
+            run.hold.begin_backward(loss)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Observe one step, while observing; then take the live elements' gradients.
@@ -509,11 +516,16 @@ class GradCovFreezeCallback(_Callback):
         return frozen
 
     def _begin_to_hold(self, run: _Run, phase: Frozen, resumed: bool) -> None:
-        trainer, wrapper = run.trainer, run.trainer.strategy.model
-        run.hold = Hold(
-            self.hold, trainer.optimizers[0], trainer.lightning_module, wrapper, run.parameters, phase.frozen,
-            phase.positions, self.promote, resumed,
-        )  # fmt: skip
+        trainer, promote = run.trainer, self.promote
+        module, optimizer = trainer.lightning_module, trainer.optimizers[0]
+        how: Literal["compact", "restore"] = "restore"
+        if self.hold == "auto" and (reason := refusals.of_letting_go(module, trainer.callbacks)):  # type: ignore[attr-defined]
+            promote = False
+            rank_zero_info(f"{type(self).__name__}: {reason}")
+        elif self.hold == "compact" or (self.hold == "auto" and not refusals.of_compact(optimizer, module)):
+            how = "compact"
+        where = (run.parameters, phase.frozen, phase.positions)
+        run.hold = Hold(how, optimizer, module, trainer.strategy.model, *where, promote, resumed)
         self._savings = run.hold.savings
 
     def _log(self, trainer: pl.Trainer, run: _Run, with_histograms: bool) -> None:

@@ -1,25 +1,26 @@
 """After the decision: frozen elements stay constant, what that spares is spared, and counted."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_gcfreeze import savings
 from lightning_gcfreeze._types import Named
-from lightning_gcfreeze.freezing import ELEMENTWISE, Compact, Promotion, Restore, blocks_worth_it
+from lightning_gcfreeze.freezing import Compact, Promotion, Restore, blocks_worth_it
 
-How: TypeAlias = Literal["auto", "compact", "restore"]
+How: TypeAlias = Literal["compact", "restore"]
 
 
 class Hold:
     """Keeps the elements of a decision at the values they have now, until `release`.
 
     Args:
-        how: "compact", "restore", or "auto": compact, if the optimizer treats every element by itself.
+        how: "compact" or "restore".
         optimizer: the one that steps the parameters; its state is that of all elements.
         module: what is trained.
         wrapper: what the strategy calls instead of it, if anything.
@@ -45,9 +46,9 @@ class Hold:
         ddp = wrapper if isinstance(wrapper, DistributedDataParallel) else None
         before = savings.Footprint.of(optimizer)
         on_device = {name: mask.to(parameters[name].device) for name, mask in frozen.items()}
-        blocks = blocks_worth_it(on_device, positions) if promote else {}
+        blocks = blocks_worth_it(parameters, on_device, positions) if promote else {}
         self._compact, self._restore = None, None
-        if how == "compact" or (how == "auto" and type(optimizer) in ELEMENTWISE):
+        if how == "compact":
             self._compact = Compact(optimizer, parameters, on_device, early=ddp is None, alone=blocks)
         else:
             self._restore = Restore(parameters, on_device)
@@ -59,26 +60,27 @@ class Hold:
             leaf = self._compact.leaf if self._compact and ddp is None else None
             waits = ddp is not None and not ddp.find_unused_parameters
             self._promotion = Promotion(module, parameters, on_device, blocks, leaf, waits)
+        after = savings.Footprint.of(optimizer)
         self.savings = savings.of_freeze(
             frozen,
             positions,
             blocks,
             self._promotion.without_gradient if self._promotion else {},
             before,
-            savings.Footprint.of(optimizer),
+            replace(after, gradients=before.gradients) if ddp else after,  # its buckets stay
             (self._compact or self._restore).index_bytes,  # type: ignore[union-attr]
         )
 
     def begin_step(self) -> None:
-        """Before the first batch of a step."""
+        """When the optimizer's gradients are set to zero: before the first backward pass of a step."""
         if self._compact:
             self._compact.drop_gradients_()
             self._taken = False
 
-    def begin_backward(self) -> None:
+    def begin_backward(self, loss: Tensor) -> None:
         """Before every backward pass."""
         if self._promotion:
-            self._promotion.begin_backward()
+            self._promotion.begin_backward(loss)
 
     def after_backward(self) -> None:
         """After the last backward pass of a step, before gradients are unscaled."""
@@ -90,8 +92,10 @@ class Hold:
         """Before gradients are clipped."""
         if self._restore:
             self._restore.mask_gradients_()
-        elif self._compact and not self._taken:  # the last batch of the step had no loss
-            self._compact.take_gradients_()
+        elif self._compact:
+            if not self._taken:  # the last batch of the step had no loss
+                self._compact.take_gradients_()
+            self._compact.read_()
 
     def after_step(self) -> None:
         """Right after the optimizer's step."""

@@ -134,14 +134,7 @@ class Observing:
         Raises:
             ValueError: the ordering did not score every element, or with NaN.
         """
-        weights = {name: w.detach().clone() for name, w in weights.items()}  # what they are now may be the score
-        self.settle()
-        moments = {name: self._read(estimator.tensors) for name, estimator in self.moments.items()}
-        variance = self._variance()
-        evidence = orderings.Evidence(variance, weights, seed, start=self.start, granularity=granularity, **moments)
-        scores = ordering(evidence)
-        selection.check_scores(scores, weights)
-        return selection.pooled({name: scores[name].detach() for name in weights}, granularity)
+        return self._scores(ordering, self._evidence(weights, seed, granularity))
 
     def freeze(
         self,
@@ -153,16 +146,28 @@ class Observing:
         positions: Mapping[str, int] | None = None,
     ) -> "Frozen":
         """Rank the elements and mark the k lowest, Eq. (2.7)."""
-        scores = self.scores(ordering, weights, seed, granularity)
+        evidence = self._evidence(weights, seed, granularity)
+        scores = self._scores(ordering, evidence)
         return Frozen(
             frozen=selection.lowest(scores, k, granularity),
-            scores=scores,
-            variance=self._variance(),
+            scores=scores,  # in the paper's order the same memory as the variance
+            variance=dict(evidence.variance),
             matrix=self.matrix,
             observed=self.observed,
             skipped=self.skipped,
             positions=dict(positions or {}),
         )
+
+    def _evidence(self, weights: Named, seed: int, granularity: Granularity) -> orderings.Evidence:
+        self.settle()
+        now = {name: w.detach().clone() for name, w in weights.items()}  # they may be the score, and will move
+        moments = {name: self._read(estimator.tensors) for name, estimator in self.moments.items()}
+        return orderings.Evidence(self._variance(), now, seed, start=self.start, granularity=granularity, **moments)
+
+    def _scores(self, ordering: orderings.Ordering, evidence: orderings.Evidence) -> dict[str, Tensor]:
+        scores = ordering(evidence)
+        selection.check_scores(scores, evidence.weights)
+        return selection.pooled({name: scores[name].detach() for name in evidence.weights}, evidence.granularity)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers and strings alone."""

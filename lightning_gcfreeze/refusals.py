@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from lightning_gcfreeze import gradients
@@ -49,6 +49,13 @@ def of_module(module: nn.Module, training_step: Any, automatic_optimization: boo
     return None
 
 
+def of_graph(loss: Tensor) -> str | None:
+    """Parts of the graph without their parameters: behind a wholly frozen layer they would have no gradient."""
+    if not gradients.has_reentrant_checkpoint(loss):
+        return None
+    return "Activation checkpointing with `use_reentrant=True` hides parameters from the graph; set it to False."
+
+
 def of_samples(module: nn.Module, count: int | None) -> str | None:
     """More samples than the module can cut out itself."""
     if count == 1 or not hasattr(module, "gcfreeze_first_sample"):
@@ -73,14 +80,40 @@ def of_optimizers(optimizers: Sequence[Any]) -> str | None:
     return None
 
 
-def of_hold(hold: str, optimizer: Optimizer) -> str | None:
-    """An optimizer that cannot go without the frozen elements."""
-    if hold != "compact" or type(optimizer) in ELEMENTWISE:
+def of_compact(optimizer: Optimizer, module: nn.Module) -> str | None:
+    """Optimizers that cannot go without the frozen elements, and layers that write their weights themselves."""
+    if type(optimizer) not in ELEMENTWISE:
+        return (
+            f"`hold='compact'` hands the live elements to the optimizer as flat vectors, but {type(optimizer).__name__}"
+            f" is not known to treat every element by itself; {', '.join(sorted(c.__name__ for c in ELEMENTWISE))} are."
+            " Use `hold='restore'` or 'auto', or, if it does, add its class to"
+            " `lightning_gcfreeze.freezing.ELEMENTWISE`."
+        )
+    if writing := [name for name, layer in module.named_modules() if getattr(layer, "max_norm", None) is not None]:
+        return (
+            f"{', '.join(writing)}: an embedding with `max_norm` rescales its weights in each forward pass, frozen ones"
+            " too. Use `hold='restore'` or 'auto', which puts them back."
+        )
+    return None
+
+
+_WHERE_GRADIENTS_ARE_SEEN = ("on_after_backward", "on_before_optimizer_step", "configure_gradient_clipping")
+
+
+def of_letting_go(module: Any, callbacks: Sequence[Any]) -> str | None:
+    """Hooks of the user's own in which the gradients of frozen parameters may be looked at."""
+    hooks = [
+        f"{type(owner).__name__}.{name}"
+        for owner in (module, *callbacks)
+        for name in _WHERE_GRADIENTS_ARE_SEEN
+        if (hook := getattr(owner, name, None))
+        and hook.__module__.split(".")[0] not in ("lightning", "pytorch_lightning", __package__)
+    ]
+    if not hooks:
         return None
     return (
-        f"`hold='compact'` hands the live elements to the optimizer as flat vectors, but {type(optimizer).__name__} is"
-        f" not known to treat every element by itself; {', '.join(sorted(cls.__name__ for cls in ELEMENTWISE))} are."
-        " Use `hold='restore'` or 'auto', or, if it does, add its class to `lightning_gcfreeze.freezing.ELEMENTWISE`."
+        f"{', '.join(hooks)} may look at gradients, so all are computed and kept, and frozen values are put back after"
+        " each step: that saves nothing. If it does not read `p.grad` of frozen parameters, use `hold='compact'`."
     )
 
 

@@ -26,7 +26,7 @@ class Footprint:
         """As it is now."""
         state = [v for of_p in optimizer.state.values() for v in of_p.values() if isinstance(v, Tensor)]
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-        return cls(sum(v.nbytes for v in state), sum(p.nbytes for p in parameters))
+        return cls(sum(map(_bytes, state)), sum(p.nbytes for p in parameters))
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,10 @@ def of_freeze(
             skipped = flops - 2 * positions[name] * computed
         parameters[name] = OfParameter(mask.numel(), int(mask.sum()), flops, skipped)
     return Savings(parameters, before, after, index_bytes, tuple(without_backward))
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor._values().nbytes + tensor._indices().nbytes if tensor.is_sparse else tensor.nbytes
 
 
 def _ratio(part: int | None, whole: int) -> float:

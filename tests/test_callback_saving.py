@@ -17,6 +17,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_gcfreeze import GradCovFreezeCallback, apply_delta
 from lightning_gcfreeze.freezing import promotion
@@ -289,7 +290,7 @@ def test_clipping_sees_live_elements_alone():
 
     batches: list[Any] = []
     expected: list[float] = []
-    callback = GradCovFreezeCallback(t0=4, k=0.5, order="reverse", promote=False)
+    callback = GradCovFreezeCallback(t0=4, k=0.5, order="reverse", promote=False, hold="compact")
     cases.trainer(callbacks=[callback]).fit(Clipping(cases.mlp(), adamw), cases.loader())
     assert len(norms) == 12
     np.testing.assert_allclose(norms, expected, rtol=1e-5)
@@ -426,3 +427,111 @@ def test_a_step_that_is_taken_again_is_counted_once():
     fit(adamw, callback, plugins=[MixedPrecision("16-mixed", "cpu", scaler=scaler)], max_epochs=8)
     assert scaler.get_scale() < 2.0**39
     assert callback.savings.parameters["network.5.weight"].flops == 2 * 8 * 180
+
+
+class Leaky(cases.Regression):
+    """Asks for gradients of its own inside of a training step."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        (super().training_step(batch, batch_idx) * 100).backward()
+        return super().training_step(batch, batch_idx)
+
+
+class Clamped(cases.Regression):
+    """Keeps its weights small by writing them."""
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        for p in self.parameters():
+            p.data.clamp_(-0.3, 0.3)
+
+
+@pytest.mark.parametrize("kind", [Leaky, Clamped])
+def test_modules_that_meddle_with_gradients_and_weights(kind):
+    """They train as they would with everything in its place."""
+    ends = []
+    for hold in HOLDS:
+        callback = GradCovFreezeCallback(t0=4, k=0.5, hold=hold, promote=hold == "compact", gradients="capture")
+        module = kind(cases.mlp(torch.float64), OPTIMIZERS["SGD"])
+        trainer = cases.trainer(callbacks=[callback], max_epochs=2)
+        trainer.fit(module, cases.loader(dtype=torch.float64))
+        ends.append((module.state_dict(), callback.frozen))
+    for name, value in ends[0][0].items():
+        live = ~ends[0][1][name]
+        torch.testing.assert_close(value[live], ends[1][0][name][live], rtol=1e-9, atol=1e-11)
+
+
+class Watching(cases.Regression):
+    """Looks at every parameter's gradient, where Lightning invites to."""
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.norm = torch.cat([p.grad.flatten() for p in self.parameters()]).norm()
+
+
+def test_who_may_look_at_gradients_finds_them_all(caplog):
+    """Under "auto" nothing is taken from the user's own hooks, and it is said what that costs; "compact" insists."""
+    callback = GradCovFreezeCallback(t0=4, k=0.9, granularity="tensor")
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        cases.trainer(callbacks=[callback]).fit(Watching(network(), adamw), cases.ResumableLoader())
+    assert "Watching.on_before_optimizer_step may look at gradients" in caplog.text
+    assert callback.savings.before == callback.savings.after
+    with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'flatten'"):
+        cases.trainer(callbacks=[GradCovFreezeCallback(t0=4, k=0.9, hold="compact")]).fit(
+            Watching(network(), adamw), cases.ResumableLoader()
+        )
+
+
+def test_embeddings_that_rescale_themselves_are_restored():
+    """`max_norm` writes frozen rows in each forward pass: put back under "auto", refused under "compact"."""
+
+    class Words(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(1)
+            self.words = nn.Embedding(7, 3, max_norm=0.5)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return (self.words((batch[0] * 10).long().remainder(7)).sum((1, 2)) - batch[1][:, 0]).square().mean()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), 0.05)
+
+    callback = GradCovFreezeCallback(t0=6, k=0.5)
+    witness = Witness(callback)
+    cases.trainer(callbacks=[witness, callback]).fit(Words(), cases.loader())
+    witness.check()
+    with pytest.raises(MisconfigurationException, match="words: an embedding with `max_norm`"):
+        cases.trainer(callbacks=[GradCovFreezeCallback(t0=6, k=0.5, hold="compact")]).fit(Words(), cases.loader())
+
+
+def test_a_step_without_any_live_parameter_is_a_step():
+    """Two heads in turn, of which one is frozen with all before it: its batches change nothing, and raise nothing."""
+
+    class Heads(cases.Regression):
+        def __init__(self) -> None:
+            super().__init__(nn.ModuleList([nn.Linear(5, 4), nn.Linear(4, 1), nn.Linear(4, 1)]), OPTIMIZERS["SGD"])
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            trunk, *heads = self.network
+            return nn.functional.mse_loss(heads[batch_idx % 2](torch.tanh(trunk(batch[0]))), batch[1])
+
+    def second_head_last(evidence: Any) -> Any:
+        return {n: torch.full_like(w, float("network.2" in n)) for n, w in evidence.weights.items()}
+
+    callback = GradCovFreezeCallback(t0=2, k=29, order=second_head_last)
+    witness = Witness(callback)
+    cases.trainer(callbacks=[witness, callback]).fit(Heads(), cases.loader())
+    witness.check()
+    assert len(callback.savings.without_backward) == 4
+
+
+def test_hidden_parameters_are_refused_however_gradients_are_had():
+    """Reentrant checkpoints behind a wholly frozen layer would have no gradient at all."""
+
+    class Hidden(cases.Regression):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            x = batch[0].clone().requires_grad_()
+            return nn.functional.mse_loss(checkpoint(self.network, x, use_reentrant=True), batch[1])
+
+    callback = GradCovFreezeCallback(t0=3, k=0.5, gradients="capture")
+    with pytest.raises(MisconfigurationException, match="use_reentrant"):
+        cases.trainer(callbacks=[callback]).fit(Hidden(cases.mlp(), adamw), cases.loader())

@@ -72,9 +72,9 @@ def _in_sixteens(rows: Tensor) -> bool:
 @functools.cache
 def _scatters_int32(device: str) -> bool:
     """Whether this version of torch scatters by 4-byte indices there: half the memory, and faster."""
-    zero = torch.zeros(1, device=device)
+    index = torch.zeros(1, dtype=torch.int32, device=device)
     try:
-        zero.scatter_(0, zero.int(), zero)
+        torch.zeros(1, device=device).scatter_(0, index, torch.ones(1, device=device))
     except RuntimeError:
         return False
     return True

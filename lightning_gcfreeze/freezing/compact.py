@@ -70,7 +70,7 @@ class _Part:
         """The parameters' optimizer state with live elements alone, flat; what is not by element is the first one's."""
         first = self.parameters[0]
         return {
-            key: self.take([state[key] for state in states]) if _by_element(value, first) else _copied(value)
+            key: self.take([_strided(state[key]) for state in states]) if _by_element(value, first) else _copied(value)
             for key, value in states[0].items()
         }
 
@@ -112,18 +112,20 @@ class _Vector:
 
     def slot(self, part: _Part) -> tuple[Tensor, bool]:
         """Where a part's gradient belongs, and whether there is one already: then both are to be added up."""
-        if self.parameter.grad is None:  # `zero_grad` has set it to None
-            self.parameter.grad = self._gradient.detach()
+        gradient = self.parameter.grad
+        if gradient is None:  # `zero_grad` has set it to None
             self.filled.clear()
+        elif gradient.data_ptr() != self._gradient.data_ptr():  # somebody has put another one in its place
+            self._gradient.copy_(gradient)
+        if gradient is None or gradient.data_ptr() != self._gradient.data_ptr():
+            self.parameter.grad = self._gradient.detach()
         was_filled = part in self.filled
         self.filled.add(part)
         return self.slots[part], was_filled
 
     def take(self, part: _Part) -> None:
         """Take over the live elements of the parameters' gradients; of several passes before a step, the sum."""
-        gradients = [cast("Tensor", p.grad) for p in part.parameters]
-        if any(gradient.is_sparse for gradient in gradients):
-            gradients = [gradient.to_dense() for gradient in gradients]
+        gradients = [_strided(cast("Tensor", p.grad)) for p in part.parameters]
         slot, was_filled = self.slot(part)
         if was_filled:
             slot += part.take(gradients)
@@ -191,11 +193,13 @@ class Compact:
         """Complete the live elements' gradient. After the last backward pass of a step, and before unscaling."""
         for vector in self._vectors:
             for part in vector.parts:
-                there = sum(p.grad is not None for p in part.parameters)
-                if there == len(part.parameters):
-                    vector.take(part)
-                elif there:
+                missing = sum(p.grad is None for p in part.parameters)
+                if 0 < missing < len(part.parameters):
                     return self._part_company()
+                if not missing:
+                    vector.take(part)
+                    for p in part.parameters:
+                        p.grad = None
         self.drop_gradients_()
         for vector in self._vectors[:]:
             if vector.parameter.grad is not None and len(vector.filled) < len(vector.parts):
@@ -208,6 +212,13 @@ class Compact:
         """Let go of gradients that were not taken: `zero_grad` does not know these parameters."""
         for p in self._frozen:
             p.grad = None
+
+    @torch.no_grad()
+    def read_(self) -> None:
+        """Take over the parameters' live elements as they are: others may have written them. Before each step."""
+        for vector in self._vectors:
+            for part in vector.parts:
+                part.take(part.parameters, vector.values[part])
 
     @torch.no_grad()
     def restore_(self) -> None:
@@ -315,18 +326,15 @@ class Compact:
 
     def _part_company(self) -> None:
         """Small parameters travel alone from now on, since of some that were together a few have no gradient."""
-        taken = [
-            (part.parameters[0], vector.slots[part])
-            for vector in self._vectors
-            for part in (vector.filled if vector.parameter.grad is not None else ())
-            if part.parameters[0].grad is None  # else it is taken once more
-        ]
+        for vector in self._vectors:
+            for part in vector.filled if vector.parameter.grad is not None else ():
+                full = [torch.zeros_like(p) for p in part.parameters]
+                part.put_(full, vector.slots[part])
+                for p, gradient in zip(part.parameters, full, strict=True):
+                    p.grad = gradient if p.grad is None else gradient + p.grad
         self._alone = set(self._frozen)
         self._expand()
         self._compact()
-        for p, gradient in taken:
-            vector, part = self._places[p]
-            vector.slot(part)[0].copy_(gradient)
         self.take_gradients_()
 
     def _split(self, vector: _Vector) -> None:
@@ -382,6 +390,10 @@ def _by_element(value: Any, parameter: Tensor) -> bool:
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def _strided(tensor: Tensor) -> Tensor:
+    return tensor.to_dense() if tensor.is_sparse else tensor
 
 
 def _copied(value: Any) -> Any:

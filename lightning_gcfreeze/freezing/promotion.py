@@ -23,7 +23,7 @@ from lightning_gcfreeze import rules
 from lightning_gcfreeze._types import Named
 
 WORTH = 2**22
-"""Multiply-adds that a block has to save in each backward pass; with fewer its hooks cost more."""
+"""Multiply-adds that a block has to save in each step; with fewer its hooks cost more."""
 
 _WEIGHT_GRADIENT: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.Conv1d: grad.conv1d_weight,
@@ -44,7 +44,7 @@ class Positions:
         self._layers = {
             layer: name
             for layer in rules.uncompiled(module)
-            if _has_block(layer) and (name := names.get(id(layer._parameters["weight"])))
+            if _has_block(layer) and (name := names.get(id(layer._parameters.get("weight"))))
         }
         self._handles: list[RemovableHandle] = []
         self.clear()
@@ -65,6 +65,7 @@ class Positions:
 
     def listen(self) -> None:
         """Count in forward passes to come."""
+        self.stop()
         self._handles = [layer.register_forward_hook(self._count) for layer in self._layers]
 
     def stop(self) -> None:
@@ -139,14 +140,23 @@ class Block:
         return full
 
 
-def blocks_worth_it(frozen: Named, positions: Mapping[str, int]) -> dict[str, Block]:
-    """The blocks of partly frozen weights that save `WORTH` multiply-adds in each backward pass.
+def blocks_worth_it(
+    parameters: Mapping[str, Parameter], frozen: Named, positions: Mapping[str, int]
+) -> dict[str, Block]:
+    """The blocks of partly frozen weights that save `WORTH` multiply-adds in each step.
+
+    Weights with hooks of their own have none: the hooks want to see the whole gradient.
 
     Args:
+        parameters: by name.
         frozen: ``{name: bool (*p.shape)}``, True = held constant.
         positions: what `Positions` counted; weights without a count have no block.
     """
-    partly = {name: mask for name, mask in frozen.items() if name in positions and mask.any() and not mask.all()}
+    partly = {
+        name: mask
+        for name, mask in frozen.items()
+        if name in positions and mask.any() and not mask.all() and not parameters[name]._backward_hooks
+    }
     blocks = {name: Block(mask) for name, mask in partly.items()}
     return {name: b for name, b in blocks.items() if positions[name] * (partly[name].numel() - b.numel) >= WORTH}
 
@@ -186,7 +196,7 @@ class _Shortened:
     """
 
     def __init__(self, layer: nn.Module, weight: Parameter, block: Block, target: Callable[[], Tensor]) -> None:
-        self._weight, self._block, self._target = weight, block, target
+        self._layer, self._weight, self._block, self._target = layer, weight, block, target
         self._constant: Tensor | None = None  # in the weight's place, during the forward pass
         self.handles = [
             layer.register_forward_pre_hook(self.before),
@@ -200,7 +210,7 @@ class _Shortened:
         return _Nothing, ()
 
     def before(self, layer: nn.Module, inputs: Any) -> None:
-        if torch.is_grad_enabled() and layer._parameters["weight"] is self._weight and self._weight.requires_grad:
+        if layer._parameters["weight"] is self._weight and self._weight.requires_grad and _is_recorded():
             self._constant = self._weight.detach()
             layer._parameters["weight"] = self._constant  # type: ignore[assignment]
 
@@ -213,6 +223,19 @@ class _Shortened:
             return None
         x = inputs[0] if inputs else keywords["input"]
         return _WeightGradient.apply(output, x, self._target(), layer, self._block)
+
+    def release(self) -> None:
+        """Let go of the layer, also if it was left in the middle of a forward pass."""
+        for handle in self.handles:
+            handle.remove()
+        if self._constant is not None and self._layer._parameters["weight"] is self._constant:
+            self._layer._parameters["weight"] = self._weight
+
+
+def _is_recorded() -> bool:
+    """Whether a forward pass is for an ordinary backward pass: not for torch.func, nor for forward-mode derivatives."""
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    return torch.is_grad_enabled() and not forward_mode and not torch._C._are_functorch_transforms_active()
 
 
 class _Absent(torch.autograd.Function):
@@ -249,33 +272,37 @@ class Promotion:
         leaf: Callable[[str], Tensor] | None = None,
         reducer_waits: bool = False,
     ) -> None:
-        self._handles: list[RemovableHandle] = []
-        self._stop_gradients({n: parameters[n] for n, mask in frozen.items() if mask.all()}, module, reducer_waits)
+        self._shortened: list[_Shortened] = []
+        whole = {n: parameters[n] for n, mask in frozen.items() if mask.all() and parameters[n].requires_grad}
+        self._stop_gradients(whole, module, reducer_waits)
         layers = [layer for layer in rules.uncompiled(module) if _has_block(layer)]
         for name, block in blocks.items():
             weight = parameters[name]
             target = (lambda weight=weight: weight) if leaf is None else functools.partial(leaf, name)
             for layer in layers:
-                if layer._parameters["weight"] is weight:
-                    self._handles += _Shortened(layer, weight, block, target).handles
+                if layer._parameters.get("weight") is weight:
+                    self._shortened.append(_Shortened(layer, weight, block, target))
 
-    def begin_backward(self) -> None:
-        """Tell the reducer that the parameters without a gradient have come. Before every backward pass."""
+    def begin_backward(self, loss: Tensor) -> None:
+        """Tell the reducer that the parameters without a gradient have come. Before every backward pass.
+
+        A loss that depends on wholly frozen parameters alone has a backward pass all the same: of no effect.
+        """
+        if self.without_gradient and not loss.requires_grad:
+            loss.requires_grad_()
         if self._absent is not None:
             self._absent.backward(retain_graph=True)
 
     def release(self) -> None:
         """Let all parameters have gradients again."""
-        for handle in self._handles:
-            handle.remove()
+        for layer in self._shortened:
+            layer.release()
         for p in self.without_gradient.values():
             p.requires_grad_(True)
         self._absent = None
 
     def _stop_gradients(self, whole: dict[str, Parameter], module: nn.Module, reducer_waits: bool) -> None:
-        """Wholly frozen parameters require none; but a loss must depend on something that does."""
-        if whole and {p for p in module.parameters() if p.requires_grad} <= set(whole.values()):
-            whole.popitem()  # the last one, near the loss
+        """Wholly frozen parameters require none."""
         self.without_gradient = whole
         self._absent = _Absent.apply(*whole.values()) if whole and reducer_waits else None
         for p in whole.values():
@@ -287,6 +314,8 @@ class Promotion:
 
 def _has_block(layer: nn.Module) -> bool:
     """Whether it is a linear map whose weight's gradient can be had in part; by exact type, see `rules`."""
+    if "forward" in vars(layer):  # patched
+        return False
     if type(layer) in _WEIGHT_GRADIENT:
         assert isinstance(layer, _ConvNd)
         return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)

@@ -60,9 +60,13 @@ class Restore:
         Per-element state has its parameter's shape; scalars such as Adam's step are left alone.
         """
         for p, places, _ in self._held:
-            for value in optimizer.state.get(p, {}).values():
+            state = optimizer.state.get(p, {})
+            for key, value in state.items():
                 if isinstance(value, Tensor) and value.dim() and value.shape == p.shape:
-                    places.fill_(value, 0)
+                    if value.is_sparse:
+                        state[key] = _mask_sparse(value, places)
+                    else:
+                        places.fill_(value, 0)
 
 
 def _mask_sparse(grad: Tensor, frozen: Places) -> Tensor:

@@ -158,6 +158,79 @@ def test_gradients_may_also_be_zeroed_in_place():
     assert p.tolist() == [1.0, -2.0, -2.0]
 
 
+def test_what_others_write_is_taken_over():
+    """Clipped weights, a rollback, an average: the optimizer goes on from what is there."""
+    p = Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([p], lr=1.0)
+    holder = Compact(optimizer, {"p": p}, {"p": torch.tensor([True, False, False])})
+    for _ in range(2):
+        p.data[1] = 7.0
+        optimizer.zero_grad()
+        p.sum().backward()
+        holder.take_gradients_()
+        holder.read_()
+        optimizer.step()
+        holder.restore_()
+    assert p.tolist() == [1.0, 6.0, -1.0]
+
+
+def test_a_gradient_that_is_put_in_the_vectors_place_counts():
+    """As some clipping does; also where gradients are zeroed in place and the next one is added."""
+    p = Parameter(torch.zeros(3))
+    optimizer = torch.optim.SGD([p], lr=1.0)
+    holder = Compact(optimizer, {"p": p}, {"p": torch.tensor([True, False, False])})
+    for _ in range(3):
+        optimizer.zero_grad(set_to_none=False)
+        p.sum().backward()
+        holder.take_gradients_()
+        (vector,) = optimizer.param_groups[0]["params"]
+        vector.grad = 0.5 * vector.grad
+        optimizer.step()
+        holder.restore_()
+    assert p.tolist() == [0.0, -1.5, -1.5]
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_parting_company_loses_no_gradient(early):
+    """In the second pass of a step one small parameter has none; what the first pass gave all of them is kept."""
+    parameters = {n: Parameter(torch.zeros(3)) for n in "abc"}
+    optimizer = torch.optim.SGD(parameters.values(), lr=1.0)
+    holder = Compact(
+        optimizer, parameters, {n: torch.tensor([True, False, False]) for n in "abc"}, early=early, alone=["c"]
+    )
+    sum(p.sum() for p in parameters.values()).backward()
+    holder.take_gradients_()
+    (parameters["b"].sum() + parameters["c"].sum()).backward()
+    holder.take_gradients_()
+    optimizer.step()
+    holder.restore_()
+    assert [p.tolist()[1:] for p in parameters.values()] == [[-1.0, -1.0], [-2.0, -2.0], [-2.0, -2.0]]
+
+
+def test_sparse_state_becomes_dense():
+    """SGD with momentum on an embedding with sparse gradients: against the same without freezing, live elements."""
+    layers = []
+    for frozen in (None, torch.tensor([[True, False]] * 3)):
+        torch.manual_seed(0)
+        layer = nn.Embedding(3, 2, sparse=True)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+        holder = None
+        for number in range(5):
+            optimizer.zero_grad()
+            layer.weight.grad = None
+            layer(torch.tensor([number % 3, 1])).square().sum(1).mean().backward()
+            if holder:
+                holder.take_gradients_()
+            optimizer.step()
+            if holder:
+                holder.restore_()
+            if number == 1 and frozen is not None:
+                holder = Compact(optimizer, {"w": layer.weight}, {"w": frozen})
+        layers.append(layer.weight.detach())
+    torch.testing.assert_close(layers[0][:, 1], layers[1][:, 1])
+    assert (layers[0][:, 0] != layers[1][:, 0]).any()
+
+
 def test_sparse_gradients_are_taken_too():
     """Rows that did not occur have no gradient."""
     layer = nn.Embedding(4, 2, sparse=True)

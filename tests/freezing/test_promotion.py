@@ -53,7 +53,7 @@ def promoted(module, frozen, x, compact=True):
     parameters = dict(module.named_parameters())
     positions = counted(module, parameters, lambda: module(x).sum().backward())
     module.zero_grad()
-    blocks = blocks_worth_it(frozen, positions)
+    blocks = blocks_worth_it(parameters, frozen, positions)
     assert blocks
     optimizer = torch.optim.SGD(module.parameters(), 0.1)
     holder = Compact(optimizer, parameters, frozen, alone=blocks) if compact else None
@@ -152,16 +152,38 @@ def test_what_the_user_keeps_from_training_stays_so():
     assert [p.requires_grad for p in module.parameters()] == [False] * 2 + [True] * 4
 
 
-def test_with_everything_frozen_a_loss_still_has_a_backward_pass():
-    """The parameter nearest to it goes on requiring a gradient, which nobody uses."""
+def test_a_loss_of_frozen_parameters_alone_still_has_a_backward_pass():
+    """Everything is frozen, or what is live takes no part in this step."""
     module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
     parameters = dict(module.named_parameters())
     frozen = {n: torch.ones_like(p, dtype=torch.bool) for n, p in parameters.items()}
     holder = Compact(torch.optim.SGD(module.parameters(), 0.1), parameters, frozen)
-    Promotion(module, parameters, frozen, {}, holder.leaf)
-    module(torch.ones(3, 2)).sum().backward()
-    assert [n for n, p in parameters.items() if p.requires_grad] == ["1.bias"]
+    promotion_ = Promotion(module, parameters, frozen, {}, holder.leaf)
+    loss = module(torch.ones(3, 2)).sum()
+    assert not loss.requires_grad
+    promotion_.begin_backward(loss)
+    loss.backward()
     assert all(p.grad is None for p in parameters.values())
+
+
+def test_weights_with_hooks_and_patched_layers_keep_their_whole_gradient():
+    """A hook on the weight sees it; a forward method of the user's own may compute anything."""
+    module = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 5), nn.Linear(5, 5))
+    module[1].weight.register_hook(lambda gradient: 2 * gradient)
+    module[2].forward = lambda x: 3 * torch.nn.functional.linear(x, module[2].weight)
+    parameters, x = dict(module.named_parameters()), torch.randn(4, 6)
+    frozen = {n: torch.arange(5)[:, None].expand(p.shape) < 2 for n, p in parameters.items() if p.dim() == 2}
+    positions = counted(module, parameters, lambda: module(x).sum().backward())
+    assert set(blocks_worth_it(parameters, frozen, positions)) == {"0.weight"}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_layers_whose_weight_is_made_by_others():
+    """As old-style normalisations and pruning do: the weight is no parameter then."""
+    layer = torch.nn.utils.weight_norm(nn.Linear(3, 2))
+    parameters = dict(layer.named_parameters())
+    assert counted(layer, parameters, lambda: layer(torch.ones(1, 3)).sum().backward()) == {}
+    Promotion(layer, parameters, {n: torch.zeros_like(p, dtype=torch.bool) for n, p in parameters.items()}, {})
 
 
 def test_a_layer_that_is_called_twice_and_a_weight_that_two_layers_share():
@@ -285,9 +307,9 @@ def test_small_blocks_and_unknown_layers_are_left_alone(monkeypatch):
     positions = counted(module, parameters, lambda: module(x).sum().backward())
     assert positions == {"4.weight": 8}
     monkeypatch.setattr(promotion, "WORTH", 8 * 8)
-    assert blocks_worth_it(frozen, positions).keys() == {"4.weight"}
+    assert blocks_worth_it(parameters, frozen, positions).keys() == {"4.weight"}
     monkeypatch.setattr(promotion, "WORTH", 8 * 8 + 1)
-    assert not blocks_worth_it(frozen, positions)
+    assert not blocks_worth_it(parameters, frozen, positions)
 
 
 def test_copies_with_other_weights_are_ordinary_modules():
@@ -302,6 +324,10 @@ def test_copies_with_other_weights_are_ordinary_modules():
     given = {"weight": torch.ones(5, 6, requires_grad=True), "bias": torch.zeros(5)}
     torch.func.functional_call(layer, given, (x,)).sum().backward()
     torch.testing.assert_close(given["weight"].grad, x.sum(0).expand(5, 6))
+    plain = dict(layer.named_parameters())
+    for _ in range(2):  # with the weights themselves, too
+        doubled = torch.func.vmap(lambda row: torch.func.functional_call(layer, plain, (row,)))(x)
+        torch.testing.assert_close(doubled, layer(x))
     slopes = torch.func.grad(lambda p: torch.func.functional_call(layer, p, (x,)).sum())(given)
     torch.testing.assert_close(slopes["weight"], x.sum(0).expand(5, 6))
     assert holder.leaf("weight").grad is None
@@ -320,6 +346,23 @@ def test_an_error_in_the_layer_leaves_its_weight_in_place():
     holder.take_gradients_()
     assert weight.grad is None
     assert holder._optimizer.param_groups[0]["params"][-1].grad is not None
+
+
+def test_after_an_interrupt_in_the_layer_the_weight_is_put_back():
+    """Ctrl-C is no error that hooks are told of."""
+
+    class Interrupting(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, *args, **kwargs):
+            raise KeyboardInterrupt
+
+    layer, _, promotion_, x = rows_frozen()
+    weight = layer.weight
+    with pytest.raises(KeyboardInterrupt):
+        layer(x.as_subclass(Interrupting))
+    assert layer.weight is not weight
+    promotion_.release()
+    assert layer.weight is weight
 
 
 @pytest.mark.parametrize("first", [True, False])
