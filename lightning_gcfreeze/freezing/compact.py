@@ -44,7 +44,9 @@ class _Part:
         masks = [mask.to(p.device) for p, mask in zip(parameters, frozen, strict=True)]
         self.live = Places(~masks[0] if len(masks) == 1 else ~_joined(masks))
         self.piece = slice(0)
-        self._memory: dict[torch.dtype, tuple[Tensor, list[Tensor]]] = {}  # to join several in, with a view for each
+        if len(parameters) > 1:
+            self._together = _joined(parameters).detach()
+            self._views = _views(self._together, self.parameters)
         self.leaf: Tensor | None = None  # the piece, as what a graph may use in place of the parameter
 
     def take(self, tensors: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
@@ -52,19 +54,29 @@ class _Part:
         return self.live.take(tensors[0] if len(tensors) == 1 else _joined(tensors), out)
 
     def put_(self, tensors: Sequence[Tensor], values: Tensor) -> None:
-        """Write flat values over the live elements."""
+        """Write flat values over the live elements of tensors shaped like the parameters."""
         if len(tensors) == 1:
             self.live.put_(tensors[0], values)
-            return
-        if values.dtype not in self._memory:
-            together = _joined(tensors).detach()
-            pieces = together.split([tensor.numel() for tensor in tensors])
-            views = [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
-            self._memory[values.dtype] = together, views
-        together, views = self._memory[values.dtype]
-        torch.cat([tensor.reshape(-1) for tensor in tensors], out=together)
-        self.live.put_(together, values)
-        torch._foreach_copy_([*tensors], views)
+        else:
+            together = _joined(tensors)
+            self.live.put_(together, values)
+            torch._foreach_copy_([*tensors], _views(together, tensors))
+
+    def read_(self, into: Tensor) -> None:
+        """Take the live elements out of the parameters."""
+        if len(self.parameters) == 1:
+            self.live.take(self.parameters[0], into)
+        else:
+            torch.cat([p.reshape(-1) for p in self.parameters], out=self._together)
+            self.live.take(self._together, into)
+
+    def write_(self, values: Tensor) -> None:
+        """Write the live elements of the parameters, which were read before."""
+        if len(self.parameters) == 1:
+            self.live.put_(self.parameters[0], values)
+        else:
+            self.live.put_(self._together, values)
+            torch._foreach_copy_(self.parameters, self._views)
 
     def taken(self, states: Sequence[State]) -> State:
         """The parameters' optimizer state with live elements alone, flat; what is not by element is the first one's."""
@@ -218,14 +230,14 @@ class Compact:
         """Take over the parameters' live elements as they are: others may have written them. Before each step."""
         for vector in self._vectors:
             for part in vector.parts:
-                part.take(part.parameters, vector.values[part])
+                part.read_(vector.values[part])
 
     @torch.no_grad()
     def restore_(self) -> None:
         """Scatter the live elements to the parameters. Right after each step of the optimizer."""
         for vector in self._vectors:
             for part in vector.parts:
-                part.put_(part.parameters, vector.values[part])
+                part.write_(vector.values[part])
 
     def release(self) -> None:
         """Give the optimizer its parameters back, with a state of the ordinary shape."""
@@ -390,6 +402,11 @@ def _by_element(value: Any, parameter: Tensor) -> bool:
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def _views(together: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    pieces = together.split([tensor.numel() for tensor in like])
+    return [piece.view(tensor.shape) for piece, tensor in zip(pieces, like, strict=True)]
 
 
 def _strided(tensor: Tensor) -> Tensor:
