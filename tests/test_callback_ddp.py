@@ -22,7 +22,7 @@ from lightning_gcfreeze.freezing import promotion
 from tests import cases
 
 warnings.simplefilter("ignore")  # find_unused_parameters=True finds none before the freeze
-promotion.WORTH = 1
+promotion.WORTH, promotion.MOST = 1, 1.0
 
 
 def network():

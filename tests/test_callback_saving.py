@@ -33,6 +33,7 @@ GRANULARITIES = ["element", "row", "tensor"]
 @pytest.fixture(autouse=True)
 def _every_block_is_worth_it(monkeypatch):
     monkeypatch.setattr(promotion, "WORTH", 1)
+    monkeypatch.setattr(promotion, "MOST", 1.0)
 
 
 def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:

@@ -24,6 +24,8 @@ from lightning_gcfreeze._types import Named
 
 WORTH = 2**22
 """Multiply-adds that a block has to save in each step; with fewer its hooks cost more."""
+MOST = 0.75
+"""How much of a weight a block may be: to pick rows and columns out, and to compute them apart, costs, too."""
 
 _WEIGHT_GRADIENT: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.Conv1d: grad.conv1d_weight,
@@ -104,6 +106,7 @@ class Block:
         self.index = None if inside.all() else inside.nonzero().squeeze(1)  # of the live elements in the block
         self.numel = math.prod(self.shape)
         self._size, self._dimensions = frozen.shape, frozen.dim()
+        self.axis = 1 - frozen.dim()  # of the channels of inputs and outputs, in batches and single samples
 
     def gradient(self, layer: nn.Module, x: Tensor, delta: Tensor) -> Tensor:
         """The weight's gradient in the block.
@@ -112,12 +115,11 @@ class Block:
             x: the layer's input.
             delta: the gradient of its output.
         """
-        axis = 1 - self._dimensions  # of the channels, in batches and single samples
         x = x.to(delta.dtype)  # under autocast the layer has done so, too
         if self.rows is not None:
-            delta = delta.index_select(axis, self.rows)
+            delta = delta.index_select(self.axis, self.rows)
         if self.columns is not None:
-            x = x.index_select(axis, self.columns)
+            x = x.index_select(self.axis, self.columns)
         if isinstance(layer, nn.Linear):
             return delta.reshape(-1, delta.shape[-1]).mT @ x.reshape(-1, x.shape[-1])
         assert isinstance(layer, _ConvNd)
@@ -143,7 +145,7 @@ class Block:
 def blocks_worth_it(
     parameters: Mapping[str, Parameter], frozen: Named, positions: Mapping[str, int]
 ) -> dict[str, Block]:
-    """The blocks of partly frozen weights that save `WORTH` multiply-adds in each step.
+    """The blocks of partly frozen weights that are smaller than `MOST` of them, and save `WORTH` in each step.
 
     Weights with hooks of their own have none: the hooks want to see the whole gradient.
 
@@ -158,7 +160,12 @@ def blocks_worth_it(
         if name in positions and mask.any() and not mask.all() and not parameters[name]._backward_hooks
     }
     blocks = {name: Block(mask) for name, mask in partly.items()}
-    return {name: b for name, b in blocks.items() if positions[name] * (partly[name].numel() - b.numel) >= WORTH}
+    sizes = {name: mask.numel() for name, mask in partly.items()}
+    return {
+        name: block
+        for name, block in blocks.items()
+        if block.numel <= MOST * sizes[name] and positions[name] * (sizes[name] - block.numel) >= WORTH
+    }
 
 
 class _WeightGradient(torch.autograd.Function):
@@ -168,7 +175,9 @@ class _WeightGradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor, target: Tensor, layer: nn.Module, block: Block) -> Tensor:
+    def forward(
+        ctx: Any, output: Tensor, x: Tensor, target: Tensor, bias: Tensor | None, layer: nn.Module, block: Block
+    ) -> Tensor:
         ctx.save_for_backward(x)
         ctx.layer, ctx.block, ctx.live_alone = layer, block, target.dim() == 1
         ctx.mark_dirty(output)
@@ -181,12 +190,15 @@ class _WeightGradient(torch.autograd.Function):
                 "Gradients of gradients cannot be taken where the product for a weight's gradient was shortened, and"
                 " in the step before the freeze none were. Use GradCovFreezeCallback(..., promote=False)."
             )
-        of_target = None
+        of_target = of_bias = None
         if ctx.needs_input_grad[2]:
             (x,) = ctx.saved_tensors
             gradient = ctx.block.gradient(ctx.layer, x, delta)
             of_target = ctx.block.live(gradient) if ctx.live_alone else ctx.block.embedded(gradient)
-        return delta, None, of_target, None, None
+        if ctx.needs_input_grad[3]:
+            channels = delta.dim() + ctx.block.axis
+            of_bias = delta.sum([axis for axis in range(delta.dim()) if axis != channels])
+        return delta, None, of_target, of_bias, None, None
 
 
 class _Shortened:
@@ -197,7 +209,7 @@ class _Shortened:
 
     def __init__(self, layer: nn.Module, weight: Parameter, block: Block, target: Callable[[], Tensor]) -> None:
         self._layer, self._weight, self._block, self._target = layer, weight, block, target
-        self._constant: Tensor | None = None  # in the weight's place, during the forward pass
+        self._replaced: dict[str, Parameter] = {}  # by constants, during the forward pass
         self.handles = [
             layer.register_forward_pre_hook(self.before),
             layer.register_forward_hook(self.after, prepend=True, with_kwargs=True, always_call=True),
@@ -211,25 +223,26 @@ class _Shortened:
 
     def before(self, layer: nn.Module, inputs: Any) -> None:
         if layer._parameters["weight"] is self._weight and self._weight.requires_grad and _is_recorded():
-            self._constant = self._weight.detach()
-            layer._parameters["weight"] = self._constant  # type: ignore[assignment]
+            self._replaced = {"weight": self._weight}
+            bias = layer._parameters.get("bias")
+            if isinstance(layer, _ConvNd) and bias is not None and bias.requires_grad:
+                self._replaced["bias"] = bias  # a convolution that makes its gradient makes the whole weight's as well
+            for name, p in self._replaced.items():
+                layer._parameters[name] = p.detach()  # type: ignore[assignment]
 
     def after(self, layer: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
-        constant, self._constant = self._constant, None
-        if constant is None:
-            return None
-        layer._parameters["weight"] = self._weight
-        if not isinstance(output, Tensor):  # the layer has raised an error
+        replaced, self._replaced = self._replaced, {}
+        layer._parameters.update(replaced)
+        if not replaced or not isinstance(output, Tensor):  # none is there after an error
             return None
         x = inputs[0] if inputs else keywords["input"]
-        return _WeightGradient.apply(output, x, self._target(), layer, self._block)
+        return _WeightGradient.apply(output, x, self._target(), replaced.get("bias"), layer, self._block)
 
     def release(self) -> None:
         """Let go of the layer, also if it was left in the middle of a forward pass."""
         for handle in self.handles:
             handle.remove()
-        if self._constant is not None and self._layer._parameters["weight"] is self._constant:
-            self._layer._parameters["weight"] = self._weight
+        self._layer._parameters.update(self._replaced)
 
 
 def _is_recorded() -> bool:

@@ -16,6 +16,7 @@ from lightning_gcfreeze.freezing import Compact, Positions, Promotion, blocks_wo
 @pytest.fixture(autouse=True)
 def _every_block_is_worth_it(monkeypatch):
     monkeypatch.setattr(promotion, "WORTH", 1)
+    monkeypatch.setattr(promotion, "MOST", 1.0)
 
 
 LAYERS = {
@@ -308,6 +309,11 @@ def test_small_blocks_and_unknown_layers_are_left_alone(monkeypatch):
     assert positions == {"4.weight": 8}
     monkeypatch.setattr(promotion, "WORTH", 8 * 8)
     assert blocks_worth_it(parameters, frozen, positions).keys() == {"4.weight"}
+    monkeypatch.setattr(promotion, "MOST", 7 / 8)
+    assert blocks_worth_it(parameters, frozen, positions).keys() == {"4.weight"}
+    monkeypatch.setattr(promotion, "MOST", 7 / 8 - 0.01)
+    assert not blocks_worth_it(parameters, frozen, positions)
+    monkeypatch.setattr(promotion, "MOST", 1.0)
     monkeypatch.setattr(promotion, "WORTH", 8 * 8 + 1)
     assert not blocks_worth_it(parameters, frozen, positions)
 
