@@ -47,17 +47,18 @@ class Hold:
         before = savings.Footprint.of(optimizer)
         on_device = {name: mask.to(parameters[name].device) for name, mask in frozen.items()}
         blocks = blocks_worth_it(parameters, on_device, positions) if promote else {}
-        self._compact, self._restore = None, None
+        self._holder: Compact | Restore
+        leaf = None
         if how == "compact":
-            self._compact = Compact(optimizer, parameters, on_device, early=ddp is None, alone=blocks)
+            self._holder = Compact(optimizer, parameters, on_device, early=ddp is None, alone=blocks)
+            leaf = None if ddp else self._holder.leaf
         else:
-            self._restore = Restore(parameters, on_device)
+            self._holder = Restore(parameters, on_device)
             if not resumed:
-                self._restore.clear_state_(optimizer)
+                self._holder.clear_state_(optimizer)
         self._taken = False
         self._promotion = None
         if promote:
-            leaf = self._compact.leaf if self._compact and ddp is None else None
             waits = ddp is not None and not ddp.find_unused_parameters
             self._promotion = Promotion(module, parameters, on_device, blocks, leaf, waits)
         after = savings.Footprint.of(optimizer)
@@ -68,13 +69,13 @@ class Hold:
             self._promotion.without_gradient if self._promotion else {},
             before,
             replace(after, gradients=before.gradients) if ddp else after,  # its buckets stay
-            (self._compact or self._restore).index_bytes,  # type: ignore[union-attr]
+            self._holder.index_bytes,
         )
 
     def begin_step(self) -> None:
         """When the optimizer's gradients are set to zero: before the first backward pass of a step."""
-        if self._compact:
-            self._compact.drop_gradients_()
+        if isinstance(self._holder, Compact):
+            self._holder.drop_gradients_()
             self._taken = False
 
     def begin_backward(self, loss: Tensor) -> None:
@@ -84,26 +85,26 @@ class Hold:
 
     def after_backward(self) -> None:
         """After the last backward pass of a step, before gradients are unscaled."""
-        if self._compact:
-            self._compact.take_gradients_()
+        if isinstance(self._holder, Compact):
+            self._holder.take_gradients_()
             self._taken = True
 
     def before_step(self) -> None:
         """Before gradients are clipped."""
-        if self._restore:
-            self._restore.mask_gradients_()
-        elif self._compact:
+        if isinstance(self._holder, Restore):
+            self._holder.mask_gradients_()
+        else:
             if not self._taken:  # the last batch of the step had no loss
-                self._compact.take_gradients_()
-            self._compact.read_()
+                self._holder.take_gradients_()
+            self._holder.read_()
 
     def after_step(self) -> None:
         """Right after the optimizer's step."""
-        (self._compact or self._restore).restore_()  # type: ignore[union-attr]
+        self._holder.restore_()
 
     def release(self) -> None:
         """Leave module and optimizer as they were, but for the values."""
         if self._promotion:
             self._promotion.release()
-        if self._compact:
-            self._compact.release()
+        if isinstance(self._holder, Compact):
+            self._holder.release()
