@@ -125,11 +125,11 @@ class _Vector:
     def slot(self, part: _Part) -> tuple[Tensor, bool]:
         """Where a part's gradient belongs, and whether there is one already: then both are to be added up."""
         gradient = self.parameter.grad
-        if gradient is None:  # `zero_grad` has set it to None
-            self.filled.clear()
-        elif gradient.data_ptr() != self._gradient.data_ptr():  # somebody has put another one in its place
-            self._gradient.copy_(gradient)
         if gradient is None or gradient.data_ptr() != self._gradient.data_ptr():
+            if gradient is None:  # `zero_grad` has set it to None
+                self.filled.clear()
+            else:  # somebody has put another one in its place
+                self._gradient.copy_(gradient)
             self.parameter.grad = self._gradient.detach()
         was_filled = part in self.filled
         self.filled.add(part)

@@ -105,7 +105,7 @@ class Block:
         inside = live[rows][:, columns].flatten()
         self.index = None if inside.all() else inside.nonzero().squeeze(1)  # of the live elements in the block
         self.numel = math.prod(self.shape)
-        self._size, self._dimensions = frozen.shape, frozen.dim()
+        self._size = frozen.shape
         self.axis = 1 - frozen.dim()  # of the channels of inputs and outputs, in batches and single samples
 
     def gradient(self, layer: nn.Module, x: Tensor, delta: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ class Block:
         if isinstance(layer, nn.Linear):
             return delta.reshape(-1, delta.shape[-1]).mT @ x.reshape(-1, x.shape[-1])
         assert isinstance(layer, _ConvNd)
-        if x.dim() < self._dimensions:
+        if x.dim() < len(self.shape):
             x, delta = x[None], delta[None]
         of_weight = _WEIGHT_GRADIENT[type(layer)]
         return of_weight(x, self.shape, delta, layer.stride, layer.padding, layer.dilation, 1)
