@@ -11,7 +11,7 @@ One optimizer step, t = 1, 2, …, in hooks of the Trainer:
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +25,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_modu
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.nn import Parameter
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_gcfreeze import _checks, delta, gains, gradients, orderings, refusals, reporting, selection
 from lightning_gcfreeze._types import Granularity
+from lightning_gcfreeze.comm_hook import GradientMean
+from lightning_gcfreeze.distributed import ALONE, Ranks, Shards, local
 from lightning_gcfreeze.estimators import FullCovariance
 from lightning_gcfreeze.freezing import Positions
 from lightning_gcfreeze.holding import Hold
@@ -55,7 +58,7 @@ else:
     except ImportError:
         _Callback = pl.Callback
 
-_FORMAT = 3
+_FORMAT = 4
 _DECISIVE = ("t0", "k", "order", "samples", "every", "gain", "granularity", "include", "exclude", "seed")
 
 
@@ -68,6 +71,7 @@ class _Run:
     k: int
     samples: SampleGradients
     positions: Positions
+    shards: Shards
     post_hook: RemovableHandle | None = None
     hold: Hold | None = None
     tried: bool = False  # whether the optimizer step to come was tried to observe
@@ -172,6 +176,8 @@ class GradCovFreezeCallback(_Callback):
         self._seed = 0  # of the random order; set when a run begins
         self._resumed: dict[str, Any] | None = None  # the arguments that the loaded state was made with
         self._savings: Savings | None = None
+        self._ranks = ALONE
+        self._mean: GradientMean | None = None  # DDP's communication hook
         self._module: Callable[[], pl.LightningModule | None] = _gone  # of the last fit
         self._run: _Run | None = None
 
@@ -184,8 +190,12 @@ class GradCovFreezeCallback(_Callback):
 
     @property
     def frozen(self) -> dict[str, Tensor]:
-        """The masks, ``{name: bool (*p.shape)}``, True = held constant; empty while observing."""
-        return {n: mask.clone() for n, mask in self._phase.frozen.items()} if isinstance(self._phase, Frozen) else {}
+        """The masks, ``{name: bool (*p.shape)}``, True = held constant; empty while observing.
+
+        Of a sharded parameter the mask is a DTensor, laid out as the parameter is.
+        """
+        frozen = self._phase.frozen if isinstance(self._phase, Frozen) else {}
+        return self._phase.shards.wrapped({name: mask.clone() for name, mask in frozen.items()})
 
     @property
     def frozen_fraction(self) -> float:
@@ -197,9 +207,9 @@ class GradCovFreezeCallback(_Callback):
         """The diagonal of C_t, ``{name: (*p.shape)}``, float32 or wider, in squared gradients; at t0 it stops changing.
 
         With S fixed it estimates (1 - 1/S) times the variance of a single sample's gradient. Empty before the first
-        observed step.
+        observed step. Of a sharded parameter it is a DTensor, laid out as the parameter is.
         """
-        return {name: v.clone() for name, v in self._phase.variance.items()}
+        return self._phase.shards.wrapped({name: v.clone() for name, v in self._phase.variance.items()})
 
     @property
     def covariance(self) -> Tensor | None:
@@ -212,12 +222,17 @@ class GradCovFreezeCallback(_Callback):
         """The paper's I, ``{name: int64 (*p.shape)}``: places in the order from 1, the lowest score; frozen is <= k.
 
         While a run is observing, the order as it would be now; empty before its first observed step.
+
+        Raises:
+            RuntimeError: the parameters are sharded: no process has all scores.
         """
+        if self._phase.shards:
+            raise RuntimeError("Ranks need all scores in one place, and these are sharded. See `frozen` or `variance`.")
         if isinstance(self._phase, Frozen):
             return selection.ranks(self._phase.scores)
         if self._run is None or not self._phase.observed:
             return {}
-        scores = self._phase.scores(self._ordering, self._run.parameters, self._seed, self.granularity)
+        scores = self._phase.scores(self._ordering, _local(self._run.parameters), self._seed, self.granularity)
         return selection.ranks(scores)
 
     @property
@@ -257,6 +272,7 @@ class GradCovFreezeCallback(_Callback):
         if stage == "fit":
             _refuse(refusals.of_strategy(trainer.strategy))
             self._start_afresh()
+            self._mean = _in_place_of_users_hook(trainer.strategy)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a saved state. Runs between `setup` and `on_fit_start`, under some strategies after it."""
@@ -274,14 +290,20 @@ class GradCovFreezeCallback(_Callback):
         self._resumed = state_dict["arguments"]
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed to go on from here: tensors, numbers and strings, under parameter names."""
+        """All that is needed to go on from here: tensors, numbers and strings, under parameter names.
+
+        With several processes it must be called on all of them, as a Trainer does: while observing, each goes on from
+        the mean of their statistics afterwards, so that a run that is resumed here has the bits of this one.
+        """
+        if self._run and isinstance(self._phase, Observing):
+            self._phase.share(self._ranks)
         return {
             "format": _FORMAT,
             "arguments": self._arguments(),
             "seed": self._seed,
             "steps": self._steps,
             "phase": self.phase,
-            "state": self._phase.state_dict(),
+            "state": self._phase.state_dict(self._ranks),
         }
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -294,10 +316,15 @@ class GradCovFreezeCallback(_Callback):
         _refuse(refusals.of_samples(pl_module, self._count))
         parameters = selection.eligible(pl_module, trainer.optimizers[0], self.include, self.exclude)
         k = selection.resolve_count(self.k, sum(p.numel() for p in parameters.values()))
+        shards = Shards(parameters)
+        if shards:
+            _refuse(refusals.of_sharding(self._full, self.hold, self.gradients))
         if self._full:
             FullCovariance({name: p.to("meta") for name, p in parameters.items()})  # refuses one that is too large
+        self._ranks = Ranks(trainer.world_size, trainer.strategy.root_device)
+        self._install_mean(trainer)
         samples = SampleGradients(
-            self.gradients,
+            "replay" if shards else self.gradients,
             pl_module,
             parameters,
             _training_step(pl_module),
@@ -306,25 +333,29 @@ class GradCovFreezeCallback(_Callback):
             count=self._count,
             singly=self._full,
         )
-        self._run = _Run(trainer, parameters, k, samples, Positions(pl_module, parameters))
+        self._run = _Run(trainer, parameters, k, samples, Positions(pl_module, parameters), shards)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin, or go on where the checkpoint stopped: by now all of it is loaded under every strategy."""
         run = self._running
         if self._resumed is None:
             seed = torch.initial_seed() % 2**63 if self.seed is None else self.seed
-            self._seed = trainer.strategy.broadcast(seed)
-            self._phase = Observing(run.parameters, self._full, orderings.needed_by(self._ordering))
+            self._seed = self._ranks.of_first(seed)
+            needs = orderings.needed_by(self._ordering)
+            self._phase = Observing(_local(run.parameters), self._full, needs, run.shards)
         else:
             _refuse(refusals.of_resuming(self._resumed, self._arguments(), self._phase.shapes, run.parameters))
         run.logged_step = self._steps
         if isinstance(self._phase, Observing):
-            self._phase.to(run.parameters)
+            if self._resumed is not None:
+                self._phase.to(_local(run.parameters), run.shards)
             if self._phase.decided is None:
                 self._phase.decided = run.samples.decided
             else:
                 run.samples.decided = self._phase.decided
         else:
+            self._phase.to(run.shards)
+            run.shards.check_agreement(self._phase.frozen, self._ranks)
             self._begin_to_hold(run, self._phase, resumed=True)
         run.post_hook = trainer.optimizers[0].register_step_post_hook(self._after_step)
 
@@ -471,7 +502,7 @@ class GradCovFreezeCallback(_Callback):
     def __getstate__(self) -> dict[str, Any]:
         """Leave the Trainer out of copies and pickles, and the module, whose `log` Lightning attaches to callbacks."""
         kept = {name: v for name, v in self.__dict__.items() if name not in ("log", "log_dict")}
-        return kept | {"_run": None, "_module": _gone}
+        return kept | {"_run": None, "_module": _gone, "_mean": None}
 
     def _observe(self, phase: Observing, run: _Run, window: Window, size: int | None) -> bool:
         """Take one pair into the statistics, if it can be had and is finite; tell whether it was."""
@@ -489,15 +520,16 @@ class GradCovFreezeCallback(_Callback):
 
     def _decide(self, phase: Observing, run: _Run) -> Frozen:
         """Rank and mark, the same on all ranks: their statistics are averaged first."""
-        blind = torch.tensor(float(not phase.observed), device=run.trainer.strategy.root_device)
-        if run.trainer.strategy.reduce(blind, reduce_op="sum") > 0:
+        if self._ranks.total(torch.tensor(int(not phase.observed))):
             raise RuntimeError(
                 f"No step could be observed among the first `t0={self.t0}`: {phase.skipped} were left out because a"
                 " gradient was not finite, there was no loss, or the batch had one sample."
             )
-        if run.trainer.world_size > 1:
-            phase.average(lambda tensor: run.trainer.strategy.reduce(tensor, reduce_op="mean"))
-        frozen = phase.freeze(self._ordering, run.parameters, self._seed, run.k, self.granularity, run.positions.counts)
+        phase.share(self._ranks)
+        weights = _local(run.parameters)
+        frozen = phase.freeze(
+            self._ordering, weights, self._seed, run.k, self.granularity, run.positions.counts, self._ranks
+        )
         rank_zero_info(
             f"{type(self).__name__}: after {self._steps} optimizer steps ({phase.observed} observed, {phase.skipped}"
             f" left out) {frozen.fraction:.1%} of the eligible elements are frozen: {frozen.count:,}."
@@ -507,7 +539,7 @@ class GradCovFreezeCallback(_Callback):
                 f"Nothing was frozen: the first {self.granularity} in the order has more than `k={self.k}` allows,"
                 f" {run.k:,} elements. Raise `k`, or choose a finer `granularity`."
             )
-        if (dead := frozen.never_moved()) > 0.1 * run.k:
+        if (dead := frozen.never_moved) > 0.1 * run.k:
             rank_zero_warn(
                 f"{dead:,} of the {frozen.count:,} frozen elements never had a gradient in the {phase.observed}"
                 " observed steps (constant inputs, dead units, unseen embedding rows, unused parameters)."
@@ -515,24 +547,43 @@ class GradCovFreezeCallback(_Callback):
             )
         return frozen
 
+    def _install_mean(self, trainer: pl.Trainer) -> None:
+        """Say what will not be sent less, and why."""
+        if self._mean is None:
+            return
+        if not isinstance(trainer.strategy.model, DistributedDataParallel) or not self._mean.install(
+            trainer.strategy.model
+        ):
+            self._mean = None
+            rank_zero_info(
+                f"{type(self).__name__}: all gradients go on being sent; DDP has another communication hook."
+            )
+        elif not self._mean.packs:
+            rank_zero_info(f"{type(self).__name__}: all gradients go on being sent; the `ddp_comm_hook` may need them.")
+
     def _begin_to_hold(self, run: _Run, phase: Frozen, resumed: bool) -> None:
-        trainer, promote = run.trainer, self.promote
+        trainer, promote = run.trainer, self.promote and not run.shards
         module, optimizer = trainer.lightning_module, trainer.optimizers[0]
         how: Literal["compact", "restore"] = "restore"
         if self.hold == "auto" and (reason := refusals.of_letting_go(module, trainer.callbacks)):  # type: ignore[attr-defined]
             promote = False
             rank_zero_info(f"{type(self).__name__}: {reason}")
-        elif self.hold == "compact" or (self.hold == "auto" and not refusals.of_compact(optimizer, module)):
+        elif not run.shards and (self.hold != "restore" and not refusals.of_compact(optimizer, module)):
             how = "compact"
         where = (run.parameters, phase.frozen, phase.positions)
         run.hold = Hold(how, optimizer, module, trainer.strategy.model, *where, promote, resumed)
         self._savings = run.hold.savings
+        if self._mean:
+            self._mean.leave_out({run.parameters[name]: mask for name, mask in phase.frozen.items()})
 
     def _log(self, trainer: pl.Trainer, run: _Run, with_histograms: bool) -> None:
         step = trainer.fit_loop.epoch_loop._batches_that_stepped  # the axis of whatever `self.log` writes
         frozen = self._phase.frozen if isinstance(self._phase, Frozen) else {}
-        metrics = reporting.scalars(run.parameters, frozen, self.frozen_fraction, self._phase.observed)
+        fractions = self._phase.fractions if isinstance(self._phase, Frozen) else dict.fromkeys(run.parameters, 0.0)
+        metrics = reporting.scalars(fractions, self.frozen_fraction, self._phase.observed)
         metrics |= self._savings.scalars() if self._savings else {}
+        if self._mean and self._mean.sent is not None:
+            metrics["gcfreeze/gradient_bytes_sent"] = float(self._mean.sent)
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=step)
             add_histogram = getattr(getattr(logger, "experiment", None), "add_histogram", None)
@@ -554,6 +605,19 @@ class GradCovFreezeCallback(_Callback):
 
 def _gone() -> None:
     """In place of a reference to a module."""
+
+
+def _local(parameters: Mapping[str, Parameter]) -> dict[str, Tensor]:
+    return {name: local(p.detach()) for name, p in parameters.items()}
+
+
+def _in_place_of_users_hook(strategy: Any) -> GradientMean | None:
+    """What is to become DDP's communication hook, and to work as the one does that the strategy was given."""
+    if not hasattr(strategy, "_ddp_comm_hook"):
+        return None
+    mean = GradientMean(strategy._ddp_comm_hook, strategy._ddp_comm_state, strategy._ddp_comm_wrapper)
+    strategy._ddp_comm_hook = None  # DDP takes one hook
+    return mean
 
 
 def _refuse(reason: str | None) -> None:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gcfreeze._types import Named
+from lightning_gcfreeze.distributed import whole
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -60,7 +61,10 @@ def of(module: nn.Module, frozen: Named) -> dict[str, Tensor]:
                     f"A mask of `frozen` is bool and has its parameter's shape: {name!r} has {tuple(p.shape)}, its mask"
                     f" {frozen[name].dtype} and {tuple(frozen[name].shape)}."
                 )
-            delta |= {f"{name}:{part}": tensor for part, tensor in _parts(p.detach(), frozen[name].cpu()).items()}
+            delta |= {
+                f"{name}:{part}": tensor
+                for part, tensor in _parts(whole(p.detach()), whole(frozen[name]).cpu()).items()
+            }
         elif p.requires_grad:
             delta[f"{name}:whole"] = _copy(p)
     return delta | {f"{name}:whole": _copy(buffer) for name, buffer in module.named_buffers() if name in saved}
@@ -282,7 +286,7 @@ def _units(tensor: Tensor, unit: str) -> Tensor:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    return whole(tensor).detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def _some(names: Iterable[str]) -> str:

@@ -20,8 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import Parameter
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_gcfreeze.distributed import local, part
 
 # Attributes that every module has. Buffers and the training flag may change in a step; the others may not, and hooks
 # must not be copied, since their handles point at these very dictionaries.
@@ -57,10 +60,11 @@ def of_sample(
         ``{name: (*p.shape)}``, zeros where the loss does not depend on the parameter; None if there was no loss.
     """
     with no_trace(module), torch.enable_grad():
-        value = loss()
+        with _in_use(module, parameters) as used:
+            value = loss()
         if value is None:
             return None
-        active = {name: p for name, p in parameters.items() if p.requires_grad}
+        active = {name: used.get(name, p) for name, p in parameters.items() if p.requires_grad}
         grads = torch.autograd.grad(value, list(active.values()), allow_unused=True) if active else ()
         found = dict(zip(active, grads, strict=True))
     return {name: dense(p, found.get(name)) for name, p in parameters.items()}
@@ -90,13 +94,39 @@ def batch_norms_without_statistics(module: nn.Module) -> list[str]:
 
 
 def dense(parameter: Parameter, grad: Tensor | None, scale: float = 1.0) -> Tensor:
-    """A gradient as a tensor like its parameter, detached, over `scale`; zeros for None."""
+    """A gradient as a tensor like the local part of its parameter, detached, over `scale`; zeros for None."""
     if grad is None:
-        return torch.zeros_like(parameter, requires_grad=False)
-    grad = grad.detach()
+        return torch.zeros_like(local(parameter), requires_grad=False)
+    grad = part(parameter, grad.detach())
     if grad.layout != torch.strided:
         grad = grad.to_dense()
     return grad if scale == 1.0 else grad / scale
+
+
+@contextmanager
+def _in_use(module: nn.Module, parameters: Mapping[str, Parameter]) -> Iterator[dict[str, Tensor]]:
+    """What stands in for parameters in forward passes, by name: FSDP2 puts whole ones in the place of its shards."""
+    used: dict[str, Tensor] = {}
+    names = {id(p): name for name, p in parameters.items()}
+    owners = [
+        (layer, own, name)
+        for layer in module.modules()
+        for own, p in layer._parameters.items()
+        if (name := names.get(id(p))) is not None
+    ]
+
+    def look(*_: Any) -> None:
+        for layer, own, name in owners:
+            p = layer._parameters[own]
+            if p is not None and p is not parameters[name]:
+                used[name] = p
+
+    hooks = [layer.register_forward_pre_hook(look) for layer in module.modules() if isinstance(layer, FSDPModule)]
+    try:
+        yield used
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

@@ -25,7 +25,7 @@ class Hold:
         module: what is trained.
         wrapper: what the strategy calls instead of it, if anything.
         parameters: the eligible ones, by name.
-        frozen: ``{name: bool (*p.shape)}``, True = held constant.
+        frozen: ``{name: bool (*p.shape)}``, True = held constant; of a sharded one, for its local part.
         positions: by name of a weight, at how many places of a step's batch it is applied.
         promote: spare the work that frozen parameters, rows and columns do not need.
         resumed: the optimizer knows of the decision already.

@@ -12,6 +12,7 @@ from typing import Literal, TypeAlias, TypeVar, cast
 import torch
 
 from lightning_gcfreeze._types import Granularity, Named
+from lightning_gcfreeze.distributed import EVERYTHING, Shards
 
 Name: TypeAlias = Literal["variance", "random", "reverse", "magnitude", "second_moment", "snr", "displacement"]
 
@@ -34,6 +35,8 @@ class Evidence:
     """The parameters when observing began; for orderings whose ``needs`` has "start"."""
     granularity: Granularity = "element"
     """What freezes together; scores are averaged over it afterwards."""
+    shards: Shards = EVERYTHING
+    """How the parameters lie on the processes: of sharded ones all tensors are the local parts, plain tensors."""
 
 
 Ordering: TypeAlias = Callable[[Evidence], Named]
@@ -64,14 +67,15 @@ def reverse(evidence: Evidence) -> Named:
 
 
 def random(evidence: Evidence) -> Named:
-    """A uniformly random order, of elements, rows or tensors: the same for a seed on every device and rank."""
+    """A uniformly random order, of elements, rows or tensors: the same for a seed however the parameters lie."""
     generator = torch.Generator().manual_seed(evidence.seed)
     axes = {"element": None, "row": 1, "tensor": 0}[evidence.granularity]
     scores = {}
     for name, w in evidence.weights.items():
-        drawn = torch.rand(w.shape[:axes], generator=generator, dtype=torch.float64).to(w.device)
-        scores[name] = drawn.reshape(drawn.shape + (1,) * (w.dim() - drawn.dim())).expand(w.shape)
-    return scores
+        shape = evidence.shards.shape(name, w)
+        drawn = torch.rand(shape[:axes], generator=generator, dtype=torch.float64).to(w.device)
+        scores[name] = drawn.reshape(drawn.shape + (1,) * (w.dim() - drawn.dim())).expand(shape)
+    return evidence.shards.parts(scores)
 
 
 def magnitude(evidence: Evidence) -> Named:

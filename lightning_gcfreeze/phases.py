@@ -5,7 +5,7 @@ Tensors and numbers only: a phase is saved, loaded and copied without a module o
 
 import copy
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_gcfreeze import gains, orderings, selection
 from lightning_gcfreeze._types import Granularity, Named
+from lightning_gcfreeze.distributed import ALONE, EVERYTHING, Ranks, Shards
 from lightning_gcfreeze.estimators import BatchMean, BatchSecondMoment, DiagonalCovariance, Estimator, FullCovariance
 from lightning_gcfreeze.estimators.base import Step, decayed_, finite_batch_correction
 from lightning_gcfreeze.per_sample import PerSample
@@ -23,15 +24,23 @@ class Observing:
     """The warm-up: C_t, and what the order needs beside it.
 
     Args:
-        parameters: the eligible parameters; none before a run has begun.
+        parameters: the eligible parameters, of sharded ones the local parts; none before a run has begun.
         full: keep the whole covariance matrix, not its diagonal alone.
         needs: the optional fields of `orderings.Evidence` that are to be gathered.
+        shards: how the parameters lie on processes. All that is kept by element is that of the local parts.
     """
 
     name = "observing"
 
-    def __init__(self, parameters: Named, full: bool = False, needs: frozenset[str] = frozenset()) -> None:
-        self.shapes = {name: p.shape for name, p in parameters.items()}
+    def __init__(
+        self,
+        parameters: Named,
+        full: bool = False,
+        needs: frozenset[str] = frozenset(),
+        shards: Shards = EVERYTHING,
+    ) -> None:
+        self.shards = shards
+        self.shapes = {name: shards.shape(name, p) for name, p in parameters.items()}
         self.covariance = FullCovariance(parameters) if full and parameters else DiagonalCovariance(parameters)
         self.moments: dict[str, Estimator] = {}
         if "mean" in needs:
@@ -117,15 +126,27 @@ class Observing:
             return False
         return True
 
-    def average(self, mean: Callable[[Tensor], Tensor]) -> None:
-        """Replace every statistic by its mean over processes."""
+    def share(self, ranks: Ranks) -> None:
+        """Become the same on all processes: every statistic its mean over those that have it, numbers rank 0's."""
         self.settle()
+        if ranks.count == 1:
+            return
         for estimator in self._estimators:
-            estimator.tensors = {name: mean(tensor * self._scale) for name, tensor in estimator.tensors.items()}
+            estimator.tensors = self._read(estimator.tensors)
+            self.shards.mean_over_replicas_(estimator.tensors, ranks)
         self._scale = 1.0
+        numbers = (self._observed, self.skipped, self.batch_size, self.decided)
+        self._observed, self.skipped, self.batch_size, decided = ranks.of_first(numbers)
+        if self.decided is not None:
+            self.decided.update(decided)
 
     def scores(
-        self, ordering: orderings.Ordering, weights: Named, seed: int, granularity: Granularity = "element"
+        self,
+        ordering: orderings.Ordering,
+        weights: Named,
+        seed: int,
+        granularity: Granularity = "element",
+        ranks: Ranks = ALONE,
     ) -> dict[str, Tensor]:
         """What the ordering makes of the evidence so far, in the order of the parameters, which decides ties.
 
@@ -134,7 +155,7 @@ class Observing:
         Raises:
             ValueError: the ordering did not score every element, or with NaN.
         """
-        return self._scores(ordering, self._evidence(weights, seed, granularity))
+        return self._scores(ordering, self._evidence(weights, seed, granularity), ranks)
 
     def freeze(
         self,
@@ -144,41 +165,56 @@ class Observing:
         k: int,
         granularity: Granularity = "element",
         positions: Mapping[str, int] | None = None,
+        ranks: Ranks = ALONE,
     ) -> "Frozen":
-        """Rank the elements and mark the k lowest, Eq. (2.7)."""
+        """Rank the elements and mark the k lowest, Eq. (2.7); the same on all processes, which is checked.
+
+        Raises:
+            ValueError: the ordering did not score every element, or with NaN.
+            RuntimeError: processes would freeze different elements.
+        """
         evidence = self._evidence(weights, seed, granularity)
-        scores = self._scores(ordering, evidence)
+        scores = self._scores(ordering, evidence, ranks)
+        frozen = selection.lowest(scores, k, granularity, self.shards, ranks)
+        self.shards.check_agreement(frozen, ranks)
         return Frozen(
-            frozen=selection.lowest(scores, k, granularity),
+            frozen=frozen,
             scores=scores,  # in the paper's order the same memory as the variance
             variance=dict(evidence.variance),
             matrix=self.matrix,
             observed=self.observed,
             skipped=self.skipped,
             positions=dict(positions or {}),
+            counts=self.shards.count(frozen, ranks),
+            never_moved=sum(self.shards.count(_never_moved(frozen, scores, evidence.variance, ranks), ranks).values()),
+            shapes=self.shapes,
+            shards=self.shards,
         )
 
     def _evidence(self, weights: Named, seed: int, granularity: Granularity) -> orderings.Evidence:
         self.settle()
         now = {name: w.detach().clone() for name, w in weights.items()}  # they may be the score, and will move
         moments = {name: self._read(estimator.tensors) for name, estimator in self.moments.items()}
-        return orderings.Evidence(self._variance(), now, seed, start=self.start, granularity=granularity, **moments)
+        return orderings.Evidence(
+            self._variance(), now, seed, start=self.start, granularity=granularity, shards=self.shards, **moments
+        )
 
-    def _scores(self, ordering: orderings.Ordering, evidence: orderings.Evidence) -> dict[str, Tensor]:
+    def _scores(self, ordering: orderings.Ordering, evidence: orderings.Evidence, ranks: Ranks) -> dict[str, Tensor]:
         scores = ordering(evidence)
         selection.check_scores(scores, evidence.weights)
-        return selection.pooled({name: scores[name].detach() for name in evidence.weights}, evidence.granularity)
+        by_element = {name: scores[name].detach() for name in evidence.weights}
+        return selection.pooled(by_element, evidence.granularity, self.shards, ranks)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors, numbers and strings alone."""
+    def state_dict(self, ranks: Ranks = ALONE) -> dict[str, Any]:
+        """Tensors, numbers and strings alone; tensors are whole, those of sharded parameters on rank 0 only."""
         self.settle()
         return {
             "begun": bool(self.shapes),
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "full": isinstance(self.covariance, FullCovariance),
-            "covariance": self.covariance.tensors,
-            "moments": {name: estimator.tensors for name, estimator in self.moments.items()},
-            "start": self.start,
+            "covariance": self.shards.whole(self.covariance.tensors, ranks),
+            "moments": {name: self.shards.whole(estimator.tensors, ranks) for name, estimator in self.moments.items()},
+            "start": None if self.start is None else self.shards.whole(self.start, ranks),
             "scale": self._scale,
             "observed": self._observed,
             "skipped": self.skipped,
@@ -190,7 +226,7 @@ class Observing:
     def from_state_dict(cls, state: dict[str, Any]) -> "Observing":
         """The phase that `state_dict` was taken of, its tensors on the device where they are."""
         parameters = {name: torch.empty(shape, device="meta") for name, shape in state["shapes"].items()}
-        phase = cls(parameters, full=state["full"], needs=frozenset(state["moments"]))
+        phase = cls(parameters, full=state["full"], needs=frozenset(state["moments"]))  # not sharded yet: see `to`
         phase.covariance.tensors = _cloned(state["covariance"])  # they go on changing in place
         for name, tensors in state["moments"].items():
             phase.moments[name].tensors = _cloned(tensors)
@@ -199,13 +235,15 @@ class Observing:
         phase._scale, phase.decided = state["scale"], copy.deepcopy(state["decided"])
         return phase
 
-    def to(self, parameters: Named) -> None:
-        """Move every tensor to the device of its parameter."""
+    def to(self, parameters: Named, shards: Shards = EVERYTHING) -> None:
+        """Of what was loaded keep the local parts, on the devices of the parameters."""
+        self.shards = shards
         default = next(iter(parameters.values()))
         for estimator in self._estimators:
-            estimator.tensors = {n: t.to(parameters.get(n, default).device) for n, t in estimator.tensors.items()}
+            parts = shards.parts(estimator.tensors)
+            estimator.tensors = {n: t.to(parameters.get(n, default).device) for n, t in parts.items()}
         if self.start is not None:
-            self.start = {name: t.to(parameters[name].device) for name, t in self.start.items()}
+            self.start = {name: t.to(parameters[name].device) for name, t in shards.parts(self.start).items()}
 
     @property
     def _estimators(self) -> tuple[Estimator, ...]:
@@ -254,36 +292,59 @@ class Frozen:
     skipped: int
     positions: dict[str, int]
     """By name of a weight, at how many places of a step's batch it is applied, where that was counted."""
+    counts: dict[str, int]
+    """By name, how many elements are frozen, on all processes."""
+    never_moved: int
+    """How many elements froze first because they never had a gradient: no noise, and nothing scored lower. A dead unit,
+    an embedding row that did not occur or an unused parameter looks like this. It has not converged."""
+    shapes: dict[str, torch.Size]
+    """Of the whole parameters."""
+    shards: Shards
+    """How the parameters lie on the processes."""
 
     name = "frozen"
 
     @property
-    def shapes(self) -> dict[str, torch.Size]:
-        return {name: mask.shape for name, mask in self.frozen.items()}
-
-    @property
     def count(self) -> int:
         """How many elements are frozen."""
-        return sum(int(mask.sum()) for mask in self.frozen.values())
+        return sum(self.counts.values())
+
+    @property
+    def fractions(self) -> dict[str, float]:
+        """Frozen elements of each parameter / its elements."""
+        return {name: self.counts[name] / max(shape.numel(), 1) for name, shape in self.shapes.items()}
 
     @property
     def fraction(self) -> float:
         """Frozen elements / eligible elements."""
-        return self.count / sum(mask.numel() for mask in self.frozen.values())
+        return self.count / sum(shape.numel() for shape in self.shapes.values())
 
-    def never_moved(self) -> int:
-        """How many elements froze first because they never had a gradient: no noise, and nothing scored lower.
-
-        A dead unit, an embedding row that did not occur or an unused parameter looks like this. It has not converged.
-        """
-        least = min(score.min() for score in self.scores.values() if score.numel())
-        dead = (m & (self.variance[n] == 0) & (self.scores[n] == least) for n, m in self.frozen.items())
-        return sum(int(elements.sum()) for elements in dead)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and numbers alone."""
-        return {"begun": True} | vars(self)
+    def state_dict(self, ranks: Ranks = ALONE) -> dict[str, Any]:
+        """Tensors and numbers alone; tensors are whole, those of sharded parameters on rank 0 only."""
+        state = {name: value for name, value in vars(self).items() if name not in ("counts", "shapes", "shards")}
+        state["frozen"] = self.shards.whole(self.frozen, ranks)
+        state["scores"] = self.shards.whole(self.scores, ranks)
+        in_order = all(self.scores[n].data_ptr() == v.data_ptr() for n, v in self.variance.items())  # the same memory
+        state["variance"] = state["scores"] if in_order else self.shards.whole(self.variance, ranks)
+        return {"begun": True} | state
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> "Frozen":
-        return cls(**{name: value for name, value in state.items() if name != "begun"})
+        """The phase that `state_dict` was taken of, not sharded yet: see `to`."""
+        counts = EVERYTHING.count(state["frozen"], ALONE)
+        shapes = {name: mask.shape for name, mask in state["frozen"].items()}
+        given = {name: value for name, value in state.items() if name != "begun"}
+        return cls(**given, counts=counts, shapes=shapes, shards=EVERYTHING)
+
+    def to(self, shards: Shards) -> None:
+        """Of what was loaded keep the local parts."""
+        self.shards = shards
+        self.frozen, self.scores, self.variance = map(shards.parts, (self.frozen, self.scores, self.variance))
+
+
+def _never_moved(frozen: Named, scores: Named, variance: Named, ranks: Ranks) -> dict[str, Tensor]:
+    lowest = [score.min().double().cpu() for score in scores.values() if score.numel()]
+    least = -ranks.largest(-torch.stack([*lowest, torch.tensor(torch.inf, dtype=torch.float64)]).min())
+    return {
+        name: mask & (variance[name] == 0) & (scores[name] == least.to(mask.device)) for name, mask in frozen.items()
+    }

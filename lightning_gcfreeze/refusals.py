@@ -17,11 +17,50 @@ from lightning_gcfreeze.freezing import ELEMENTWISE
 
 
 def of_strategy(strategy: Any) -> str | None:
-    """Strategies that shard parameters or optimizer states; here a rank does not see whole tensors."""
+    """Strategies under which frozen elements could not be held, or a rank's would not be the others'."""
     classes = {cls.__name__ for cls in type(strategy).__mro__}
-    if classes & {"SingleDeviceStrategy", "DDPStrategy"} and "DeepSpeedStrategy" not in classes:
-        return None
-    return f"{type(strategy).__name__} is not supported yet, only a single device and DDP are."
+    known = classes & {"SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy"}
+    why_not = [reason for name, reason in _WHY_NOT.items() if name in classes]
+    if not known or why_not:
+        return (
+            f"{type(strategy).__name__} is not supported: it {(*why_not, _UNKNOWN)[0]}. Supported are a single device,"
+            " DDPStrategy, and ModelParallelStrategy for FSDP2 and tensor parallelism."
+        )
+    if type(getattr(strategy, "_ddp_comm_state", None)).__name__ == "PostLocalSGDState":
+        return (
+            "With post-local SGD the weights of the processes differ until they are averaged, and frozen ones would"
+            " move then. Use DDPStrategy without it."
+        )
+    return None
+
+
+_WHY_NOT = {
+    "FSDPStrategy": "flattens parameters into shards, where an element has neither name nor place (FSDP2 does not)",
+    "DeepSpeedStrategy": "keeps gradients and optimizer states in buffers of its own, and steps them itself",
+}
+_UNKNOWN = "is not known to keep parameters, gradients and optimizer states where they can be held"
+
+
+def of_sharding(covariance: bool, hold: str, how: str) -> str | None:
+    """What needs whole tensors.
+
+    Args:
+        covariance: whether the whole matrix is wanted.
+        hold: how constancy is kept.
+        how: how single samples' gradients are had.
+    """
+    if covariance:
+        return "`covariance='full'` needs whole parameters, and these are sharded. Use `covariance='diagonal'`."
+    if hold == "compact":
+        return (
+            "`hold='compact'` needs whole parameters, and these are sharded. Use `hold='restore'` or 'auto', which puts"
+            " the frozen elements of each shard back."
+        )
+    if how == "capture":
+        return (
+            "`gradients='capture'` needs whole parameters, and these are sharded. Use `gradients='replay'` or 'auto'."
+        )
+    return None
 
 
 def of_module(module: nn.Module, training_step: Any, automatic_optimization: bool) -> str | None:

@@ -1,19 +1,16 @@
 """Masks and variances -> {tag: number or tensor}. Pure; handing them to loggers is the callback's business."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 from torch import Tensor
 
 from lightning_gcfreeze._types import Named
 
 
-def scalars(names: Iterable[str], frozen: Named, fraction: float, observed: int) -> dict[str, float]:
-    """The fractions of frozen elements, in all and of each parameter in `names`, and the number of observed steps."""
-    of_each = {
-        f"gcfreeze/frozen_fraction/{name}": float(frozen[name].sum()) / max(frozen[name].numel(), 1) if frozen else 0.0
-        for name in names
-    }
-    return {"gcfreeze/frozen_fraction": fraction, "gcfreeze/observed_steps": float(observed), **of_each}
+def scalars(of_each: Mapping[str, float], fraction: float, observed: int) -> dict[str, float]:
+    """The fractions of frozen elements, by parameter and in all, and the number of observed steps."""
+    by_parameter = {f"gcfreeze/frozen_fraction/{name}": value for name, value in of_each.items()}
+    return {"gcfreeze/frozen_fraction": fraction, "gcfreeze/observed_steps": float(observed), **by_parameter}
 
 
 def histograms(frozen: Named, variance: Named) -> dict[str, Tensor]:

@@ -8,13 +8,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_gcfreeze._types import Named
+from lightning_gcfreeze.distributed import local
 
 _ROWS = 30  # of the table
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What an optimizer holds."""
+    """What an optimizer holds, on this process."""
 
     state: int
     """Bytes of its state."""
@@ -26,7 +27,7 @@ class Footprint:
         """As it is now."""
         state = [v for of_p in optimizer.state.values() for v in of_p.values() if isinstance(v, Tensor)]
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-        return cls(sum(map(_bytes, state)), sum(p.nbytes for p in parameters))
+        return cls(sum(map(_bytes, state)), sum(map(_bytes, parameters)))
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,7 @@ def of_freeze(
 
 
 def _bytes(tensor: Tensor) -> int:
+    tensor = local(tensor)
     return tensor._values().nbytes + tensor._indices().nbytes if tensor.is_sparse else tensor.nbytes
 
 

@@ -2,11 +2,14 @@
 
 Elements are compared by score; equal scores go by the order of the parameters, then by index within the parameter
 (row by row). So k elements are chosen exactly, the same ones on every device and rank, and the choice for k is
-contained in the choice for k + 1. This is α(k) of the paper, Eq. (2.7), read as: rank <= k is frozen.
+contained in the choice for k + 1. Of a sharded parameter a process has a part, and decides for that part as it would
+for the whole. This is α(k) of the paper, Eq. (2.7), read as: rank <= k is frozen.
 """
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +17,10 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lightning_gcfreeze._types import Granularity, Named
+from lightning_gcfreeze.distributed import ALONE, EVERYTHING, Ranks, Shards
+
+CHUNK = 2**17
+"""How many scores are looked at together: they and what is made of them stay in a cache."""
 
 
 def eligible(
@@ -61,47 +68,93 @@ def resolve_count(k: int | float, eligible: int) -> int:
     return count
 
 
-def pooled(scores: Named, granularity: Granularity) -> dict[str, Tensor]:
+def pooled(
+    scores: Named, granularity: Granularity, shards: Shards = EVERYTHING, ranks: Ranks = ALONE
+) -> dict[str, Tensor]:
     """Give every element the mean score of what it freezes with.
 
     Args:
-        scores: ``{name: (*p.shape)}``, any real dtype.
+        scores: ``{name: (*p.shape)}``, any real dtype; of sharded parameters the local parts.
         granularity: "element"; "row", what has the same first index (an output neuron, a filter, a word's embedding, an
             element of a vector); or "tensor".
+        shards: how the parameters lie on the processes.
+        ranks: these processes.
 
     Returns:
         ``{name: (*p.shape)}``; means are float64, so that their order is that of the exact ones.
     """
     if granularity == "element":
         return dict(scores)
-    return {
-        name: _for_elements(_units(score, granularity).mean(1, dtype=torch.float64), score)
-        for name, score in scores.items()
-    }
+    found = {}
+    for name, score in scores.items():
+        shape = shards.shape(name, score)
+        sums = torch.zeros(_count_of_units(shape, granularity), dtype=torch.float64, device=score.device)
+        own = _own_units(name, score, granularity, shards)
+        if shards.counts(name):
+            sums[own] = _units(score, granularity).sum(1, dtype=torch.float64)
+        means = (ranks.total(sums) if shards else sums) / (shape.numel() // max(len(sums), 1))
+        found[name] = _for_elements(means[own], score)
+    return found
 
 
-def lowest(scores: Named, k: int, granularity: Granularity = "element") -> dict[str, Tensor]:
+def lowest(
+    scores: Named, k: int, granularity: Granularity = "element", shards: Shards = EVERYTHING, ranks: Ranks = ALONE
+) -> dict[str, Tensor]:
     """Mark the k elements of the lowest score over all tensors; of whole rows or tensors, as many as fit into k.
 
+    Elements are found by counting the digits of their scores, 16 bits at a time: what processes tell each other does
+    not grow with the number of elements, and nowhere is there a list of all scores. Of rows and tensors there is one.
+
     Args:
-        scores: ``{name: (*p.shape)}``, any real dtype, free of NaN (see `check_scores`); `pooled` for `granularity`.
+        scores: ``{name: (*p.shape)}``, any real dtype, free of NaN (see `check_scores`); `pooled` for `granularity`; of
+            sharded parameters the local parts.
         k: 0 to the number of elements.
         granularity: rows or tensors are taken in the order of their scores, up to the first that would be too much.
+        shards: how the parameters lie on the processes.
+        ranks: these processes.
 
     Returns:
         ``{name: bool (*p.shape)}``, True for exactly k elements in all, or for at most k.
     """
     if granularity != "element":
-        return _lowest_units(scores, k, granularity)
-    flat = _flatten(scores)
-    if 0 < k < flat.numel():
-        threshold = flat.sort().values[k - 1]  # kthvalue is not deterministic on CUDA, and refused where that is asked
-        chosen = flat < threshold
-        missing = k - int(chosen.sum())
-        chosen[(flat == threshold).nonzero()[:missing]] = True
-    else:
-        chosen = torch.full_like(flat, k > 0, dtype=torch.bool)
-    return _unflatten(chosen, scores)
+        return _lowest_units(scores, k, granularity, shards, ranks)
+    total = ranks.total if shards else _as_it_is
+    chosen = {name: torch.zeros(score.shape, dtype=torch.bool, device=score.device) for name, score in scores.items()}
+    if k == 0:
+        return chosen
+    dtype = reduce(torch.promote_types, (score.dtype for score in scores.values()))
+    counted = [name for name in scores if shards.counts(name)]
+    bits = 32 if dtype.is_floating_point and dtype != torch.float64 else 64
+    threshold, lower = _kth(
+        lambda: (keys for name in counted for _, keys in _keys(scores[name], dtype)), k, bits, total
+    )
+    ties = torch.zeros(len(scores), dtype=torch.int64)
+    for i, (name, score) in enumerate(scores.items()):
+        flat = chosen[name].view(-1)
+        for start, keys in _keys(score, dtype):
+            torch.lt(keys, threshold, out=flat[start : start + len(keys)])
+            if name in counted:
+                ties[i] += int((keys == threshold).sum())
+
+    def tied(name: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Places in the local part, and in the whole parameter."""
+        for start, keys in _keys(scores[name], dtype):
+            where = (keys == threshold).nonzero().squeeze(1) + start
+            yield where, shards.flat_index(name, where, scores[name])
+
+    def places(name: str) -> Callable[[], Iterable[Tensor]]:
+        return lambda: (in_whole for _, in_whole in tied(name) if name in counted)
+
+    missing = k - lower
+    for name, count in zip(scores, total(ties).tolist(), strict=True):
+        last = sys.maxsize
+        if 0 < missing < count:
+            last, _ = _kth(places(name), missing, 64, total)
+        if missing and count:
+            for where, in_whole in tied(name):
+                chosen[name].view(-1)[where[in_whole <= last]] = True
+        missing -= min(missing, count)
+    return chosen
 
 
 def ranks(scores: Named) -> dict[str, Tensor]:
@@ -143,14 +196,84 @@ def check_scores(scores: Named, parameters: Named) -> None:
             raise ValueError(f"`order` returned NaN for {int(score.isnan().sum())} elements of {name!r}.")
 
 
-def _lowest_units(scores: Named, k: int, granularity: Granularity) -> dict[str, Tensor]:
-    units = {name: _units(score, granularity) for name, score in scores.items()}
-    order = torch.cat([unit[:, 0] for unit in units.values()]).argsort(stable=True)
-    sizes = torch.cat([order.new_full((len(unit),), unit.shape[1]) for unit in units.values()])
+def _lowest_units(scores: Named, k: int, granularity: Granularity, shards: Shards, ranks: Ranks) -> dict[str, Tensor]:
+    owns = {name: _own_units(name, score, granularity, shards) for name, score in scores.items()}
+    of_units, sizes = [], []
+    for name, score in scores.items():
+        shape = shards.shape(name, score)
+        values = torch.full(
+            (_count_of_units(shape, granularity),), -torch.inf, dtype=torch.float64, device=score.device
+        )
+        values[owns[name]] = _units(score, granularity)[:, 0].to(torch.float64)
+        of_units.append(ranks.largest(values) if shards else values)
+        sizes.append(torch.full_like(values, shape.numel() // max(len(values), 1), dtype=torch.int64))
+    order = torch.cat(of_units).argsort(stable=True)
     chosen = torch.empty_like(order, dtype=torch.bool)
-    chosen[order] = sizes[order].cumsum(0) <= k
-    of_each = chosen.split([len(unit) for unit in units.values()])
-    return {name: _for_elements(marks, scores[name]) for name, marks in zip(units, of_each, strict=True)}
+    chosen[order] = torch.cat(sizes)[order].cumsum(0) <= k
+    of_each = chosen.split([len(values) for values in of_units])
+    return {name: _for_elements(marks[owns[name]], scores[name]) for name, marks in zip(scores, of_each, strict=True)}
+
+
+def _count_of_units(shape: torch.Size, granularity: Granularity) -> int:
+    """How many rows or tensors a whole parameter is."""
+    if not shape.numel():
+        return 0
+    return shape[0] if granularity == "row" and shape else 1
+
+
+def _own_units(name: str, tensor: Tensor, granularity: Granularity, shards: Shards) -> Tensor:
+    """Which rows or tensors of the whole parameter those of its local part are, or are pieces of."""
+    if not tensor.numel():
+        return torch.zeros(0, dtype=torch.int64, device=tensor.device)
+    if granularity == "row":
+        return shards.rows(name, tensor)
+    return torch.zeros(1, dtype=torch.int64, device=tensor.device)
+
+
+def _keys(scores: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+    """Signed integers in the order of the scores, so many at a time, and the flat place of the first of them.
+
+    Bits of positive floats ascend with them, those of negative ones descend. The two zeros are one.
+    """
+    flat = scores.reshape(-1)
+    for start in range(0, len(flat), CHUNK):
+        some = flat[start : start + CHUNK].to(dtype, copy=True)
+        if not dtype.is_floating_point:
+            yield start, some.long()
+            continue
+        if dtype.itemsize < 4:
+            some = some.float()
+        some += 0.0
+        bits = some.view(torch.int64 if some.dtype == torch.float64 else torch.int32)
+        yield start, bits.bitwise_xor_((bits >> (bits.itemsize * 8 - 1)).bitwise_and_(torch.iinfo(bits.dtype).max))
+
+
+def _kth(keys: Callable[[], Iterable[Tensor]], k: int, bits: int, total: Callable[[Tensor], Tensor]) -> tuple[int, int]:
+    """The k-th lowest of integers that many tensors on many processes hold, and how many are lower.
+
+    Args:
+        keys: those of this process; of `bits` bits, signed. They are asked for `bits`/16 times.
+        k: from 1.
+        total: adds up counts over processes.
+    """
+    found, left = None, k  # the leading digits, and which one among the keys that have them
+    for shift in range(bits - 16, -1, -16):
+        counts = torch.zeros(2**16, dtype=torch.int64)
+        for some in keys():
+            if found is not None:
+                some = some[(some >> (shift + 16)) == found]
+            digits = (some >> shift) + 2**15 if found is None else (some >> shift) & 0xFFFF
+            counts = counts.to(some.device).add_(torch.bincount(digits, minlength=2**16))
+        up_to = total(counts).cumsum(0)
+        digit = int(torch.searchsorted(up_to, left))
+        left -= int(up_to[digit - 1]) if digit else 0
+        found = digit - 2**15 if found is None else (found << 16) | digit
+    assert found is not None
+    return found, k - left
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _for_elements(of_units: Tensor, like: Tensor) -> Tensor:

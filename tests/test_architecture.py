@@ -15,13 +15,15 @@ SOURCE = TESTS.parent / PACKAGE
 # arithmetic can be read and tested without modules, modules without phases, and everything without a Trainer.
 LAYERS = (
     ("_types", "_checks"),  # shapes and arguments: no tensors are touched
-    ("per_sample",),  # gradients of several samples, as tensors
+    # gradients of several samples, as tensors; which elements this process has, and what it tells the others
+    ("per_sample", "distributed"),
     ("gains", "estimators", "orderings"),  # the paper's formulas: tensors in, tensors out
     # what they apply to: modules, batches, layers, names, optimizers
     ("gradients", "samples", "rules", "selection"),
     # put together: a warm-up, a decision and its holding, a sample, tags
     ("phases", "freezing", "replay", "capture", "reporting", "savings", "delta"),
-    ("sample_gradients", "holding", "refusals"),  # which of the two ways to g_1, of the two to constancy; sentences
+    # which of the two ways to g_1, of the two to constancy; what travels; sentences
+    ("sample_gradients", "holding", "comm_hook", "refusals"),
     ("callback",),  # when each of it happens
     ("__init__",),  # public names
 )

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lightning_gcfreeze import orderings, phases
+from lightning_gcfreeze.distributed import Ranks
 from lightning_gcfreeze.phases import Frozen, Observing
 from tests.conformance import pairs, samples, vector
 from tests.oracles import recursion
@@ -63,6 +64,18 @@ def assert_same_bits(one, other):
         assert torch.equal(tensor, theirs[name]), name
     counts = [(p.observed, p.skipped, p.batch_size, p.shapes, p._scale) for p in (one, other)]
     assert counts[0] == counts[1]
+
+
+class Other(Ranks):
+    """One of two processes, the other of which is played by the test."""
+
+    def __init__(self, mean_):
+        super().__init__(2)
+        self.mean_ = mean_
+
+    def of_first(self, value):
+        """Rank 0 has observed six steps and skipped none."""
+        return (6, 0, *value[2:])
 
 
 class TestObserving:
@@ -177,15 +190,17 @@ class TestObserving:
         assert torch.equal(resumed.variance["covariance"], torch.tensor([1.0, 0.0, 1.0]))
 
     @pytest.mark.parametrize("full", [False, True])
-    def test_averaging_two_processes(self, full):
-        """Every statistic becomes the mean over both; counts and the start, the same on all, stay."""
+    def test_two_processes_share_what_they_saw(self, full):
+        """Every statistic becomes the mean over both, numbers the first one's; the start, the same on all, stays."""
         needs = frozenset({"mean", "second_moment", "start"})
         here, there = after(pairs(6), full, needs), after(pairs(12)[6:], full, needs)
         expected = {n: (t + tensors_of(there)[n]) / 2 for n, t in tensors_of(here).items() if "start" not in n}
+        there.skipped = 3
         sent = []
-        there.average(lambda tensor: (sent.append(tensor), tensor)[1])
-        here.average(lambda tensor: (tensor + sent.pop(0)) / 2)
+        there.share(Other(sent.append))
+        here.share(Other(lambda tensor: tensor.add_(sent.pop(0)).div_(2)))
         assert sent == []
+        assert here.skipped == there.skipped == 0
         for name, tensor in expected.items():
             assert torch.equal(tensors_of(here)[name], tensor)
             assert not torch.equal(tensor, tensors_of(there)[name])
@@ -316,7 +331,9 @@ class TestFrozen:
     def decided(variance, k, scores=None):
         """A decision over one tensor of the given variances, by them or by other scores."""
         v = {"w": torch.tensor(variance)}
-        return Observing(v).freeze(lambda e: v if scores is None else {"w": torch.tensor(scores)}, v, 0, k), v
+        phase = Observing(v)
+        phase.covariance.tensors = v
+        return phase.freeze(lambda e: v if scores is None else {"w": torch.tensor(scores)}, v, 0, k)
 
     @pytest.mark.parametrize(
         ("variance", "scores", "k", "dead"),
@@ -332,9 +349,7 @@ class TestFrozen:
     )
     def test_elements_that_never_moved_are_counted(self, variance, scores, k, dead):
         """Frozen, without noise, and first in the order: an element that ranks higher was chosen for another reason."""
-        frozen, v = self.decided(variance, k, scores)
-        frozen.variance = v
-        assert frozen.never_moved() == dead
+        assert self.decided(variance, k, scores).never_moved == dead
 
     def test_an_empty_parameter_is_no_obstacle(self):
         """A parameter without elements has no lowest score and no share; the others are counted as without it."""
@@ -342,4 +357,4 @@ class TestFrozen:
         v = {"e": empty, "w": torch.tensor([0.0, 1.0])}
         frozen = Observing(v).freeze(lambda e: v, v, 0, 1)
         assert frozen.fraction == 0.5
-        assert frozen.never_moved() == 1
+        assert frozen.never_moved == 1

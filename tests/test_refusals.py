@@ -10,6 +10,7 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
 )
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState
 from torch.optim import LBFGS, SGD
 
 from lightning_gcfreeze import refusals
@@ -27,8 +28,8 @@ def assert_says(reason, *parts):
 class TestOfStrategy:
     """By class names, so that both of Lightning's packages are understood."""
 
-    @pytest.mark.parametrize("strategy", [SingleDeviceStrategy, DDPStrategy])
-    def test_whole_tensors_on_every_rank_are_served(self, strategy):
+    @pytest.mark.parametrize("strategy", [SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy])
+    def test_what_keeps_parameters_in_their_places_is_served(self, strategy):
         """So are subclasses, and classes of the same name from the other package."""
         namesake = type(strategy.__name__, (), {})
         for cls in (strategy, type("Mine", (strategy,), {}), namesake, type("Mine", (namesake,), {})):
@@ -36,12 +37,18 @@ class TestOfStrategy:
 
     @pytest.mark.parametrize(
         "strategy",
-        [FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy, type("DeepSpeedStrategy", (DDPStrategy,), {})],
+        [FSDPStrategy, DeepSpeedStrategy, type("DeepSpeedStrategy", (DDPStrategy,), {}), type("XLAStrategy", (), {})],
     )
-    def test_shards_are_refused(self, strategy):
+    def test_others_are_refused(self, strategy):
         """DeepSpeed shards although it is a kind of DDP; the error names the strategy and what is supported."""
         reason = refusals.of_strategy(object.__new__(strategy))
-        assert_says(reason, strategy.__name__, "only a single device and DDP")
+        assert_says(reason, strategy.__name__, "DDPStrategy, and ModelParallelStrategy for FSDP2")
+
+    def test_weights_that_differ_between_processes_are_refused(self):
+        """Post-local SGD averages them now and then."""
+        state = PostLocalSGDState(None, None, 10)
+        assert_says(refusals.of_strategy(DDPStrategy(ddp_comm_state=state)), "post-local SGD")
+        assert refusals.of_strategy(DDPStrategy()) is None
 
 
 class TestOfModule:

@@ -13,6 +13,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lightning_gcfreeze._types import Named
+from lightning_gcfreeze.distributed import local
 from lightning_gcfreeze.freezing.base import Places
 
 
@@ -21,7 +22,8 @@ class Restore:
 
     Args:
         parameters: the parameters, by name.
-        frozen: ``{name: bool (*p.shape)}``, True = held constant; the names are among those of `parameters`.
+        frozen: ``{name: bool (*p.shape)}``, True = held constant; the names are among those of `parameters`. Of a
+            sharded one, for its local part.
     """
 
     def __init__(self, parameters: Mapping[str, Parameter], frozen: Named) -> None:
@@ -29,7 +31,7 @@ class Restore:
         for name, mask in frozen.items():
             p, places = parameters[name], Places(mask.to(parameters[name].device))
             if len(places):
-                self._held.append((p, places, places.take(p.detach())))
+                self._held.append((p, places, places.take(local(p.detach()))))
 
     @property
     def index_bytes(self) -> int:
@@ -45,13 +47,13 @@ class Restore:
             if p.grad.is_sparse:
                 p.grad = _mask_sparse(p.grad, places)
             else:
-                places.fill_(p.grad, 0.0)
+                places.fill_(local(p.grad), 0.0)
 
     @torch.no_grad()
     def restore_(self) -> None:
         """Put the frozen values back, bit by bit."""
         for p, places, values in self._held:
-            places.put_(p, values)
+            places.put_(local(p), values)
 
     @torch.no_grad()
     def clear_state_(self, optimizer: Optimizer) -> None:
@@ -66,7 +68,7 @@ class Restore:
                     if value.is_sparse:
                         state[key] = _mask_sparse(value, places)
                     else:
-                        places.fill_(value, 0)
+                        places.fill_(local(value), 0)
 
 
 def _mask_sparse(grad: Tensor, frozen: Places) -> Tensor:

@@ -1,0 +1,67 @@
+"""What the processes of a run tell each other: sums, means, rank 0's word. With one process nothing is sent."""
+
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """All processes of a run. Every method with traffic must be called by all of them, in the same order.
+
+    Args:
+        count: how many there are.
+        device: where the backend wants tensors.
+    """
+
+    def __init__(self, count: int = 1, device: torch.device | str = "cpu") -> None:
+        self.count, self._device = count, device
+
+    @property
+    def own(self) -> int:
+        """The rank of this process."""
+        return dist.get_rank() if self.count > 1 else 0
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum over the processes."""
+        return self._reduced(tensor, dist.ReduceOp.SUM)
+
+    def largest(self, tensor: Tensor) -> Tensor:
+        """The largest over the processes, element by element."""
+        return self._reduced(tensor, dist.ReduceOp.MAX)
+
+    def mean_(self, tensor: Tensor, group: dist.ProcessGroup | None = None) -> None:
+        """Replace a tensor by its mean over the processes, or over those of a group."""
+        if self.count > 1:
+            dist.all_reduce(tensor, group=group)
+            tensor /= dist.get_world_size(group)
+
+    def gathered(self, tensor: Tensor) -> Tensor:
+        """(processes, *tensor.shape), on the CPU."""
+        if self.count == 1:
+            return tensor.cpu()[None]
+        there = tensor.to(self._device)
+        of_each = [torch.empty_like(there) for _ in range(self.count)]
+        dist.all_gather(of_each, there)
+        return torch.stack(of_each).cpu()
+
+    def of_first(self, value: T) -> T:
+        """What rank 0 has: numbers, strings, containers of them."""
+        if self.count == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, device=torch.device(self._device))
+        return values[0]
+
+    def _reduced(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+        if self.count == 1:
+            return tensor
+        there = tensor.to(self._device, copy=True)
+        dist.all_reduce(there, operation)
+        return there.to(tensor.device)
+
+
+ALONE = Ranks()
