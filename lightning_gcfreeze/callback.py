@@ -10,11 +10,13 @@ One optimizer step, t = 1, 2, …, in hooks of the Trainer:
     on_train_batch_end          log
 """
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
@@ -260,7 +262,7 @@ class GradCovFreezeCallback(_Callback):
                 "This callback is a copy and knows no module, or the last fit's is gone. Use"
                 " `lightning_gcfreeze.delta.of(module, callback.frozen)`."
             )
-        found = delta.of(module, self._phase.frozen)
+        found = delta.of(module, self.frozen)
         if file is not None:
             delta.save(found, file)
         return found
@@ -293,9 +295,11 @@ class GradCovFreezeCallback(_Callback):
         """All that is needed to go on from here: tensors, numbers and strings, under parameter names.
 
         With several processes it must be called on all of them, as a Trainer does: while observing, each goes on from
-        the mean of their statistics afterwards, so that a run that is resumed here has the bits of this one.
+        the mean of their statistics afterwards, so that a run that is resumed here has the bits of this one. What a
+        signal of SLURM's makes Lightning save has rank 0's statistics alone: it comes in the middle of anything, and
+        the ranks may be at different steps.
         """
-        if self._run and isinstance(self._phase, Observing):
+        if self._run and isinstance(self._phase, Observing) and not _in_a_signal_handler():
             self._phase.share(self._ranks)
         return {
             "format": _FORMAT,
@@ -374,6 +378,8 @@ class GradCovFreezeCallback(_Callback):
 
     def on_before_zero_grad(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
         """Zero what the optimizer does not know of, too. Runs between forward and backward of a step's first batch."""
+        if self._mean:
+            self._mean.begin_step()
         if self._run and self._run.hold:
             self._run.hold.begin_step()
 
@@ -548,12 +554,12 @@ class GradCovFreezeCallback(_Callback):
         return frozen
 
     def _install_mean(self, trainer: pl.Trainer) -> None:
-        """Say what will not be sent less, and why."""
+        """Become DDP's communication hook; say if not less will be sent, and why."""
         if self._mean is None:
             return
-        if not isinstance(trainer.strategy.model, DistributedDataParallel) or not self._mean.install(
-            trainer.strategy.model
-        ):
+        strategy: Any = trainer.strategy
+        strategy._ddp_comm_hook = self._mean.given
+        if not isinstance(strategy.model, DistributedDataParallel) or not self._mean.install(strategy.model):
             self._mean = None
             rank_zero_info(
                 f"{type(self).__name__}: all gradients go on being sent; DDP has another communication hook."
@@ -616,8 +622,15 @@ def _in_place_of_users_hook(strategy: Any) -> GradientMean | None:
     if not hasattr(strategy, "_ddp_comm_hook"):
         return None
     mean = GradientMean(strategy._ddp_comm_hook, strategy._ddp_comm_state, strategy._ddp_comm_wrapper)
-    strategy._ddp_comm_hook = None  # DDP takes one hook
+    strategy._ddp_comm_hook = None  # until DDP is set up: it takes one hook
     return mean
+
+
+def _in_a_signal_handler() -> bool:
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code.co_name != "_slurm_sigusr_handler_fn":
+        frame = frame.f_back
+    return frame is not None
 
 
 def _refuse(reason: str | None) -> None:

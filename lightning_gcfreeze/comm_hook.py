@@ -43,6 +43,7 @@ class GradientMean:
     def __init__(
         self, hook: Hook | None = None, state: object = None, wrapper: Callable[[Hook], Hook] | None = None
     ) -> None:
+        self.given = hook
         self._hook, self._state = hook if hook is None or wrapper is None else wrapper(hook), state
         self.packs = hook is None or (hook in _BYTES and (wrapper is None or wrapper in _BYTES))
         """Whether live elements can travel alone; not through a hook that looks at whole gradients."""
@@ -50,9 +51,7 @@ class GradientMean:
         self._frozen: dict[Tensor, Tensor] = {}
         self._places: dict[tuple[Tensor, ...], Places | None] = {}
         self._group: dist.ProcessGroup | None = None
-        self._sending = 0
-        self.sent: int | None = None
-        """Bytes that this process gave to be averaged in the last backward pass; None: not known."""
+        self._sent = 0
 
     def install(self, ddp: DistributedDataParallel) -> bool:
         """Become the communication hook of `ddp`, before its first backward pass; False if it has another one."""
@@ -64,6 +63,15 @@ class GradientMean:
                 raise
             return False
         return True
+
+    @property
+    def sent(self) -> int | None:
+        """Bytes that this process gave to be averaged since `begin_step`; None: the user's hook alone knows."""
+        return self._sent if self.packs else None
+
+    def begin_step(self) -> None:
+        """Count from 0 again."""
+        self._sent = 0
 
     def leave_out(self, frozen: Mapping[Parameter, Tensor]) -> None:
         """Send the elements alone that are not frozen, from the next backward pass on.
@@ -79,9 +87,7 @@ class GradientMean:
         buffer = bucket.buffer()
         places = self._live(bucket) if self._frozen and buffer.layout == torch.strided else None
         elements = buffer.numel() if places is None else len(places)
-        self._sending += elements * (self._bytes or buffer.element_size())
-        if bucket.is_last():
-            self.sent, self._sending = self._sending if self.packs else None, 0
+        self._sent += elements * (self._bytes or buffer.element_size())
         if places is None:
             return self._mean_of(bucket)
         live = places.take(buffer)
@@ -93,7 +99,7 @@ class GradientMean:
         bucket.set_buffer(live)
 
         def unpacked(mean: Future[Tensor]) -> Tensor:
-            places.put_(buffer, mean.value())
+            places.put_(buffer, mean.value().to(buffer.dtype))  # a wrapper leaves it compressed
             return buffer
 
         return self._mean_of(bucket).then(unpacked)

@@ -1,14 +1,14 @@
 """Two gloo processes after the freeze: every way to hold, every setting of the wrapper, against a loop by hand."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.ranks import assert_agreed, launch
+
 TWO_RANKS = """
 import itertools
+import os
 import warnings
 
 import lightning.pytorch as pl
@@ -46,7 +46,8 @@ for (granularity, hold), wrapper, accumulate in [
     callback = GradCovFreezeCallback(t0=4, k=0.7, granularity=granularity, hold=hold, order="random", seed=2)
     module = cases.Regression(network(), lambda p: torch.optim.SGD(p, 0.02))
     trainer = cases.trainer(
-        callbacks=[callback, Keep()], devices=2, strategy=DDPStrategy(**wrapper), use_distributed_sampler=False,
+        callbacks=[callback, Keep()], strategy=DDPStrategy(**wrapper), use_distributed_sampler=False,
+        devices=int(os.environ["LOCAL_WORLD_SIZE"]), num_nodes=int(os.environ["GROUP_WORLD_SIZE"]),
         accumulate_grad_batches=accumulate, max_epochs=1,
     )
     data = cases.data(96, torch.float64)
@@ -88,17 +89,12 @@ torch.distributed.destroy_process_group()
 @pytest.mark.slow
 def test_two_ranks_train_the_live_elements_as_one_process_does(tmp_path):
     """Also what is wholly frozen: the reducer is told, and neither waits nor stumbles."""
-    script = tmp_path / "two_ranks.py"
-    script.write_text(TWO_RANKS)
-    root = Path(__file__).parent.parent
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)],
-        cwd=root,
-        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    for rank in (0, 1):
-        assert f"rank {rank} agrees" in done.stdout, done.stdout[-2000:] + done.stderr[-6000:]
+    done = launch(TWO_RANKS, tmp_path, timeout=300)
+    assert_agreed(done, 2)
     assert done.stdout.count("agreed") == 2 * 22
+
+
+@pytest.mark.slow
+def test_less_travels_and_ranks_that_differ_are_found(tmp_path):
+    """Unequal last batches, parameter groups, hooks of the user's own, bytes in the log."""
+    assert_agreed(launch(Path(__file__).with_name("callback_on_two_ranks.py"), tmp_path, timeout=120), 2)

@@ -1,0 +1,179 @@
+"""FSDP2 and tensor parallelism on two or four gloo processes, started by torchrun, against a loop in one process."""
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lightning_gcfreeze import GradCovFreezeCallback, apply_delta
+from lightning_gcfreeze.distributed import local, whole
+from tests import cases
+from tests.checkpoints_on_ranks import RANK, RANKS, Module, Start, network
+from tests.oracles.recursion import covariance
+
+T0, STEPS, SIZE = 4, 9, 4
+
+
+class Batches:
+    """Of a rank: four samples a step."""
+
+    def __init__(self, rank: int, ranks: int) -> None:
+        self.rank, self.ranks = rank, ranks
+
+    def __len__(self) -> int:
+        return STEPS
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        x, y = cases.data(SIZE * STEPS * self.ranks, torch.float64).tensors
+        for step in range(STEPS):
+            start = SIZE * (step * self.ranks + self.rank)
+            yield [x[start : start + SIZE], y[start : start + SIZE]]
+
+
+def by_hand(data: int, frozen: dict[str, Tensor]) -> tuple[list[dict[str, Tensor]], nn.Module]:
+    """The variance that each data-parallel rank finds alone, and the model at the end if this is frozen after t0."""
+    model, pairs = network(), [[] for _ in range(data)]
+    optimizer = torch.optim.AdamW(model.parameters(), 0.02, weight_decay=0.1)
+    parameters = dict(model.named_parameters())
+
+    def gradient(x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        loss = nn.functional.mse_loss(model(x), y)
+        return dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
+
+    def vector(named: dict[str, Tensor]) -> np.ndarray:
+        return torch.cat([tensor.flatten() for tensor in named.values()]).numpy()
+
+    for step, batches in enumerate(zip(*(Batches(rank, data) for rank in range(data)), strict=True)):
+        of_ranks = [gradient(x, y) for x, y in batches]
+        mean = {name: sum(g[name] for g in of_ranks) / data for name in parameters}
+        if step < T0:
+            for rank, (x, y) in enumerate(batches):
+                pairs[rank].append((vector(gradient(x[:1], y[:1])), vector(mean)))
+        held = {name: p.detach().clone() for name, p in parameters.items()}
+        for name, p in parameters.items():
+            p.grad = mean[name] * ~frozen[name] if step >= T0 else mean[name]
+        optimizer.step()
+        if step >= T0:
+            with torch.no_grad():
+                for name, p in parameters.items():
+                    p.copy_(torch.where(frozen[name], held[name], p))
+    sizes = [p.numel() for p in parameters.values()]
+    of_each = []
+    for of_rank in pairs:
+        flat = torch.from_numpy(np.diag(covariance(of_rank, lambda t: 1 / t)).copy()).split(sizes)
+        of_each.append({n: v.view(p.shape) for (n, p), v in zip(parameters.items(), flat, strict=True)})
+    return of_each, model
+
+
+def fit(data: int, tensor: int, *more: Any, logger: Any = False, **arguments: Any) -> Any:
+    callback = GradCovFreezeCallback(**({"t0": T0, "k": 0.6, "seed": 3} | arguments))
+    strategy, module, start = (
+        ModelParallelStrategy(data, tensor, process_group_backend="gloo"),
+        Module(),
+        Start(callback),
+    )
+    trainer = cases.trainer(
+        callbacks=[callback, start, *more], devices=RANKS, strategy=strategy, use_distributed_sampler=False,
+        max_epochs=1, logger=logger, log_every_n_steps=1,
+    )  # fmt: skip
+    trainer.fit(module, Batches(RANK // tensor, data))
+    return callback, module, start.weights
+
+
+def network_names(named: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("network."): whole(tensor.detach()) for name, tensor in named.items()}
+
+
+def the_run_is_that_of_one_process(data: int, tensor: int) -> None:
+    """An element's variance is that of its own rank's first samples; the k lowest of all ranks' freeze."""
+    callback, module, start = fit(data, tensor)
+    frozen, variance = network_names(callback.frozen), network_names(callback.variance)
+    of_ranks, model = by_hand(data, frozen)
+    expected = {}
+    for name in variance:
+        # FSDP2 cuts what tensor parallelism has cut, along the same axis if that is by columns.
+        cut = [v[name].chunk(tensor if name.startswith("0.") else 1) for v in of_ranks]
+        pieces = [[v.chunk(data) for v in of_rank] for of_rank in cut]
+        expected[name] = torch.cat(
+            [
+                pieces[rank][piece][rank]
+                for piece in range(len(cut[0]))
+                for rank in range(data)
+                if rank < len(pieces[rank][piece])
+            ]
+        )
+    for name, v in variance.items():
+        torch.testing.assert_close(v, expected[name], rtol=1e-10, atol=1e-14, msg=name)
+    flat = torch.cat([v.flatten() for v in expected.values()]).numpy()
+    marks = torch.cat([mask.flatten() for mask in frozen.values()]).numpy()
+    assert marks.sum() == round(0.6 * len(flat)) == round(callback.frozen_fraction * len(flat))
+    assert marks[np.argsort(flat, kind="stable")[: marks.sum()]].all()
+    moved = 0
+    for name, p in model.named_parameters():
+        ours = whole(module.network.get_parameter(name).detach())
+        torch.testing.assert_close(ours, p.detach(), rtol=1e-8, atol=1e-10, msg=name)
+        at_freeze = start["network." + name]
+        assert torch.equal(ours[frozen[name]], at_freeze[frozen[name]])
+        moved += int((ours != at_freeze).sum())
+    assert moved == len(flat) - marks.sum()
+
+
+def masks_lie_as_parameters_do(data: int, tensor: int) -> None:
+    """Rows and tensors freeze whole; masks, variances and the delta can be had; ranks cannot."""
+    for granularity in ("row", "tensor"):
+        callback, module, start = fit(data, tensor, granularity=granularity, order="random")
+        assert 0 < callback.frozen_fraction <= 0.6
+        for name, mask in callback.frozen.items():
+            p = module.get_parameter(name)
+            assert isinstance(mask, DTensor)
+            assert (mask.shape, mask.placements) == (p.shape, p.placements)
+            assert local(mask).shape == local(p).shape
+            rows = whole(mask).flatten(1) if mask.dim() > 1 and granularity == "row" else whole(mask).reshape(1, -1)
+            if mask.dim() > 1 or granularity == "tensor":
+                assert torch.equal(rows.all(1), rows.any(1)), name
+    with pytest.raises(RuntimeError, match="Ranks need all scores in one place"):
+        _ = callback.ranks
+    delta, fresh = callback.delta(), Module()
+    fresh.load_state_dict(start)
+    apply_delta(fresh, delta)
+    for name, p in fresh.named_parameters():
+        assert torch.equal(p, whole(module.get_parameter(name).detach())), name
+
+
+def what_needs_whole_tensors_is_refused(data: int, tensor: int) -> None:
+    """By name, with the way out, before a step."""
+    for argument, value in (("covariance", "full"), ("hold", "compact"), ("gradients", "capture")):
+        with pytest.raises(MisconfigurationException, match=rf"`{argument}='{value}'` needs whole parameters"):
+            fit(data, tensor, **{argument: value})
+
+
+def fractions_are_of_the_whole(data: int, tensor: int, directory: str) -> None:
+    """What rank 0 logs is not about its shards."""
+    logger = CSVLogger(directory, name="", version=f"{data}x{tensor} rank {RANK}", flush_logs_every_n_steps=1)
+    callback, *_ = fit(data, tensor, logger=logger)
+    frozen = network_names(callback.frozen)
+    if RANK == 0:
+        table = np.genfromtxt(f"{logger.log_dir}/metrics.csv", delimiter=",", names=True, deletechars="")
+        for name, mask in frozen.items():
+            logged = table[f"gcfreeze/frozen_fraction/network.{name}"]
+            assert logged[-1] == pytest.approx(float(mask.double().mean())), name
+
+
+if __name__ == "__main__":
+    for layout in [(2, 1), (1, 2)] if RANKS == 2 else [(2, 2)]:
+        the_run_is_that_of_one_process(*layout)
+        masks_lie_as_parameters_do(*layout)
+        what_needs_whole_tensors_is_refused(*layout)
+        fractions_are_of_the_whole(*layout, sys.argv[1])
+    dist.barrier()
+    print(f"rank {RANK} agrees", flush=True)
+    dist.destroy_process_group()

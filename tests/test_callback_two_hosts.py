@@ -1,0 +1,46 @@
+"""The two ranks of `test_callback_ddp` on two hosts: network namespaces with a cable between them."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.ranks import ROOT
+from tests.test_callback_ddp import TWO_RANKS
+
+HOSTS = ROOT / "tests" / "two_hosts.sh"
+WHERE = """
+import os, socket
+print(f"rank {os.environ['RANK']} has", *sorted(name for _, name in socket.if_nameindex()), flush=True)
+"""
+
+
+@pytest.fixture
+def _two_hosts() -> None:
+    try:
+        check = subprocess.run([str(HOSTS), "--check"], capture_output=True, text=True, timeout=20)
+    except OSError as error:
+        pytest.skip(f"No two hosts here: {error}")
+    if check.returncode:
+        pytest.skip(f"No two hosts here: {check.stderr.strip()}")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_two_hosts")
+def test_two_hosts_train_the_live_elements_as_one_process_does(tmp_path):
+    """Each rank has a network of its own, and no way to the other but the cable; they agree as two on one host do."""
+    script = tmp_path / "two_hosts.py"
+    script.write_text(WHERE + TWO_RANKS)
+    done = subprocess.run(
+        [str(HOSTS), sys.executable, str(script)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    for rank in (0, 1):
+        assert f"rank {rank} has cable{rank} lo\n" in done.stdout
+        assert f"rank {rank} agrees" in done.stdout
