@@ -322,13 +322,13 @@ class GradCovFreezeCallback(_Callback):
         k = selection.resolve_count(self.k, sum(p.numel() for p in parameters.values()))
         shards = Shards(parameters)
         if shards:
-            _refuse(refusals.of_sharding(self._full, self.hold, self.gradients))
+            _refuse(refusals.of_sharding(self._full, self.hold))
         if self._full:
             FullCovariance({name: p.to("meta") for name, p in parameters.items()})  # refuses one that is too large
         self._ranks = Ranks(trainer.world_size, trainer.strategy.root_device)
         self._install_mean(trainer)
         samples = SampleGradients(
-            "replay" if shards else self.gradients,
+            self.gradients,
             pl_module,
             parameters,
             _training_step(pl_module),
@@ -336,6 +336,7 @@ class GradCovFreezeCallback(_Callback):
             lambda sentence: rank_zero_info(f"{type(self).__name__}: {sentence}"),
             count=self._count,
             singly=self._full,
+            total=self._ranks.total if shards else None,
         )
         self._run = _Run(trainer, parameters, k, samples, Positions(pl_module, parameters), shards)
 

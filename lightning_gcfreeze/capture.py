@@ -17,11 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
 from lightning_gcfreeze import gradients, rules
 from lightning_gcfreeze._types import Named
+from lightning_gcfreeze.distributed import part
 from lightning_gcfreeze.per_sample import PerSample, Summed, one_by_one, wide
 
 _LITTLE = 2**19
@@ -127,6 +129,8 @@ class Capture:
     def shares(self) -> Iterator[tuple[str, Tensor, float]]:
         """The first sample's share of the batch's gradient, by one parameter that was seen after the other.
 
+        Of sharded parameters the local parts.
+
         Yields:
             Its name, a tensor like it, and how far, relatively, rounding may take that from the same gradient computed
             otherwise. What was seen stays.
@@ -135,7 +139,8 @@ class Capture:
             narrowest = max(torch.finfo(delta.dtype).eps for delta in seen.deltas if delta is not None)
             for own, g in self._of_layer(layer, seen, slice(0, 1)).items():
                 if (name := self._layers[layer].get(own)) is not None:
-                    yield name, g.dense(1)[0].to(layer.get_parameter(own).dtype), min(0.1, 3 * narrowest**0.5)
+                    p = self._parameters[name]
+                    yield name, part(p, g.dense(1)[0].to(p.dtype)), min(0.1, 3 * narrowest**0.5)
 
     def gradients(
         self, factors: Mapping[str, float], g_batch: Named, singly: bool, of_sums: float = 1.0
@@ -154,7 +159,8 @@ class Capture:
             found[name].scale_(of_sums)
         for layer, seen in self._complete():
             wanted = {own: name for own, name in self._layers[layer].items() if name in factors and name not in found}
-            if wanted and rules.for_layer(layer) is not rules.of_any_layer:
+            whole = not any(isinstance(self._parameters[name], DTensor) for name in wanted.values())
+            if wanted and whole and rules.for_layer(layer) is not rules.of_any_layer:
                 of_layer = self._of_layer(layer, seen, slice(0, self._count))
                 for own, name in wanted.items():
                     if own in of_layer:
@@ -177,7 +183,11 @@ class Capture:
         """The gradients of one sample after the other, times a factor."""
         for i in range(self._count):
             g = self._of_layer(layer, seen, slice(i, i + 1))
-            yield {name: g[own].dense()[0] * factor for name, (own, factor) in wanted.items() if own in g}
+            yield {
+                name: part(self._parameters[name], g[own].dense()[0] * factor)
+                for name, (own, factor) in wanted.items()
+                if own in g
+            }
 
     def _of_layer(self, layer: nn.Module, seen: _Seen, samples: slice) -> dict[str, PerSample]:
         """By own name of those parameters that require a gradient."""

@@ -41,13 +41,12 @@ _WHY_NOT = {
 _UNKNOWN = "is not known to keep parameters, gradients and optimizer states where they can be held"
 
 
-def of_sharding(covariance: bool, hold: str, how: str) -> str | None:
+def of_sharding(covariance: bool, hold: str) -> str | None:
     """What needs whole tensors.
 
     Args:
         covariance: whether the whole matrix is wanted.
         hold: how constancy is kept.
-        how: how single samples' gradients are had.
     """
     if covariance:
         return "`covariance='full'` needs whole parameters, and these are sharded. Use `covariance='diagonal'`."
@@ -55,10 +54,6 @@ def of_sharding(covariance: bool, hold: str, how: str) -> str | None:
         return (
             "`hold='compact'` needs whole parameters, and these are sharded. Use `hold='restore'` or 'auto', which puts"
             " the frozen elements of each shard back."
-        )
-    if how == "capture":
-        return (
-            "`gradients='capture'` needs whole parameters, and these are sharded. Use `gradients='replay'` or 'auto'."
         )
     return None
 

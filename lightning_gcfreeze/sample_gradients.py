@@ -9,7 +9,8 @@ Where BatchNorm makes samples interact or dropout draws other random numbers for
 comparison is between two extra passes, with BatchNorm's running statistics and without dropout.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, NamedTuple, TypedDict
 
@@ -59,6 +60,8 @@ class SampleGradients:
         tell: takes a sentence, when it is decided how the gradients are had.
         count: m; None: all samples of the first micro-batch.
         singly: whether each single gradient is needed, not only the sum of squared noise.
+        total: adds up over processes, where parameters are sharded: there a replay takes all of them, so all decide as
+            one. None: each decides for itself.
     """
 
     def __init__(
@@ -71,7 +74,9 @@ class SampleGradients:
         tell: Callable[[str], None],
         count: int | None = 1,
         singly: bool = False,
+        total: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
+        self._total = total
         self._how, self._module, self._parameters, self._tell = how, module, parameters, tell
         self._count, self._singly = count, singly
         self._replay = Replay(module, parameters, step, context)
@@ -101,7 +106,7 @@ class SampleGradients:
         size = self._replay.size_at_hand
         if self._capture is not None and size is not None and (compares or decided["captured"]):
             factors: dict[str, float] = {}
-            if size > 1 and not (compares or self._singly or self._count == 1):
+            if size > 1 and not (compares or self._singly or self._count == 1 or self._total):
                 factors = {name: float(size) if by == "mean" else 1.0 for name, by in decided["captured"].items()}
             means = [name for name, by in decided["captured"].items() if by == "mean"] if self._how == "auto" else []
             self._capture.listen(size, self._count_of(size), factors, means)
@@ -159,6 +164,11 @@ class SampleGradients:
             # What was added up in the pass is around the mean of this micro-batch, and nothing was divided yet.
             of_sums = 1.0 if size == 1 else finite_batch_correction(size, batch_size) ** 0.5 / scale
             found = self._capture.gradients(factors, g_batch, self._singly, of_sums)
+        if self._total is not None and decided["tries"] == 1:
+            unseen = self._total(torch.tensor([int(name not in found) for name in self._parameters]))
+            for name, count in zip(self._parameters, unseen.tolist(), strict=True):
+                if count:
+                    decided["captured"].pop(name, None)
         whole = self._how == "auto" and batch_size is not None and self._count_of(size) == batch_size
         centred = {name for name, by in decided["captured"].items() if by == "mean"} if whole else set()
         for name, p in self._parameters.items():
@@ -166,12 +176,18 @@ class SampleGradients:
                 zeros = torch.zeros_like(g_batch[name])
                 found[name] = Stacked(zeros.expand(self._count_of(size), *zeros.shape))
         if missing := [name for name in self._parameters if name not in found]:
-            decided["missed"] = decided["missed"] or not decided["captured"].keys().isdisjoint(missing)
-            if window.sample is None:
+            missed = not decided["captured"].keys().isdisjoint(missing)
+            if self._total is None:
+                decided["missed"] = decided["missed"] or missed
+            else:  # all processes replay the same
+                missing = [name for name in self._parameters if name not in decided["captured"]]
+            if missing and window.sample is None:
                 return None
             try:
                 found.update(self._replayed(window, missing, g_batch))
             except _NoLossError:
+                return None
+            if missed and self._total is not None:
                 return None
         return Gradients({name: found[name] for name in self._parameters}, centred)
 
@@ -221,23 +237,35 @@ class SampleGradients:
         finally:
             capture.stop()
         alone = self._replay.gradient(window, before=before)
-        if alone is None or not all(g.isfinite().all() for g in alone.values()):
+        if alone is None:
+            return
+        reductions: dict[Reduction, float] = {"mean": size / scale, "sum": 1 / scale}
+        names, tolerances = list(alone), dict[str, float]()
+        rows = torch.full((len(alone), 4), torch.inf, dtype=torch.float64)  # what is not seen is not captured
+        for row, expected in zip(rows, alone.values(), strict=True):
+            row[3] = expected.double().square().sum()
+        for name, share, tolerances[name] in capture.shares():
+            distances = [(share * factor - alone[name]).double().square().sum() for factor in reductions.values()]
+            rows[names.index(name), :3] = torch.stack([*distances, share.double().square().sum()])
+        self._decide(names, rows if self._total is None else self._total(rows), tolerances, list(reductions))
+
+    def _decide(
+        self, names: Sequence[str], squares: Tensor, tolerances: Mapping[str, float], reductions: Sequence[Reduction]
+    ) -> None:
+        """From squared norms by parameter: of distances, one for each reduction, the share and what it should be."""
+        if not squares[:, -1].isfinite().all():
             return
         captured, replayed = self.decided["captured"], self.decided["replayed"]
         already = set(captured)
-        reductions: dict[Reduction, float] = {"mean": size / scale, "sum": 1 / scale}
-        largest = max(float(g.norm()) for g in alone.values())
-        for name, share, tolerance in capture.shares():
-            expected = alone[name]
-            if name in replayed or not share.isfinite().all() or not (expected.any() or share.any()):
+        largest = float(squares[:, -1].max()) ** 0.5
+        for name, (*of_distances, share, expected) in zip(names, squares.sqrt().tolist(), strict=True):
+            if name in replayed or not math.isfinite(share) or not (expected or share):
                 continue  # nothing to compare
-            distances: dict[Reduction, float] = {
-                by: float((share * factor - expected).norm()) for by, factor in reductions.items()
-            }
+            distances = dict(zip(reductions, of_distances, strict=True))
             nearest: Reduction = "mean" if distances["mean"] <= distances["sum"] else "sum"
-            by = captured.get(name, nearest)
+            by, tolerance = captured.get(name, nearest), tolerances[name]
             # What is zero but for rounding, as a bias that softmax cancels, may differ from itself by all of it.
-            if distances[by] <= max(tolerance * float(expected.norm()), tolerance**2 * largest):
+            if distances[by] <= max(tolerance * expected, tolerance**2 * largest):
                 captured[name] = by
             else:
                 replayed.append(name)

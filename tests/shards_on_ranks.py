@@ -39,7 +39,7 @@ class Batches:
             yield [x[start : start + SIZE], y[start : start + SIZE]]
 
 
-def by_hand(data: int, frozen: dict[str, Tensor]) -> tuple[list[dict[str, Tensor]], nn.Module]:
+def by_hand(data: int, frozen: dict[str, Tensor], count: int) -> tuple[list[dict[str, Tensor]], nn.Module]:
     """The variance that each data-parallel rank finds alone, and the model at the end if this is frozen after t0."""
     model, pairs = network(), [[] for _ in range(data)]
     optimizer = torch.optim.AdamW(model.parameters(), 0.02, weight_decay=0.1)
@@ -57,7 +57,7 @@ def by_hand(data: int, frozen: dict[str, Tensor]) -> tuple[list[dict[str, Tensor
         mean = {name: sum(g[name] for g in of_ranks) / data for name in parameters}
         if step < T0:
             for rank, (x, y) in enumerate(batches):
-                pairs[rank].append((vector(gradient(x[:1], y[:1])), vector(mean)))
+                pairs[rank] += [(vector(gradient(x[i : i + 1], y[i : i + 1])), vector(mean)) for i in range(count)]
         held = {name: p.detach().clone() for name, p in parameters.items()}
         for name, p in parameters.items():
             p.grad = mean[name] * ~frozen[name] if step >= T0 else mean[name]
@@ -93,11 +93,11 @@ def network_names(named: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix("network."): whole(tensor.detach()) for name, tensor in named.items()}
 
 
-def the_run_is_that_of_one_process(data: int, tensor: int) -> None:
+def the_run_is_that_of_one_process(data: int, tensor: int, gradients: str, samples: int) -> None:
     """An element's variance is that of its own rank's first samples; the k lowest of all ranks' freeze."""
-    callback, module, start = fit(data, tensor)
+    callback, module, start = fit(data, tensor, gradients=gradients, samples=samples)
     frozen, variance = network_names(callback.frozen), network_names(callback.variance)
-    of_ranks, model = by_hand(data, frozen)
+    of_ranks, model = by_hand(data, frozen, samples)
     expected = {}
     for name in variance:
         # FSDP2 cuts what tensor parallelism has cut, along the same axis if that is by columns.
@@ -151,7 +151,7 @@ def masks_lie_as_parameters_do(data: int, tensor: int) -> None:
 
 def what_needs_whole_tensors_is_refused(data: int, tensor: int) -> None:
     """By name, with the way out, before a step."""
-    for argument, value in (("covariance", "full"), ("hold", "compact"), ("gradients", "capture")):
+    for argument, value in (("covariance", "full"), ("hold", "compact")):
         with pytest.raises(MisconfigurationException, match=rf"`{argument}='{value}'` needs whole parameters"):
             fit(data, tensor, **{argument: value})
 
@@ -170,7 +170,8 @@ def fractions_are_of_the_whole(data: int, tensor: int, directory: str) -> None:
 
 if __name__ == "__main__":
     for layout in [(2, 1), (1, 2)] if RANKS == 2 else [(2, 2)]:
-        the_run_is_that_of_one_process(*layout)
+        for how, count in (("auto", 1), ("capture", 1), ("replay", 1), ("auto", 3), ("replay", 3)):
+            the_run_is_that_of_one_process(*layout, how, count)
         masks_lie_as_parameters_do(*layout)
         what_needs_whole_tensors_is_refused(*layout)
         fractions_are_of_the_whole(*layout, sys.argv[1])
