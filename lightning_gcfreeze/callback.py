@@ -27,7 +27,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_modu
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.nn import Parameter
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -274,7 +273,7 @@ class GradCovFreezeCallback(_Callback):
         if stage == "fit":
             _refuse(refusals.of_strategy(trainer.strategy))
             self._start_afresh()
-            self._mean = _in_place_of_users_hook(trainer.strategy)
+            self._mean = GradientMean.in_place_of_hook(trainer.strategy)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a saved state. Runs between `setup` and `on_fit_start`, under some strategies after it."""
@@ -326,7 +325,8 @@ class GradCovFreezeCallback(_Callback):
         if self._full:
             FullCovariance({name: p.to("meta") for name, p in parameters.items()})  # refuses one that is too large
         self._ranks = Ranks(trainer.world_size, trainer.strategy.root_device)
-        self._install_mean(trainer)
+        if self._mean and (why := self._mean.install(trainer.strategy)):
+            rank_zero_info(f"{type(self).__name__}: all gradients go on being sent, since {why}.")
         samples = SampleGradients(
             self.gradients,
             pl_module,
@@ -554,20 +554,6 @@ class GradCovFreezeCallback(_Callback):
             )
         return frozen
 
-    def _install_mean(self, trainer: pl.Trainer) -> None:
-        """Become DDP's communication hook; say if not less will be sent, and why."""
-        if self._mean is None:
-            return
-        strategy: Any = trainer.strategy
-        strategy._ddp_comm_hook = self._mean.given
-        if not isinstance(strategy.model, DistributedDataParallel) or not self._mean.install(strategy.model):
-            self._mean = None
-            rank_zero_info(
-                f"{type(self).__name__}: all gradients go on being sent; DDP has another communication hook."
-            )
-        elif not self._mean.packs:
-            rank_zero_info(f"{type(self).__name__}: all gradients go on being sent; the `ddp_comm_hook` may need them.")
-
     def _begin_to_hold(self, run: _Run, phase: Frozen, resumed: bool) -> None:
         trainer, promote = run.trainer, self.promote and not run.shards
         module, optimizer = trainer.lightning_module, trainer.optimizers[0]
@@ -616,15 +602,6 @@ def _gone() -> None:
 
 def _local(parameters: Mapping[str, Parameter]) -> dict[str, Tensor]:
     return {name: local(p.detach()) for name, p in parameters.items()}
-
-
-def _in_place_of_users_hook(strategy: Any) -> GradientMean | None:
-    """What is to become DDP's communication hook, and to work as the one does that the strategy was given."""
-    if not hasattr(strategy, "_ddp_comm_hook"):
-        return None
-    mean = GradientMean(strategy._ddp_comm_hook, strategy._ddp_comm_state, strategy._ddp_comm_wrapper)
-    strategy._ddp_comm_hook = None  # until DDP is set up: it takes one hook
-    return mean
 
 
 def _in_a_signal_handler() -> bool:

@@ -43,7 +43,7 @@ class GradientMean:
     def __init__(
         self, hook: Hook | None = None, state: object = None, wrapper: Callable[[Hook], Hook] | None = None
     ) -> None:
-        self.given = hook
+        self._given = hook
         self._hook, self._state = hook if hook is None or wrapper is None else wrapper(hook), state
         self.packs = hook is None or (hook in _BYTES and (wrapper is None or wrapper in _BYTES))
         """Whether live elements can travel alone; not through a hook that looks at whole gradients."""
@@ -53,16 +53,38 @@ class GradientMean:
         self._group: dist.ProcessGroup | None = None
         self._sent = 0
 
-    def install(self, ddp: DistributedDataParallel) -> bool:
-        """Become the communication hook of `ddp`, before its first backward pass; False if it has another one."""
+    @classmethod
+    def in_place_of_hook(cls, strategy: Any) -> "GradientMean | None":
+        """Of Lightning's DDPStrategy, before it sets DDP up: with the hook that it was given. None: it is another."""
+        if not hasattr(strategy, "_ddp_comm_hook"):
+            return None
+        mean = cls(strategy._ddp_comm_hook, strategy._ddp_comm_state, strategy._ddp_comm_wrapper)
+        strategy._ddp_comm_hook = None  # DDP takes one
+        return mean
+
+    def install(self, strategy: Any) -> str | None:
+        """Become the communication hook, before the first backward pass; and give the user's back to the strategy.
+
+        Returns:
+            Why all gradients go on being sent, if they do.
+        """
+        strategy._ddp_comm_hook = self._given
+        return self.register(strategy.model)
+
+    def register(self, ddp: Any) -> str | None:
+        """Become the communication hook of a DistributedDataParallel; see `install`."""
+        if not isinstance(ddp, DistributedDataParallel):
+            self.packs = False
+            return f"the strategy trains a {type(ddp).__name__}"
         self._group = ddp.process_group
         try:
             ddp.register_comm_hook(self, _mean)
         except RuntimeError as error:
             if "only be called once" not in str(error):
                 raise
-            return False
-        return True
+            self.packs = False
+            return "DDP has another communication hook"
+        return None if self.packs else "the `ddp_comm_hook` may need them"
 
     @property
     def sent(self) -> int | None:

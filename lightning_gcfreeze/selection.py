@@ -6,21 +6,18 @@ contained in the choice for k + 1. Of a sharded parameter a process has a part, 
 for the whole. This is α(k) of the paper, Eq. (2.7), read as: rank <= k is frozen.
 """
 
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from lightning_gcfreeze import kth
 from lightning_gcfreeze._types import Granularity, Named
 from lightning_gcfreeze.distributed import ALONE, EVERYTHING, Ranks, Shards
-
-CHUNK = 2**17
-"""How many scores are looked at together: they and what is made of them stay in a cache."""
 
 
 def eligible(
@@ -102,8 +99,8 @@ def lowest(
 ) -> dict[str, Tensor]:
     """Mark the k elements of the lowest score over all tensors; of whole rows or tensors, as many as fit into k.
 
-    Elements are found by counting the digits of their scores, 16 bits at a time: what processes tell each other does
-    not grow with the number of elements, and nowhere is there a list of all scores. Of rows and tensors there is one.
+    Elements are found by counting the digits of their scores (see `kth`), so nowhere is there a list of all of them.
+    Of rows and tensors there is one.
 
     Args:
         scores: ``{name: (*p.shape)}``, any real dtype, free of NaN (see `check_scores`); `pooled` for `granularity`; of
@@ -122,38 +119,28 @@ def lowest(
     chosen = {name: torch.zeros(score.shape, dtype=torch.bool, device=score.device) for name, score in scores.items()}
     if k == 0:
         return chosen
-    dtype = reduce(torch.promote_types, (score.dtype for score in scores.values()))
+    dtype = _comparable(scores)
+    count = sum(shards.shape(name, score).numel() for name, score in scores.items())
+    pieces = partial(kth.pieces, dtype=dtype, count=count)
     counted = [name for name in scores if shards.counts(name)]
-    bits = 32 if dtype.is_floating_point and dtype != torch.float64 else 64
-    threshold, lower = _kth(
-        lambda: (keys for name in counted for _, keys in _keys(scores[name], dtype)), k, bits, total
+    threshold, lower, equal = kth.lowest(
+        lambda: (some for name in counted for _, some in pieces(scores[name])), k, dtype, count, total
     )
+    missing = k - lower
+    compare = torch.le if missing == equal else torch.lt
     ties = torch.zeros(len(scores), dtype=torch.int64)
     for i, (name, score) in enumerate(scores.items()):
-        flat = chosen[name].view(-1)
-        for start, keys in _keys(score, dtype):
-            torch.lt(keys, threshold, out=flat[start : start + len(keys)])
-            if name in counted:
-                ties[i] += int((keys == threshold).sum())
-
-    def tied(name: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """Places in the local part, and in the whole parameter."""
-        for start, keys in _keys(scores[name], dtype):
-            where = (keys == threshold).nonzero().squeeze(1) + start
-            yield where, shards.flat_index(name, where, scores[name])
-
-    def places(name: str) -> Callable[[], Iterable[Tensor]]:
-        return lambda: (in_whole for _, in_whole in tied(name) if name in counted)
-
-    missing = k - lower
-    for name, count in zip(scores, total(ties).tolist(), strict=True):
-        last = sys.maxsize
-        if 0 < missing < count:
-            last, _ = _kth(places(name), missing, 64, total)
-        if missing and count:
-            for where, in_whole in tied(name):
-                chosen[name].view(-1)[where[in_whole <= last]] = True
-        missing -= min(missing, count)
+        for start, some in pieces(score):
+            compare(some, threshold, out=chosen[name].view(-1)[start : start + len(some)])
+            if missing < equal and name in counted:
+                ties[i] += int((some == threshold).count_nonzero())
+    if missing == equal:
+        return chosen
+    for (name, score), tied in zip(scores.items(), total(ties).tolist(), strict=True):
+        taken = min(missing, tied)
+        missing -= taken
+        if taken:
+            _take_ties_(chosen[name], name, score, taken, tied, threshold, pieces, shards, total)
     return chosen
 
 
@@ -230,46 +217,41 @@ def _own_units(name: str, tensor: Tensor, granularity: Granularity, shards: Shar
     return torch.zeros(1, dtype=torch.int64, device=tensor.device)
 
 
-def _keys(scores: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
-    """Signed integers in the order of the scores, so many at a time, and the flat place of the first of them.
+def _take_ties_(
+    chosen: Tensor,
+    name: str,
+    score: Tensor,
+    taken: int,
+    tied: int,
+    threshold: float,
+    pieces: Callable[[Tensor], Iterator[tuple[int, Tensor]]],
+    shards: Shards,
+    total: Callable[[Tensor], Tensor],
+) -> None:
+    """Mark so many of a parameter's equal scores, the first in the whole parameter."""
+    size = shards.shape(name, score).numel()
+    dtype = torch.int32 if size < 2**31 else torch.int64
 
-    Bits of positive floats ascend with them, those of negative ones descend. The two zeros are one.
-    """
-    flat = scores.reshape(-1)
-    for start in range(0, len(flat), CHUNK):
-        some = flat[start : start + CHUNK].to(dtype, copy=True)
-        if not dtype.is_floating_point:
-            yield start, some.long()
-            continue
-        if dtype.itemsize < 4:
-            some = some.float()
-        some += 0.0
-        bits = some.view(torch.int64 if some.dtype == torch.float64 else torch.int32)
-        yield start, bits.bitwise_xor_((bits >> (bits.itemsize * 8 - 1)).bitwise_and_(torch.iinfo(bits.dtype).max))
+    def places() -> Iterator[tuple[Tensor, Tensor]]:
+        """In the local part, and in the whole parameter."""
+        for start, some in pieces(score):
+            where = (some == threshold).nonzero().squeeze(1).add_(start)
+            yield where, shards.flat_index(name, where, score).to(dtype)
+
+    last: float = size
+    if taken < tied:
+        own = (lambda: (in_whole for _, in_whole in places())) if shards.counts(name) else tuple[Tensor, ...]
+        last = kth.lowest(own, taken, dtype, size, total).value
+    for where, in_whole in places():
+        chosen.view(-1)[where[in_whole <= last]] = True
 
 
-def _kth(keys: Callable[[], Iterable[Tensor]], k: int, bits: int, total: Callable[[Tensor], Tensor]) -> tuple[int, int]:
-    """The k-th lowest of integers that many tensors on many processes hold, and how many are lower.
-
-    Args:
-        keys: those of this process; of `bits` bits, signed. They are asked for `bits`/16 times.
-        k: from 1.
-        total: adds up counts over processes.
-    """
-    found, left = None, k  # the leading digits, and which one among the keys that have them
-    for shift in range(bits - 16, -1, -16):
-        counts = torch.zeros(2**16, dtype=torch.int64)
-        for some in keys():
-            if found is not None:
-                some = some[(some >> (shift + 16)) == found]
-            digits = (some >> shift) + 2**15 if found is None else (some >> shift) & 0xFFFF
-            counts = counts.to(some.device).add_(torch.bincount(digits, minlength=2**16))
-        up_to = total(counts).cumsum(0)
-        digit = int(torch.searchsorted(up_to, left))
-        left -= int(up_to[digit - 1]) if digit else 0
-        found = digit - 2**15 if found is None else (found << 16) | digit
-    assert found is not None
-    return found, k - left
+def _comparable(scores: Named) -> torch.dtype:
+    """What all scores can be compared as: float32, float64 or int64."""
+    dtype = reduce(torch.promote_types, (score.dtype for score in scores.values()))
+    if not dtype.is_floating_point:
+        return torch.int64
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:

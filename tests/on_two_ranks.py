@@ -107,9 +107,9 @@ def main() -> None:
         # What is never used has to be looked for, or to be known from the first pass.
         ddp = DistributedDataParallel(module, find_unused_parameters="static_graph" not in option, **option)
         mean = GradientMean(*hook)
-        assert mean.install(ddp)
-        assert not GradientMean().install(ddp)  # DDP takes one
-        assert mean.packs == (name != "low rank")
+        why = mean.register(ddp)
+        assert (why is None) == mean.packs == (name != "low rank"), why
+        assert GradientMean().register(ddp) == "DDP has another communication hook"
         compressed = name in ("half", "brain", "wrapped")
         batches = [torch.randn(4, 3, 6, 6, generator=generator) for _ in range(2)]
         whole = {n: torch.zeros(p.shape, dtype=torch.bool) for n, p in module.named_parameters()}
@@ -123,7 +123,7 @@ def main() -> None:
                 check(ddp, mean, batches[:count], masks, compressed)
     words = Words()
     ddp, mean = DistributedDataParallel(words), GradientMean()
-    assert mean.install(ddp)
+    assert mean.register(ddp) is None
     tokens = [torch.randint(7, (5,), generator=generator)]
     masks = {
         "words.weight": torch.ones(7, 4).bool(),

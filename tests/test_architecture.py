@@ -15,8 +15,8 @@ SOURCE = TESTS.parent / PACKAGE
 # arithmetic can be read and tested without modules, modules without phases, and everything without a Trainer.
 LAYERS = (
     ("_types", "_checks"),  # shapes and arguments: no tensors are touched
-    # gradients of several samples, as tensors; which elements this process has, and what it tells the others
-    ("per_sample", "distributed"),
+    # gradients of several samples, the k-th of many numbers; which elements this process has, what it tells the others
+    ("per_sample", "kth", "distributed"),
     ("gains", "estimators", "orderings"),  # the paper's formulas: tensors in, tensors out
     # what they apply to: modules, batches, layers, names, optimizers
     ("gradients", "samples", "rules", "selection"),
