@@ -76,7 +76,7 @@ class SampleGradients:
         singly: bool = False,
         total: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self._total = total
+        self._total, self._is_first = total, True  # step of this run
         self._how, self._module, self._parameters, self._tell = how, module, parameters, tell
         self._count, self._singly = count, singly
         self._replay = Replay(module, parameters, step, context)
@@ -96,7 +96,8 @@ class SampleGradients:
             return
         decided, number = self.decided, self.decided["tries"] + 1
         compares = self._compares(number)
-        replays = number == 1 or decided["missed"] or len(decided["captured"]) < len(self._parameters)
+        known = number > 1 and not (self._total and self._is_first)
+        replays = not known or decided["missed"] or len(decided["captured"]) < len(self._parameters)
         self._replay.keep(
             batch,
             batch_idx,
@@ -164,11 +165,12 @@ class SampleGradients:
             # What was added up in the pass is around the mean of this micro-batch, and nothing was divided yet.
             of_sums = 1.0 if size == 1 else finite_batch_correction(size, batch_size) ** 0.5 / scale
             found = self._capture.gradients(factors, g_batch, self._singly, of_sums)
-        if self._total is not None and decided["tries"] == 1:
+        if self._total is not None and self._is_first:  # a run that goes on may be sharded in another way
             unseen = self._total(torch.tensor([int(name not in found) for name in self._parameters]))
             for name, count in zip(self._parameters, unseen.tolist(), strict=True):
                 if count:
                     decided["captured"].pop(name, None)
+        self._is_first = False
         whole = self._how == "auto" and batch_size is not None and self._count_of(size) == batch_size
         centred = {name for name, by in decided["captured"].items() if by == "mean"} if whole else set()
         for name, p in self._parameters.items():
@@ -181,12 +183,13 @@ class SampleGradients:
                 decided["missed"] = decided["missed"] or missed
             else:  # all processes replay the same
                 missing = [name for name in self._parameters if name not in decided["captured"]]
-            if missing and window.sample is None:
-                return None
-            try:
-                found.update(self._replayed(window, missing, g_batch))
-            except _NoLossError:
-                return None
+            if missing:
+                if window.sample is None:
+                    return None
+                try:
+                    found.update(self._replayed(window, missing, g_batch))
+                except _NoLossError:
+                    return None
             if missed and self._total is not None:
                 return None
         return Gradients({name: found[name] for name in self._parameters}, centred)

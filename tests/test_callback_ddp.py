@@ -1,10 +1,8 @@
 """Two gloo processes after the freeze: every way to hold, every setting of the wrapper, against a loop by hand."""
 
-from pathlib import Path
-
 import pytest
 
-from tests.ranks import assert_agreed, launch
+from tests.processes.launch import SCRIPTS, assert_agreed, launch
 
 TWO_RANKS = """
 import itertools
@@ -97,4 +95,4 @@ def test_two_ranks_train_the_live_elements_as_one_process_does(tmp_path):
 @pytest.mark.slow
 def test_less_travels_and_ranks_that_differ_are_found(tmp_path):
     """Unequal last batches, parameter groups, hooks of the user's own, bytes in the log."""
-    assert_agreed(launch(Path(__file__).with_name("callback_on_two_ranks.py"), tmp_path, timeout=120), 2)
+    assert_agreed(launch(SCRIPTS / "callback.py", tmp_path, timeout=120), 2)

@@ -23,7 +23,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from lightning_gcfreeze import GradCovFreezeCallback
-from tests import cases, ranks
+from tests import cases
+from tests.processes.launch import launch
 
 # A run that goes on saves where the one before it did.
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
@@ -171,7 +172,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pa
     @cache
     def run_once(phase: str) -> tuple[Path, CompletedProcess[str]]:
         folder, (step, rank) = tmp_path_factory.mktemp(phase), KILLS[phase]
-        return folder, ranks.launch(BREAK.format(step=step, rank=rank), folder, timeout=150, extra_args=[PATIENT])
+        return folder, launch(BREAK.format(step=step, rank=rank), folder, timeout=150, extra_args=[PATIENT])
 
     return run_once
 
@@ -193,7 +194,7 @@ def test_a_killed_rank_ends_the_other_and_the_job(broken, phase):
 def test_after_a_kill_the_last_checkpoint_is_enough(broken, tmp_path):
     """Before and after t0 the next job ends as the unbroken one, having seen the batches that were left."""
     folders = [str(broken(phase)[0]) for phase in KILLS]
-    job = ranks.launch(RESUME.format(folders=folders), tmp_path, timeout=150)
+    job = launch(RESUME.format(folders=folders), tmp_path, timeout=150)
     for rank in (0, 1):
         for step in (3, 9):
             assert f"rank {rank} resumed from {step}" in job.stdout, job.stderr[-6000:]
@@ -219,7 +220,7 @@ def test_an_elastic_restart_goes_on_by_itself(tmp_path):
     """A script that resumes from what there is, under `torchrun --max-restarts=1`, outlives the loss of a rank."""
     # Else the restarted ranks may find the addresses of those before them: https://github.com/pytorch/pytorch/issues/135712
     own_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    job = ranks.launch(ELASTIC, tmp_path, timeout=150, extra_args=["--max-restarts=1", PATIENT], env=own_store)
+    job = launch(ELASTIC, tmp_path, timeout=150, extra_args=["--max-restarts=1", PATIENT], env=own_store)
     assert job.returncode == 0, job.stderr[-6000:]
     assert (tmp_path / "signalled").exists()
     for rank in (0, 1):
@@ -306,7 +307,7 @@ def test_two_ranks_that_are_signalled_go_on(tmp_path):
     What a signal makes Lightning save has rank 0's statistics alone, since ranks may be anywhere then: before t0 both
     ranks freeze the same, if not what the unbroken run does.
     """
-    job = ranks.launch(SIGNALLED, tmp_path, timeout=150)
+    job = launch(SIGNALLED, tmp_path, timeout=150)
     for rank in (0, 1):
         for step in STEPS_BEFORE_AND_AFTER_T0:
             assert f"rank {rank} ended after {step}" in job.stdout, job.stderr[-6000:]

@@ -1,13 +1,10 @@
 """Parameters that are sharded: FSDP2, tensor parallelism, both; and checkpoints for other numbers of ranks."""
 
-from pathlib import Path
-
 import pytest
 
-from tests.ranks import assert_agreed, launch
+from tests.processes.launch import SCRIPTS, assert_agreed, launch
 
-SHARDS = Path(__file__).with_name("shards_on_ranks.py")
-CHECKPOINTS = Path(__file__).with_name("checkpoints_on_ranks.py")
+SHARDS, CHECKPOINTS = SCRIPTS / "shards.py", SCRIPTS / "checkpoints.py"
 
 
 @pytest.mark.slow
@@ -30,3 +27,9 @@ def test_two_ranks_go_on_from_one(tmp_path):
     """And back."""
     assert_agreed(launch(CHECKPOINTS, tmp_path, 1, timeout=200, arguments=["save"]), 1)
     assert_agreed(launch(CHECKPOINTS, tmp_path, 2, timeout=200, arguments=["resume"]), 2)
+
+
+@pytest.mark.slow
+def test_every_precision_hold_and_granularity_is_served(tmp_path):
+    """What the table in docs/cluster.md says of DDP and FSDP2."""
+    assert_agreed(launch(SCRIPTS / "support.py", tmp_path, timeout=200), 2)

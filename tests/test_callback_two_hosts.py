@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-from tests.ranks import ROOT
+from tests.processes.launch import ROOT, SCRIPTS
 from tests.test_callback_ddp import TWO_RANKS
 
-HOSTS = ROOT / "tests" / "two_hosts.sh"
+HOSTS = SCRIPTS / "two_hosts.sh"
 WHERE = """
 import os, socket
 print(f"rank {os.environ['RANK']} has", *sorted(name for _, name in socket.if_nameindex()), flush=True)

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lightning_gcfreeze.distributed import EVERYTHING, Ranks, Shards, local, part, whole
-from tests.ranks import assert_agreed, launch
+from tests.processes.launch import SCRIPTS, assert_agreed, launch
 
 
 @contextmanager
@@ -108,4 +107,4 @@ def test_without_shards_everything_is_as_it_is():
 @pytest.mark.slow
 def test_four_processes_select_as_one(tmp_path):
     """Sums, layouts, exact selection with ties, and disagreement, between real processes."""
-    assert_agreed(launch(Path(__file__).with_name("on_four_ranks.py"), tmp_path, 4, timeout=120), 4)
+    assert_agreed(launch(SCRIPTS / "selection.py", tmp_path, 4, timeout=120), 4)

@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor
 from lightning_gcfreeze import GradCovFreezeCallback, apply_delta
 from lightning_gcfreeze.distributed import local, whole
 from tests import cases
-from tests.checkpoints_on_ranks import RANK, RANKS, Module, Start, network
 from tests.oracles.recursion import covariance
+from tests.processes.checkpoints import RANK, RANKS, Module, Start, network
 
 T0, STEPS, SIZE = 4, 9, 4
 

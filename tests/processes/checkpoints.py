@@ -98,25 +98,30 @@ def strategies() -> dict[str, tuple[Any, int, int]]:
 
     found = {
         "ddp": (DDPStrategy() if RANKS > 1 else SingleDeviceStrategy("cpu"), RANK, RANKS),
-        "fsdp2": sharded(RANKS, 1, save_distributed_checkpoint=False),
         "fsdp2 in parts": sharded(RANKS, 1),
     }
-    if RANKS > 1:
-        found["tensor"] = sharded(RANKS // 2, 2, save_distributed_checkpoint=False)
+    if RANKS == 2:
+        found["fsdp2"] = sharded(2, 1, save_distributed_checkpoint=False)
+        found["tensor"] = sharded(1, 2, save_distributed_checkpoint=False)
     return found
+
+
+def saved_by(name: str) -> str:
+    """Whose checkpoints a strategy goes on from: tensor parallelism from those of others, who shard in another way."""
+    return "fsdp2" if name == "tensor" else name
 
 
 def run(name: str, directory: Path, resume: int | None = None) -> dict[str, Any]:
     """Train to the end; what came out, whole."""
     strategy, rank, ranks = strategies()[name]
-    of_data = "fsdp2" if name == "tensor" and resume else name  # saved by others that shard in another way
+    folder = directory / (saved_by(name) if resume else name)
     callback = GradCovFreezeCallback(t0=T0, k=0.6, seed=3)
     start, module = Start(callback), Module()
     trainer = cases.trainer(
-        callbacks=[callback, start, *([] if resume else [Save(directory / of_data)])], devices=RANKS,
+        callbacks=[callback, start, *([] if resume else [Save(folder)])], devices=RANKS,
         strategy=strategy, use_distributed_sampler=False, max_epochs=1,
     )  # fmt: skip
-    path = directory / of_data / f"{resume}.ckpt" if resume else None
+    path = folder / f"{resume}.ckpt" if resume else None
     trainer.fit(module, Batches(rank, ranks), ckpt_path=path, weights_only=True if path else None)
     frozen = {n: whole(mask) for n, mask in callback.frozen.items()}
     end = {n: whole(p.detach()).clone() for n, p in module.named_parameters()}
@@ -148,7 +153,9 @@ if __name__ == "__main__":
             if RANK == 0:
                 torch.save(outcome, where / name / "outcome.pt")
             continue
-        unbroken = torch.load(where / ("fsdp2" if name == "tensor" else name) / "outcome.pt")
+        if not (outcome := where / saved_by(name) / "outcome.pt").exists():  # by a single rank
+            continue
+        unbroken = torch.load(outcome)
         same = unbroken["ranks"] == RANKS and name != "tensor"
         for step in (BEFORE, AFTER):
             # Another number of ranks sees other first samples: before t0 that makes another freeze.
