@@ -73,6 +73,7 @@ class _Run:
     samples: SampleGradients
     positions: Positions
     shards: Shards
+    replicas: int  # processes whose batches differ
     post_hook: RemovableHandle | None = None
     hold: Hold | None = None
     tried: bool = False  # whether the optimizer step to come was tried to observe
@@ -300,6 +301,7 @@ class GradCovFreezeCallback(_Callback):
         """
         if self._run and isinstance(self._phase, Observing) and not _in_a_signal_handler():
             self._phase.share(self._ranks)
+            self._run.samples.share(self._ranks)
         return {
             "format": _FORMAT,
             "arguments": self._arguments(),
@@ -338,7 +340,9 @@ class GradCovFreezeCallback(_Callback):
             singly=self._full,
             total=self._ranks.total if shards else None,
         )
-        self._run = _Run(trainer, parameters, k, samples, Positions(pl_module, parameters), shards)
+        data = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
+        replicas = data.get("num_replicas", 1)
+        self._run = _Run(trainer, parameters, k, samples, Positions(pl_module, parameters), shards, replicas)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin, or go on where the checkpoint stopped: by now all of it is loaded under every strategy."""
@@ -406,7 +410,7 @@ class GradCovFreezeCallback(_Callback):
         if not isinstance(self._phase, Observing) or not run.samples.join() or trainer.fit_loop._should_accumulate():
             return
         window = run.samples.take()
-        size = None if window.batch_size is None else window.batch_size * trainer.world_size
+        size = None if window.batch_size is None else window.batch_size * run.replicas
         if size == 1 and self._steps == 0:  # at the first step it is no short last batch
             raise MisconfigurationException(
                 "The batch holds one sample: its gradient is the batch's, and there is no noise to see. Use batches of"
@@ -472,11 +476,11 @@ class GradCovFreezeCallback(_Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let go of module and optimizer; what was found stays."""
-        self._unbind()
+        self._unbind(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Let go of module and optimizer: after an exception there is no teardown."""
-        self._unbind()
+        self._unbind(trainer)
 
     # Behind the hooks ----------------------------------------------------------------------------------------------
 
@@ -496,7 +500,9 @@ class GradCovFreezeCallback(_Callback):
             raise RuntimeError(f"{type(self).__name__} needs a Trainer's fit: `on_fit_start` has not run.")
         return self._run
 
-    def _unbind(self) -> None:
+    def _unbind(self, trainer: pl.Trainer) -> None:
+        if self._mean:
+            self._mean.give_back(trainer.strategy)
         if self._run:
             self._run.samples.forget()
             self._run.positions.stop()

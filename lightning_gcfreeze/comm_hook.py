@@ -47,7 +47,7 @@ class GradientMean:
         self._hook, self._state = hook if hook is None or wrapper is None else wrapper(hook), state
         self.packs = hook is None or (hook in _BYTES and (wrapper is None or wrapper in _BYTES))
         """Whether live elements can travel alone; not through a hook that looks at whole gradients."""
-        self._bytes = (hook and _BYTES.get(hook)) or (wrapper and _BYTES.get(wrapper))
+        self._bytes = None if hook is None else _BYTES.get(hook) or (wrapper and _BYTES.get(wrapper))
         self._frozen: dict[Tensor, Tensor] = {}
         self._places: dict[tuple[Tensor, ...], Places | None] = {}
         self._group: dist.ProcessGroup | None = None
@@ -68,8 +68,12 @@ class GradientMean:
         Returns:
             Why all gradients go on being sent, if they do.
         """
-        strategy._ddp_comm_hook = self._given
+        self.give_back(strategy)
         return self.register(strategy.model)
+
+    def give_back(self, strategy: Any) -> None:
+        """Leave the strategy as it was before `in_place_of_hook`."""
+        strategy._ddp_comm_hook = self._given
 
     def register(self, ddp: Any) -> str | None:
         """Become the communication hook of a DistributedDataParallel; see `install`."""
@@ -88,7 +92,7 @@ class GradientMean:
 
     @property
     def sent(self) -> int | None:
-        """Bytes that this process gave to be averaged since `begin_step`; None: the user's hook alone knows."""
+        """Bytes that this process gave to be averaged since `begin_step`; None: that is another hook's business."""
         return self._sent if self.packs else None
 
     def begin_step(self) -> None:

@@ -20,7 +20,7 @@ MANY = 2**23
 class Kth(NamedTuple):
     """The k-th lowest of some numbers."""
 
-    value: float
+    value: float | int
     lower: int
     """How many numbers are lower, on all processes."""
     equal: int

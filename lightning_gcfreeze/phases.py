@@ -127,7 +127,10 @@ class Observing:
         return True
 
     def share(self, ranks: Ranks) -> None:
-        """Become the same on all processes: every statistic its mean over those that have it, numbers rank 0's."""
+        """Become the same on all processes: every statistic its mean over those that have the element.
+
+        What none of them saw, this one has not seen: of the counts of observed steps the least is taken.
+        """
         self.settle()
         if ranks.count == 1:
             return
@@ -135,10 +138,8 @@ class Observing:
             estimator.tensors = self._read(estimator.tensors)
             self.shards.mean_over_replicas_(estimator.tensors, ranks)
         self._scale = 1.0
-        numbers = (self._observed, self.skipped, self.batch_size, self.decided)
-        self._observed, self.skipped, self.batch_size, decided = ranks.of_first(numbers)
-        if self.decided is not None:
-            self.decided.update(decided)
+        self._observed = -int(ranks.largest(torch.tensor(-self._observed)))
+        self.skipped, self.batch_size = ranks.of_first((self.skipped, self.batch_size))
 
     def scores(
         self,
@@ -175,18 +176,22 @@ class Observing:
         """
         evidence = self._evidence(weights, seed, granularity)
         scores = self._scores(ordering, evidence, ranks)
-        frozen = selection.lowest(scores, k, granularity, self.shards, ranks)
+        among = ranks if self.shards else ALONE
+        frozen = selection.lowest(scores, k, granularity, self.shards, among)
         self.shards.check_agreement(frozen, ranks)
+        apart = any(v.numel() and v.data_ptr() != scores[name].data_ptr() for name, v in evidence.variance.items())
+        by_variance = not among.total(torch.tensor(int(apart)))
         return Frozen(
             frozen=frozen,
-            scores=scores,  # in the paper's order the same memory as the variance
-            variance=dict(evidence.variance),
+            scores=scores,
+            variance=scores if by_variance else dict(evidence.variance),
+            by_variance=by_variance,
             matrix=self.matrix,
             observed=self.observed,
             skipped=self.skipped,
             positions=dict(positions or {}),
-            counts=self.shards.count(frozen, ranks),
-            never_moved=sum(self.shards.count(_never_moved(frozen, scores, evidence.variance, ranks), ranks).values()),
+            counts=self.shards.count(frozen, among),
+            never_moved=sum(self.shards.count(_never_moved(frozen, scores, evidence.variance, among), among).values()),
             shapes=self.shapes,
             shards=self.shards,
         )
@@ -200,10 +205,16 @@ class Observing:
         )
 
     def _scores(self, ordering: orderings.Ordering, evidence: orderings.Evidence, ranks: Ranks) -> dict[str, Tensor]:
-        scores = ordering(evidence)
-        selection.check_scores(scores, evidence.weights)
+        failure = None
+        try:
+            scores = ordering(evidence)
+            selection.check_scores(scores, evidence.weights)
+        except Exception as error:
+            failure = error
+        if ranks.total(torch.tensor(int(failure is not None))):  # else the others would wait
+            raise failure or RuntimeError("`order` failed on another process; see its error.")
         by_element = {name: scores[name].detach() for name in evidence.weights}
-        return selection.pooled(by_element, evidence.granularity, self.shards, ranks)
+        return selection.pooled(by_element, evidence.granularity, self.shards, ranks if self.shards else ALONE)
 
     def state_dict(self, ranks: Ranks = ALONE) -> dict[str, Any]:
         """Tensors, numbers and strings alone; tensors are whole, those of sharded parameters on rank 0 only."""
@@ -278,7 +289,7 @@ def _cloned(named: Named) -> dict[str, Tensor]:
 
 @dataclass
 class Frozen:
-    """The decision at t0, and what it was based on. All tensors by parameter name, shaped like the parameter."""
+    """The decision at t0, and what it was based on. All tensors by parameter name, shaped like its local part."""
 
     frozen: dict[str, Tensor]
     """bool, True = held constant."""
@@ -286,6 +297,8 @@ class Frozen:
     """What the order was by; the lowest are frozen."""
     variance: dict[str, Tensor]
     """The diagonal of C_t0."""
+    by_variance: bool
+    """Whether these are the scores, in the same memory."""
     matrix: Tensor | None
     """C_t0, (p, p), if it was kept."""
     observed: int
@@ -324,8 +337,7 @@ class Frozen:
         state = {name: value for name, value in vars(self).items() if name not in ("counts", "shapes", "shards")}
         state["frozen"] = self.shards.whole(self.frozen, ranks)
         state["scores"] = self.shards.whole(self.scores, ranks)
-        in_order = all(self.scores[n].data_ptr() == v.data_ptr() for n, v in self.variance.items())  # the same memory
-        state["variance"] = state["scores"] if in_order else self.shards.whole(self.variance, ranks)
+        state["variance"] = state["scores"] if self.by_variance else self.shards.whole(self.variance, ranks)
         return {"begun": True} | state
 
     @classmethod
@@ -339,12 +351,11 @@ class Frozen:
     def to(self, shards: Shards) -> None:
         """Of what was loaded keep the local parts."""
         self.shards = shards
-        self.frozen, self.scores, self.variance = map(shards.parts, (self.frozen, self.scores, self.variance))
+        self.frozen, self.scores = shards.parts(self.frozen), shards.parts(self.scores)
+        self.variance = self.scores if self.by_variance else shards.parts(self.variance)
 
 
 def _never_moved(frozen: Named, scores: Named, variance: Named, ranks: Ranks) -> dict[str, Tensor]:
-    lowest = [score.min().double().cpu() for score in scores.values() if score.numel()]
-    least = -ranks.largest(-torch.stack([*lowest, torch.tensor(torch.inf, dtype=torch.float64)]).min())
-    return {
-        name: mask & (variance[name] == 0) & (scores[name] == least.to(mask.device)) for name, mask in frozen.items()
-    }
+    own = min((float(score.min()) for score in scores.values() if score.numel()), default=math.inf)
+    least = -float(ranks.largest(torch.tensor(-own, dtype=torch.float64)))
+    return {name: mask & (variance[name] == 0) & (scores[name] == least) for name, mask in frozen.items()}

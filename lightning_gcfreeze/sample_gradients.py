@@ -22,6 +22,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from lightning_gcfreeze._types import Named
 from lightning_gcfreeze.capture import Capture
+from lightning_gcfreeze.distributed import Ranks
 from lightning_gcfreeze.estimators.base import finite_batch_correction
 from lightning_gcfreeze.per_sample import PerSample, Stacked, one_by_one
 from lightning_gcfreeze.replay import Replay, Window
@@ -123,6 +124,17 @@ class SampleGradients:
         self._replay.forget()
         if self._capture is not None:
             self._capture.forget()
+
+    def share(self, ranks: Ranks) -> None:
+        """Know the same on all processes: to be captured is what all of them capture."""
+        if ranks.count == 1:
+            return
+        of_all: list[Decided] = ranks.of_all(self.decided)
+        captured = set.intersection(*(set(other["captured"].items()) for other in of_all))
+        replayed = set().union(*(other["replayed"] for other in of_all))
+        self.decided["captured"] = {n: by for n, by in self.decided["captured"].items() if (n, by) in captured}
+        self.decided["replayed"] = [name for name in self._parameters if name in replayed]
+        self.decided["missed"] = any(other["missed"] for other in of_all)
 
     def release(self) -> None:
         """No step is to be observed any more."""
@@ -240,16 +252,15 @@ class SampleGradients:
         finally:
             capture.stop()
         alone = self._replay.gradient(window, before=before)
-        if alone is None:
-            return
         reductions: dict[Reduction, float] = {"mean": size / scale, "sum": 1 / scale}
-        names, tolerances = list(alone), dict[str, float]()
-        rows = torch.full((len(alone), 4), torch.inf, dtype=torch.float64)  # what is not seen is not captured
-        for row, expected in zip(rows, alone.values(), strict=True):
-            row[3] = expected.double().square().sum()
-        for name, share, tolerances[name] in capture.shares():
-            distances = [(share * factor - alone[name]).double().square().sum() for factor in reductions.values()]
-            rows[names.index(name), :3] = torch.stack([*distances, share.double().square().sum()])
+        names, tolerances = list(self._parameters), dict[str, float]()
+        rows = torch.full((len(names), 4), torch.inf, dtype=torch.float64)  # what is not seen is not captured
+        alone = alone or {}
+        for i, expected in enumerate(alone.values()):
+            rows[i, 3] = float(expected.norm()) ** 2
+        for name, share, tolerances[name] in capture.shares() if alone else ():
+            apart = [float((share * factor - alone[name]).norm()) ** 2 for factor in reductions.values()]
+            rows[names.index(name), :3] = torch.tensor([*apart, float(share.norm()) ** 2])
         self._decide(names, rows if self._total is None else self._total(rows), tolerances, list(reductions))
 
     def _decide(

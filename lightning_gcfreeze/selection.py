@@ -75,7 +75,7 @@ def pooled(
         granularity: "element"; "row", what has the same first index (an output neuron, a filter, a word's embedding, an
             element of a vector); or "tensor".
         shards: how the parameters lie on the processes.
-        ranks: these processes.
+        ranks: these processes, where there are shards.
 
     Returns:
         ``{name: (*p.shape)}``; means are float64, so that their order is that of the exact ones.
@@ -89,7 +89,7 @@ def pooled(
         own = _own_units(name, score, granularity, shards)
         if shards.counts(name):
             sums[own] = _units(score, granularity).sum(1, dtype=torch.float64)
-        means = (ranks.total(sums) if shards else sums) / (shape.numel() // max(len(sums), 1))
+        means = ranks.total(sums) / (shape.numel() // max(len(sums), 1))
         found[name] = _for_elements(means[own], score)
     return found
 
@@ -108,14 +108,13 @@ def lowest(
         k: 0 to the number of elements.
         granularity: rows or tensors are taken in the order of their scores, up to the first that would be too much.
         shards: how the parameters lie on the processes.
-        ranks: these processes.
+        ranks: these processes, where there are shards.
 
     Returns:
         ``{name: bool (*p.shape)}``, True for exactly k elements in all, or for at most k.
     """
     if granularity != "element":
         return _lowest_units(scores, k, granularity, shards, ranks)
-    total = ranks.total if shards else _as_it_is
     chosen = {name: torch.zeros(score.shape, dtype=torch.bool, device=score.device) for name, score in scores.items()}
     if k == 0:
         return chosen
@@ -124,7 +123,7 @@ def lowest(
     pieces = partial(kth.pieces, dtype=dtype, count=count)
     counted = [name for name in scores if shards.counts(name)]
     threshold, lower, equal = kth.lowest(
-        lambda: (some for name in counted for _, some in pieces(scores[name])), k, dtype, count, total
+        lambda: (some for name in counted for _, some in pieces(scores[name])), k, dtype, count, ranks.total
     )
     missing = k - lower
     compare = torch.le if missing == equal else torch.lt
@@ -136,11 +135,11 @@ def lowest(
                 ties[i] += int((some == threshold).count_nonzero())
     if missing == equal:
         return chosen
-    for (name, score), tied in zip(scores.items(), total(ties).tolist(), strict=True):
+    for (name, score), tied in zip(scores.items(), ranks.total(ties).tolist(), strict=True):
         taken = min(missing, tied)
         missing -= taken
         if taken:
-            _take_ties_(chosen[name], name, score, taken, tied, threshold, pieces, shards, total)
+            _take_ties_(chosen[name], name, score, taken, tied, threshold, pieces, shards, ranks)
     return chosen
 
 
@@ -192,7 +191,7 @@ def _lowest_units(scores: Named, k: int, granularity: Granularity, shards: Shard
             (_count_of_units(shape, granularity),), -torch.inf, dtype=torch.float64, device=score.device
         )
         values[owns[name]] = _units(score, granularity)[:, 0].to(torch.float64)
-        of_units.append(ranks.largest(values) if shards else values)
+        of_units.append(ranks.largest(values))
         sizes.append(torch.full_like(values, shape.numel() // max(len(values), 1), dtype=torch.int64))
     order = torch.cat(of_units).argsort(stable=True)
     chosen = torch.empty_like(order, dtype=torch.bool)
@@ -226,7 +225,7 @@ def _take_ties_(
     threshold: float,
     pieces: Callable[[Tensor], Iterator[tuple[int, Tensor]]],
     shards: Shards,
-    total: Callable[[Tensor], Tensor],
+    ranks: Ranks,
 ) -> None:
     """Mark so many of a parameter's equal scores, the first in the whole parameter."""
     size = shards.shape(name, score).numel()
@@ -241,7 +240,7 @@ def _take_ties_(
     last: float = size
     if taken < tied:
         own = (lambda: (in_whole for _, in_whole in places())) if shards.counts(name) else tuple[Tensor, ...]
-        last = kth.lowest(own, taken, dtype, size, total).value
+        last = kth.lowest(own, taken, dtype, size, ranks.total).value
     for where, in_whole in places():
         chosen.view(-1)[where[in_whole <= last]] = True
 
@@ -252,10 +251,6 @@ def _comparable(scores: Named) -> torch.dtype:
     if not dtype.is_floating_point:
         return torch.int64
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _for_elements(of_units: Tensor, like: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from lightning_gcfreeze import capture, gradients
+from lightning_gcfreeze.distributed import Ranks
 from lightning_gcfreeze.per_sample import Summed
 from lightning_gcfreeze.sample_gradients import SampleGradients
 
@@ -791,6 +792,31 @@ def test_a_comparison_with_nan_decides_nothing():
     observer.step((poisoned, Y))
     assert observer.captured == set(observer.parameters)
     assert_close(observer.step((X, Y)), of_first_sample(module, (X, Y)))
+
+
+def test_processes_that_share_capture_what_all_of_them_do():
+    """A parameter that one of them has found to differ, or to be reduced otherwise, is replayed by all from then on."""
+
+    class Two(Ranks):
+        def of_all(self, value):
+            return [value, other]
+
+    observer = Observer(built("perceptron"))
+    observer.step((X, Y))
+    first, second, third, *rest = observer.parameters
+    assert observer.captured == set(observer.parameters)
+    by = observer.samples.decided["captured"]
+    other = copy.deepcopy(observer.samples.decided) | {
+        "captured": {first: by[first], third: "sum"} | {name: by[name] for name in rest}, "replayed": [second],
+        "missed": True,
+    }  # fmt: skip
+    observer.samples.share(Two(2))
+    assert observer.captured == {first, *rest}
+    assert observer.samples.decided["replayed"] == [second]
+    assert observer.samples.decided["missed"]
+    observer.samples.share(Ranks())
+    assert observer.captured == {first, *rest}
+    assert_close(observer.step((X, Y)), of_first_sample(observer.module, (X, Y)))
 
 
 @pytest.mark.parametrize("layer", [lambda: nn.ConvTranspose1d(1, 2, 3), lambda: nn.Conv1d(1, 2, 3, padding="same")])

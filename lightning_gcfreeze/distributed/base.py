@@ -1,6 +1,6 @@
 """What the processes of a run tell each other: sums, means, rank 0's word. With one process nothing is sent."""
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -36,8 +36,9 @@ class Ranks:
     def mean_(self, tensor: Tensor, group: dist.ProcessGroup | None = None) -> None:
         """Replace a tensor by its mean over the processes, or over those of a group."""
         if self.count > 1:
-            dist.all_reduce(tensor, group=group)
-            tensor /= dist.get_world_size(group)
+            there = tensor.to(self._device)
+            dist.all_reduce(there, group=group)
+            tensor.copy_(there.div_(dist.get_world_size(group)))
 
     def gathered(self, tensor: Tensor) -> Tensor:
         """(processes, *tensor.shape), on the CPU."""
@@ -56,7 +57,15 @@ class Ranks:
         dist.broadcast_object_list(values, device=torch.device(self._device))
         return values[0]
 
-    def _reduced(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+    def of_all(self, value: T) -> list[T]:
+        """What each of them has, in their order."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values
+
+    def _reduced(self, tensor: Tensor, operation: Any) -> Tensor:
         if self.count == 1:
             return tensor
         there = tensor.to(self._device, copy=True)

@@ -5,6 +5,7 @@ of the local shape. An element's place in its whole parameter is known, so that 
 not depend on how the parameters are sharded.
 """
 
+import functools
 import hashlib
 from typing import Any, NamedTuple
 
@@ -51,34 +52,45 @@ class _Spec(NamedTuple):
         return cls(tensor.device_mesh, tuple(tensor.placements), tensor.shape, tensor.stride())
 
     def places(self, axis: int) -> Tensor:
-        """The indices along an axis of the whole that this process has, (length of the local axis,)."""
-        along = [_along_first(placement) if _cuts(placement, axis) else Replicate() for placement in self.placements]
-        indices = torch.arange(self.shape[axis], device=self.mesh.device_type)
-        return distribute_tensor(indices, self.mesh, along, src_data_rank=None).to_local()
+        """The indices along an axis of the whole that this process has, ascending, (length of the local axis,)."""
+        return _places(self, axis, torch.distributed.get_rank())
 
     def is_cut(self, axis: int) -> bool:
         return any(_cuts(placement, axis) for placement in self.placements)
 
     def part(self, tensor: Tensor) -> Tensor:
-        if isinstance(tensor, DTensor):
+        if not isinstance(tensor, DTensor):
+            return self._cut(tensor, None)
+        theirs = _Spec.of(tensor)
+        if any(placement.is_partial() for placement in theirs.placements):
+            settled = [Replicate() if placement.is_partial() else placement for placement in theirs.placements]
+            tensor = tensor.redistribute(placements=self.placements if theirs.mesh == self.mesh else settled)
             theirs = _Spec.of(tensor)
-            if (theirs.mesh, theirs.placements) == (self.mesh, self.placements):
-                return tensor.to_local()
-            if any(placement.is_partial() for placement in theirs.placements):
-                settled = [Replicate() if p.is_partial() else p for p in theirs.placements]
-                if theirs.mesh == self.mesh:
-                    settled = list(self.placements)
-                return self.part(tensor.redistribute(placements=settled))
-            tensor = tensor.to_local()
-        else:
-            theirs = None
+        if (theirs.mesh, theirs.placements) == (self.mesh, self.placements):
+            return tensor.to_local()
+        return self._cut(tensor.to_local(), theirs)
+
+    def _cut(self, tensor: Tensor, has: "_Spec | None") -> Tensor:
+        """Of what another layout has, or of everything, the part of this one."""
         for axis in range(len(self.shape)):
-            if self.is_cut(axis):
-                places = self.places(axis).to(tensor.device)
-                if theirs is not None and theirs.is_cut(axis):
-                    places = torch.searchsorted(theirs.places(axis).to(tensor.device), places)
+            if not self.is_cut(axis):
+                continue
+            places = self.places(axis).to(tensor.device)
+            if has is not None and has.is_cut(axis):
+                places = torch.searchsorted(has.places(axis).to(tensor.device), places)
+            if len(places) and int(places[-1] - places[0]) == len(places) - 1:
+                tensor = tensor.narrow(axis, int(places[0]), len(places))
+            else:
                 tensor = tensor.index_select(axis, places)
         return tensor
+
+
+@functools.lru_cache(maxsize=4096)
+def _places(spec: _Spec, axis: int, rank: int) -> Tensor:
+    """Of one rank; laying a tensor out takes a millisecond."""
+    along = [_along_first(placement) if _cuts(placement, axis) else Replicate() for placement in spec.placements]
+    indices = torch.arange(spec.shape[axis], device=spec.mesh.device_type)
+    return distribute_tensor(indices, spec.mesh, along, src_data_rank=None).to_local()
 
 
 class Shards:
@@ -163,7 +175,7 @@ class Shards:
     def count(self, masks: Named, ranks: Ranks) -> dict[str, int]:
         """By name, how many elements are marked, on all processes."""
         counts = torch.tensor([int(mask.sum()) if self.counts(name) else 0 for name, mask in masks.items()])
-        return dict(zip(masks, (ranks.total(counts) if self else counts).tolist(), strict=True))
+        return dict(zip(masks, ranks.total(counts).tolist(), strict=True))
 
     def check_agreement(self, masks: Named, ranks: Ranks) -> None:
         """Make sure that processes with the same elements have the same masks.
@@ -186,8 +198,9 @@ class Shards:
             listing = ", ".join(f"{name} (ranks {', '.join(map(str, r))})" for name, r in list(apart.items())[:5])
             raise RuntimeError(
                 f"The processes would freeze different elements. Of {len(apart)} parameters some ranks have other masks"
-                f" than the first that has the same elements: {listing}. An `order` of your own must give the same"
-                " scores everywhere: draw random numbers from `evidence.seed`, and use nothing that only one rank has."
+                f" than the first that has the same elements: {listing}. Weights or gradients may differ that ought to"
+                " be the same; an `order` of your own must give the same scores everywhere: draw random numbers from"
+                " `evidence.seed`, and use nothing that only one rank has."
             )
 
     def _fingerprint_of_places(self, name: str) -> int:

@@ -126,6 +126,10 @@ def hooks_are_composed() -> None:
         callback, _ = fit(strategy := DDPStrategy(ddp_comm_hook=hook))
         assert callback._mean.sent == 2 * live
         assert strategy._ddp_comm_hook is hook  # given back
+    strategy = DDPStrategy(ddp_comm_hook=default_hooks.fp16_compress_hook)
+    with pytest.raises(ValueError, match="No parameter is eligible"):  # before DDP's first step
+        fit(strategy, include="nothing")
+    assert strategy._ddp_comm_hook is default_hooks.fp16_compress_hook
     state = PowerSGDState(None, start_powerSGD_iter=1000)
     callback, _ = fit(DDPStrategy(ddp_comm_hook=powerSGD_hook, ddp_comm_state=state))
     assert callback._mean.sent is None

@@ -92,6 +92,7 @@ HOOKS = {
     "half": (default_hooks.fp16_compress_hook, None),
     "brain": (default_hooks.bf16_compress_hook, None),
     "wrapped": (default_hooks.allreduce_hook, None, default_hooks.fp16_compress_wrapper),
+    "wrapper alone": (None, None, default_hooks.fp16_compress_wrapper),  # of nothing: as Lightning, we ignore it
     "low rank": (powerSGD_hook, "state"),
 }
 

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -14,29 +15,29 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_gcfreeze import GradCovFreezeCallback, apply_delta
+from lightning_gcfreeze import Evidence, GradCovFreezeCallback, apply_delta
 from lightning_gcfreeze.distributed import local, whole
 from tests import cases
 from tests.oracles.recursion import covariance
 from tests.processes.checkpoints import RANK, RANKS, Module, Start, network
 
-T0, STEPS, SIZE = 4, 9, 4
+T0, SIZES = 4, [4, 4, 2, 3, 4, 4, 4, 2, 4]
 
 
 class Batches:
-    """Of a rank: four samples a step."""
+    """Of a rank: two to four samples a step."""
 
     def __init__(self, rank: int, ranks: int) -> None:
         self.rank, self.ranks = rank, ranks
 
     def __len__(self) -> int:
-        return STEPS
+        return len(SIZES)
 
     def __iter__(self) -> Iterator[list[Tensor]]:
-        x, y = cases.data(SIZE * STEPS * self.ranks, torch.float64).tensors
-        for step in range(STEPS):
-            start = SIZE * (step * self.ranks + self.rank)
-            yield [x[start : start + SIZE], y[start : start + SIZE]]
+        x, y = cases.data(sum(SIZES) * self.ranks, torch.float64).tensors
+        for step, size in enumerate(SIZES):
+            start = sum(SIZES[:step]) * self.ranks + size * self.rank
+            yield [x[start : start + size], y[start : start + size]]
 
 
 def by_hand(data: int, frozen: dict[str, Tensor], count: int) -> tuple[list[dict[str, Tensor]], nn.Module]:
@@ -56,8 +57,14 @@ def by_hand(data: int, frozen: dict[str, Tensor], count: int) -> tuple[list[dict
         of_ranks = [gradient(x, y) for x, y in batches]
         mean = {name: sum(g[name] for g in of_ranks) / data for name in parameters}
         if step < T0:
+            # A sample of a batch of S differs from its mean by (1 - 1/S) of the variance: all as if S were the first's.
+            scale = ((1 - 1 / (SIZES[0] * data)) / (1 - 1 / (SIZES[step] * data))) ** 0.5
             for rank, (x, y) in enumerate(batches):
-                pairs[rank] += [(vector(gradient(x[i : i + 1], y[i : i + 1])), vector(mean)) for i in range(count)]
+                of_step = [vector(gradient(x[i : i + 1], y[i : i + 1])) for i in range(min(count, len(x)))]
+                centre = vector(mean)
+                weight = (count / len(of_step)) ** 0.5  # every step counts as much
+                pairs[rank] += [(centre + weight * scale * (g - centre), centre) for g in of_step]
+                pairs[rank] += [(centre, centre)] * (count - len(of_step))
         held = {name: p.detach().clone() for name, p in parameters.items()}
         for name, p in parameters.items():
             p.grad = mean[name] * ~frozen[name] if step >= T0 else mean[name]
@@ -74,7 +81,7 @@ def by_hand(data: int, frozen: dict[str, Tensor], count: int) -> tuple[list[dict
     return of_each, model
 
 
-def fit(data: int, tensor: int, *more: Any, logger: Any = False, **arguments: Any) -> Any:
+def fit(data: int, tensor: int, *more: Any, logger: Any = False, ckpt_path: Any = None, **arguments: Any) -> Any:
     callback = GradCovFreezeCallback(**({"t0": T0, "k": 0.6, "seed": 3} | arguments))
     strategy, module, start = (
         ModelParallelStrategy(data, tensor, process_group_backend="gloo"),
@@ -85,7 +92,7 @@ def fit(data: int, tensor: int, *more: Any, logger: Any = False, **arguments: An
         callbacks=[callback, start, *more], devices=RANKS, strategy=strategy, use_distributed_sampler=False,
         max_epochs=1, logger=logger, log_every_n_steps=1,
     )  # fmt: skip
-    trainer.fit(module, Batches(RANK // tensor, data))
+    trainer.fit(module, Batches(RANK // tensor, data), ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
     return callback, module, start.weights
 
 
@@ -149,6 +156,49 @@ def masks_lie_as_parameters_do(data: int, tensor: int) -> None:
         assert torch.equal(p, whole(module.get_parameter(name).detach())), name
 
 
+def a_rank_without_elements_is_no_obstacle(data: int, tensor: int, directory: str) -> None:
+    """The last layer has one row, which is on one rank; what comes after it is saved and gone on from by all."""
+    for order in ("variance", "magnitude"):
+        callback, *_ = fit(data, tensor, Save(f"{directory}/{order}"), order=order, include="network.4.*", k=2)
+        again, *_ = fit(
+            data, tensor, Save(f"{directory}/{order} again"), order=order, include="network.4.*", k=2,
+            ckpt_path=f"{directory}/{order}/6.ckpt",
+        )  # fmt: skip
+        assert again.state_dict()["steps"] == len(SIZES)
+        for name, mask in callback.frozen.items():
+            assert torch.equal(whole(mask), whole(again.frozen[name]))
+            assert torch.equal(whole(callback.variance[name]), whole(again.variance[name]))
+        assert sum(int(whole(mask).sum()) for mask in again.frozen.values()) == 2
+
+
+class Save(pl.Callback):
+    """Before the freeze, and after."""
+
+    def __init__(self, directory: str) -> None:
+        self.directory = directory
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step in (2, 6, 8):
+            trainer.save_checkpoint(f"{self.directory}/{trainer.global_step}.ckpt")
+
+
+def an_error_of_one_rank_is_one_of_all() -> None:
+    """Else the others would wait for it."""
+
+    def order(evidence: Evidence) -> dict[str, Tensor]:
+        return {name: w * torch.nan if RANK == 1 else w for name, w in evidence.weights.items()}
+
+    with pytest.raises((ValueError, RuntimeError), match="returned NaN" if RANK == 1 else "failed on another process"):
+        fit(RANKS, 1, order=order)
+
+
+def batches_of_one_sample_are_refused() -> None:
+    """Ranks of tensor parallelism have the same one."""
+    SIZES[:] = [1] * len(SIZES)
+    with pytest.raises(MisconfigurationException, match="The batch holds one sample"):
+        fit(1, RANKS)
+
+
 def what_needs_whole_tensors_is_refused(data: int, tensor: int) -> None:
     """By name, with the way out, before a step."""
     for argument, value in (("covariance", "full"), ("hold", "compact")):
@@ -173,8 +223,12 @@ if __name__ == "__main__":
         for how, count in (("auto", 1), ("capture", 1), ("replay", 1), ("auto", 3), ("replay", 3)):
             the_run_is_that_of_one_process(*layout, how, count)
         masks_lie_as_parameters_do(*layout)
+        a_rank_without_elements_is_no_obstacle(*layout, f"{sys.argv[1]}/{layout}")
         what_needs_whole_tensors_is_refused(*layout)
         fractions_are_of_the_whole(*layout, sys.argv[1])
+    if RANKS == 2:
+        an_error_of_one_rank_is_one_of_all()
+        batches_of_one_sample_are_refused()
     dist.barrier()
     print(f"rank {RANK} agrees", flush=True)
     dist.destroy_process_group()
