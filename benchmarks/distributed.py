@@ -113,6 +113,7 @@ class Parallel(Plain):
 def ways(scores: Named, fractions: Sequence[float]) -> dict[str, Callable[..., Parallel]]:
     """For each way what makes a step of a model and a batch; of ours with the fp16 hook at f = 0.9 alone."""
     plain, most = partial(Parallel, decision=Decision(scores, 0.0)), Decision(scores, 0.9)
+    before = partial(plain, granularity="element")
     ours = {
         f"{granularity}, f = {f:g}": partial(Parallel, decision=Decision(scores, f), granularity=granularity)
         for granularity in ("element", "row")
@@ -122,6 +123,7 @@ def ways(scores: Named, fractions: Sequence[float]) -> dict[str, Callable[..., P
     return {
         "plain": plain,
         "fp16_compress_hook": partial(plain, hook=fp16_compress_hook),
+        "nothing frozen": before,
         **ours,
         "element, f = 0.9, fp16_compress_hook": both,
     }
