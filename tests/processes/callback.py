@@ -118,6 +118,37 @@ def the_run_is_that_of_one_process(directory: Path) -> None:
         assert sent == [everything * 8] * 5 + [moved * 8] * 4
 
 
+class Calls(pl.Callback):
+    """How often this process talks to the other, by step."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.of_steps: list[int] = []
+        self.now = 0
+        for name in ("all_reduce", "all_gather", "broadcast", "broadcast_object_list", "all_gather_object", "barrier"):
+            monkeypatch.setattr(dist, name, self.counted(getattr(dist, name)))
+
+    def counted(self, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.now += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.of_steps.append(self.now)
+        self.now = 0
+
+
+def observing_adds_no_traffic() -> None:
+    """In each step one bucket, as DDP would, and one call of Lightning's; at t0 what it takes to agree."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        calls = Calls(monkeypatch)
+        fit(DDPStrategy(), calls)
+    assert calls.of_steps[1:4] == [2, 2, 2]
+    assert calls.of_steps[4] > 5
+    assert calls.of_steps[5:] == [2, 2, 2, 2]
+
+
 def hooks_are_composed() -> None:
     """Half precision halves what travels; what looks at whole gradients goes on getting them."""
     everything = sum(p.numel() for p in network().parameters())
@@ -158,6 +189,7 @@ def ranks_that_differ_are_found() -> None:
 
 if __name__ == "__main__":
     the_run_is_that_of_one_process(Path(sys.argv[1]))
+    observing_adds_no_traffic()
     hooks_are_composed()
     ranks_that_differ_are_found()
     print(f"rank {RANK} agrees", flush=True)

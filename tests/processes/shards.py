@@ -13,6 +13,8 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from lightning_gcfreeze import Evidence, GradCovFreezeCallback, apply_delta
@@ -81,13 +83,18 @@ def by_hand(data: int, frozen: dict[str, Tensor], count: int) -> tuple[list[dict
     return of_each, model
 
 
-def fit(data: int, tensor: int, *more: Any, logger: Any = False, ckpt_path: Any = None, **arguments: Any) -> Any:
+def fit(
+    data: int,
+    tensor: int,
+    *more: Any,
+    logger: Any = False,
+    ckpt_path: Any = None,
+    make: type[Module] = Module,
+    **arguments: Any,
+) -> Any:
     callback = GradCovFreezeCallback(**({"t0": T0, "k": 0.6, "seed": 3} | arguments))
-    strategy, module, start = (
-        ModelParallelStrategy(data, tensor, process_group_backend="gloo"),
-        Module(),
-        Start(callback),
-    )
+    strategy = ModelParallelStrategy(data, tensor, process_group_backend="gloo")
+    module, start = make(), Start(callback)
     trainer = cases.trainer(
         callbacks=[callback, start, *more], devices=RANKS, strategy=strategy, use_distributed_sampler=False,
         max_epochs=1, logger=logger, log_every_n_steps=1,
@@ -132,6 +139,48 @@ def the_run_is_that_of_one_process(data: int, tensor: int, gradients: str, sampl
         assert torch.equal(ours[frozen[name]], at_freeze[frozen[name]])
         moved += int((ours != at_freeze).sum())
     assert moved == len(flat) - marks.sum()
+
+
+class Hybrid(Module):
+    """Two copies of the model, each of which two ranks have."""
+
+    def configure_model(self) -> None:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copy", "shard"))
+        fully_shard(self.network[2], mesh=mesh)
+        fully_shard(self.network, mesh=mesh)
+
+
+def copies_are_averaged() -> None:
+    """Of the two ranks that have an element each has seen samples of its own."""
+    SIZES[:] = [4] * len(SIZES)
+    callback, *_ = fit(4, 1, make=Hybrid)
+    of_ranks, _ = by_hand(4, network_names(callback.frozen), 1)
+    for name, v in network_names(callback.variance).items():
+        halves = [of_rank[name].chunk(2) for of_rank in of_ranks]
+        mean = [(halves[i][i] + halves[2 + i][i]) / 2 for i in range(len(halves[0]))]
+        torch.testing.assert_close(v, torch.cat(mean), rtol=1e-10, atol=1e-14, msg=name)
+    assert not torch.allclose(halves[0][0], halves[2][0])
+
+
+class Twice(Module):
+    """One rank, in one step, calls a layer twice."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        def once_more(network: Any, inputs: Any) -> None:
+            network[0](inputs[0])
+
+        hook = self.network.register_forward_pre_hook(once_more) if batch_idx == 2 and RANK == 1 else None
+        loss = super().training_step(batch, batch_idx)
+        if hook:
+            hook.remove()
+        return loss
+
+
+def a_step_that_one_rank_did_not_see_is_left_out() -> None:
+    """By that rank alone: the others observe it."""
+    callback, *_ = fit(RANKS, 1, make=Twice)
+    assert callback._phase.observed == T0 - 1  # the least of both
+    assert callback.frozen_fraction == pytest.approx(0.6, abs=0.01)
 
 
 def masks_lie_as_parameters_do(data: int, tensor: int) -> None:
@@ -226,7 +275,10 @@ if __name__ == "__main__":
         a_rank_without_elements_is_no_obstacle(*layout, f"{sys.argv[1]}/{layout}")
         what_needs_whole_tensors_is_refused(*layout)
         fractions_are_of_the_whole(*layout, sys.argv[1])
-    if RANKS == 2:
+    if RANKS == 4:
+        copies_are_averaged()
+    else:
+        a_step_that_one_rank_did_not_see_is_left_out()
         an_error_of_one_rank_is_one_of_all()
         batches_of_one_sample_are_refused()
     dist.barrier()
