@@ -567,7 +567,7 @@ class GradCovFreezeCallback(_Callback):
         if self.hold == "auto" and (reason := refusals.of_letting_go(module, trainer.callbacks)):  # type: ignore[attr-defined]
             promote = False
             rank_zero_info(f"{type(self).__name__}: {reason}")
-        elif not run.shards and (self.hold != "restore" and not refusals.of_compact(optimizer, module)):
+        elif self.hold != "restore" and not run.shards and not refusals.of_compact(optimizer, module):
             how = "compact"
         where = (run.parameters, phase.frozen, phase.positions)
         run.hold = Hold(how, optimizer, module, trainer.strategy.model, *where, promote, resumed)

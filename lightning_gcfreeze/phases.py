@@ -129,7 +129,7 @@ class Observing:
     def share(self, ranks: Ranks) -> None:
         """Become the same on all processes: every statistic its mean over those that have the element.
 
-        What none of them saw, this one has not seen: of the counts of observed steps the least is taken.
+        Of their counts of observed steps the least is taken, so that one that has seen nothing is not forgotten.
         """
         self.settle()
         if ranks.count == 1:
