@@ -83,6 +83,39 @@ def integer_or_name(name: str, value: Any, at_least: int, allowed: Collection[st
     return integer(name, value, at_least)
 
 
+def number(
+    name: str, value: Any, above: float = -math.inf, below: float = math.inf, at_least: float | None = None
+) -> float:
+    """Return `value` as a float between two bounds, which it may not touch, or of at least a third.
+
+    Raises:
+        TypeError: `value` is no number (a bool is none).
+        ValueError: it is not between them.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"`{name}` must be a number, got {value!r} ({type(value).__name__}).")
+    found = float(value)
+    if math.isnan(found) or not above < found < below or (at_least is not None and found < at_least):
+        wanted = [f"above {above:g}"] * (above > -math.inf) + [f"below {below:g}"] * (below < math.inf)
+        wanted += [] if at_least is None else [f"at least {at_least:g}"]
+        raise ValueError(f"`{name}` must be {' and '.join(wanted)}, got {value}.")
+    return found
+
+
+def sequence(name: str, value: Any) -> Sequence[Any]:
+    """Return `value` if it is a sequence of something, and no string.
+
+    Raises:
+        TypeError: it is none.
+        ValueError: it is empty.
+    """
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise TypeError(f"`{name}` must be a list, got {value!r}.")
+    if not value:
+        raise ValueError(f"`{name}` must not be empty.")
+    return value
+
+
 def patterns(name: str, value: str | Sequence[str] | None) -> tuple[str, ...] | None:
     """Return one fnmatch pattern or several as a tuple; None stays None.
 

@@ -7,9 +7,11 @@ One optimizer step, t = 1, 2, …, in hooks of the Trainer:
                                 once frozen: hand the live elements' gradients to the optimizer,
     on_before_optimizer_step    or zero those of frozen elements, before clipping
     the optimizer's post-hook   count t; at t0 decide and freeze; once frozen: write live elements, or frozen ones, back
+                                and decide again, where there are several stages or k grows
     on_train_batch_end          log
 """
 
+import math
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,17 +32,21 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_gcfreeze import _checks, delta, gains, gradients, orderings, refusals, reporting, selection
+from lightning_gcfreeze import _checks, delta, gains, gradients, orderings, plan, refusals, reporting, selection
 from lightning_gcfreeze._types import Granularity
 from lightning_gcfreeze.comm_hook import GradientMean
 from lightning_gcfreeze.distributed import ALONE, Ranks, Shards, local
 from lightning_gcfreeze.estimators import FullCovariance
-from lightning_gcfreeze.freezing import Positions
+from lightning_gcfreeze.freezing import Aside, Positions
+from lightning_gcfreeze.growing import Growth
 from lightning_gcfreeze.holding import Hold
 from lightning_gcfreeze.phases import Frozen, Observing
+from lightning_gcfreeze.plan import Plan
 from lightning_gcfreeze.replay import Window
 from lightning_gcfreeze.sample_gradients import How, SampleGradients
 from lightning_gcfreeze.savings import Savings
+from lightning_gcfreeze.schedule import FreezeSchedule
+from lightning_gcfreeze.settling import SAMPLE, Settled
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback as _Callback
@@ -59,8 +65,11 @@ else:
     except ImportError:
         _Callback = pl.Callback
 
-_FORMAT = 4
-_DECISIVE = ("t0", "k", "order", "samples", "every", "gain", "granularity", "include", "exclude", "seed")
+_FORMAT = 5
+_DECISIVE = (
+    "t0", "k", "max_t0", "max_loss_increase", "monitor", "schedule",
+    "order", "samples", "every", "gain", "granularity", "include", "exclude", "seed",
+)  # fmt: skip
 
 
 @dataclass
@@ -69,7 +78,7 @@ class _Run:
 
     trainer: pl.Trainer
     parameters: dict[str, Parameter]  # the eligible ones
-    k: int
+    count: int  # of their elements
     samples: SampleGradients
     positions: Positions
     shards: Shards
@@ -92,8 +101,10 @@ class GradCovFreezeCallback(_Callback):
     Observing leaves no trace: weights, buffers, metrics, logged values and random streams are as without it.
 
     Args:
-        t0: optimizer steps observed before the freeze; step t0 + 1 is the first with frozen elements.
-        k: how many eligible elements to freeze: an int is a count, a float in [0, 1] a fraction.
+        t0: optimizer steps observed before the freeze; step t0 + 1 is the first with frozen elements. "auto", or a
+            `Settled`: freeze when the order has settled and the loss has come down.
+        k: how many eligible elements to freeze: an int is a count, a float in [0, 1] a fraction. "auto", or a `Growth`:
+            freeze more and more of them along the order, as long as the loss does not rise.
         order: what to rank by, lowest first: "variance" (the paper), "random", "reverse" (highest variance first),
             "magnitude", "second_moment", "snr", "displacement", or a callable; see `lightning_gcfreeze.orderings`.
         samples: whose gradients feed the recursion: "first" (the paper), "all" of the batch, or the first m. Then the
@@ -116,18 +127,23 @@ class GradCovFreezeCallback(_Callback):
         exclude: patterns of the names that are not.
         seed: of the random order; None: torch's initial seed, as `seed_everything` sets it.
         log_every_n_steps: None: the Trainer's.
+        max_t0: with ``t0="auto"``, freeze after this step at the latest; None: after half of the planned ones.
+        max_loss_increase: with ``k="auto"``, what a stage may cost, relative to the loss; None: 0.01.
+        monitor: with ``k="auto"``, the logged validation loss to watch; None: the training loss.
+        schedule: several stages, in place of `t0` and `k`.
 
     Raises:
         TypeError: an argument of the wrong kind.
-        ValueError: an argument outside its range; at the start of training, one that does not fit the model.
+        ValueError: an argument outside its range, or that does not go with another; at the start of training, one that
+            does not fit the model.
         MisconfigurationException: at the start of training, the Trainer, module or optimizer cannot be served; the
             message says why and names the way out.
     """
 
     def __init__(
         self,
-        t0: int,
-        k: int | float,
+        t0: int | Literal["auto"] | Settled | None = None,
+        k: int | float | Literal["auto"] | Growth | None = None,
         *,
         order: orderings.Name | orderings.Ordering = "variance",
         samples: Literal["first", "all"] | int = "first",
@@ -142,19 +158,20 @@ class GradCovFreezeCallback(_Callback):
         exclude: str | Sequence[str] | None = None,
         seed: int | None = None,
         log_every_n_steps: int | None = None,
+        max_t0: int | None = None,
+        max_loss_increase: float | None = None,
+        monitor: str | None = None,
+        schedule: FreezeSchedule | None = None,
     ) -> None:
         super().__init__()
-        self.t0 = _checks.integer("t0", t0, at_least=1)
-        self.k = _checks.count_or_fraction("k", k)
+        self._decisions, self._monotone = plan.decisions(t0, k, max_t0, max_loss_increase, monitor, schedule)
+        self.t0, self.k, self.schedule = t0, k, schedule
+        self.max_t0, self.max_loss_increase, self.monitor = max_t0, max_loss_increase, monitor
         self._ordering = orderings.resolve(order)
         self.order = order
         self.samples = _checks.integer_or_name("samples", samples, at_least=1, allowed=["first", "all"])
         self.every = _checks.integer("every", every, at_least=1)
-        if self.every > self.t0:
-            raise ValueError(
-                f"`every={every}` leaves no step to observe among the first `t0={t0}`. Lower the first or raise the"
-                " second."
-            )
+        plan.check_every(self.every, self._decisions)
         self.gain = gains.check(gain)
         _checks.one_of("gradients", gradients, ["auto", "replay", "capture"])
         self.gradients: How = gradients
@@ -174,6 +191,8 @@ class GradCovFreezeCallback(_Callback):
 
     def _start_afresh(self) -> None:
         self._phase: Observing | Frozen = Observing({})
+        self._plan = Plan(self._decisions, self.gain)
+        self._aside = Aside()
         self._steps = 0  # optimizer steps; Trainer.global_step counts every optimizer's
         self._seed = 0  # of the random order; set when a run begins
         self._resumed: dict[str, Any] | None = None  # the arguments that the loaded state was made with
@@ -256,7 +275,7 @@ class GradCovFreezeCallback(_Callback):
             ImportError: a file is wanted, and safetensors is not installed.
         """
         if not isinstance(self._phase, Frozen):
-            raise RuntimeError(f"There is no delta before step t0={self.t0}: nothing is frozen yet.")
+            raise RuntimeError(f"There is no delta before step t0={self._t0}: nothing is frozen yet.")
         if (module := self._module()) is None:
             raise RuntimeError(
                 "This callback is a copy and knows no module, or the last fit's is gone. Use"
@@ -287,6 +306,8 @@ class GradCovFreezeCallback(_Callback):
             return
         phase = Frozen if state_dict["phase"] == Frozen.name else Observing
         self._phase = phase.from_state_dict(state_dict["state"])
+        self._plan.load_state_dict(state_dict["plan"])
+        self._aside.load_state_dict(state_dict["aside"])
         self._steps = state_dict["steps"]
         self._seed = state_dict["seed"]
         self._resumed = state_dict["arguments"]
@@ -299,8 +320,8 @@ class GradCovFreezeCallback(_Callback):
         signal of SLURM's makes Lightning save has rank 0's statistics alone: it comes in the middle of anything, and
         the ranks may be at different steps.
         """
-        if self._run and isinstance(self._phase, Observing) and not _in_a_signal_handler():
-            self._phase.share(self._ranks)
+        if self._run and self._watched and not _in_a_signal_handler():
+            self._watched.share(self._ranks)
             self._run.samples.share(self._ranks)
         return {
             "format": _FORMAT,
@@ -308,6 +329,8 @@ class GradCovFreezeCallback(_Callback):
             "seed": self._seed,
             "steps": self._steps,
             "phase": self.phase,
+            "plan": self._plan.state_dict(),
+            "aside": self._aside.state_dict(),
             "state": self._phase.state_dict(self._ranks),
         }
 
@@ -320,10 +343,13 @@ class GradCovFreezeCallback(_Callback):
             _refuse(refusals.of_compact(trainer.optimizers[0], pl_module))
         _refuse(refusals.of_samples(pl_module, self._count))
         parameters = selection.eligible(pl_module, trainer.optimizers[0], self.include, self.exclude)
-        k = selection.resolve_count(self.k, sum(p.numel() for p in parameters.values()))
+        count = sum(p.numel() for p in parameters.values())
+        for _, k in self._decisions:
+            if not isinstance(k, Growth):
+                selection.resolve_count(k, count)
         shards = Shards(parameters)
         if shards:
-            _refuse(refusals.of_sharding(self._full, self.hold))
+            _refuse(refusals.of_sharding(self._full, self.hold, self._may_thaw))
         if self._full:
             FullCovariance({name: p.to("meta") for name, p in parameters.items()})  # refuses one that is too large
         self._ranks = Ranks(trainer.world_size, trainer.strategy.root_device)
@@ -342,7 +368,7 @@ class GradCovFreezeCallback(_Callback):
         )
         data = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
         replicas = data.get("num_replicas", 1)
-        self._run = _Run(trainer, parameters, k, samples, Positions(pl_module, parameters), shards, replicas)
+        self._run = _Run(trainer, parameters, count, samples, Positions(pl_module, parameters), shards, replicas)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin, or go on where the checkpoint stopped: by now all of it is loaded under every strategy."""
@@ -350,20 +376,19 @@ class GradCovFreezeCallback(_Callback):
         if self._resumed is None:
             seed = torch.initial_seed() % 2**63 if self.seed is None else self.seed
             self._seed = self._ranks.of_first(seed)
-            needs = orderings.needed_by(self._ordering)
-            self._phase = Observing(_local(run.parameters), self._full, needs, run.shards)
+            self._phase = self._observing(run)
         else:
             _refuse(refusals.of_resuming(self._resumed, self._arguments(), self._phase.shapes, run.parameters))
         run.logged_step = self._steps
-        if isinstance(self._phase, Observing):
-            if self._resumed is not None:
-                self._phase.to(_local(run.parameters), run.shards)
-            if self._phase.decided is None:
-                self._phase.decided = run.samples.decided
+        _refuse(self._plan.begin(trainer.estimated_stepping_batches))
+        if self._resumed is not None:
+            self._phase.to(_local(run.parameters), run.shards)
+        if watched := self._watched:
+            if watched.decided is None:
+                watched.decided = run.samples.decided
             else:
-                run.samples.decided = self._phase.decided
-        else:
-            self._phase.to(run.shards)
+                run.samples.decided = watched.decided
+        if isinstance(self._phase, Frozen):
             run.shards.check_agreement(self._phase.frozen, self._ranks)
             self._begin_to_hold(run, self._phase, resumed=True)
         run.post_hook = trainer.optimizers[0].register_step_post_hook(self._after_step)
@@ -376,9 +401,9 @@ class GradCovFreezeCallback(_Callback):
         if batch_idx % trainer.accumulate_grad_batches == 0:
             run.samples.forget()  # Lightning zeroes the gradients here, also of a window that was broken off
             run.positions.clear()
-        if isinstance(self._phase, Observing) and self._steps + 1 == self.t0:
+        if self._plan.may_decide_after(self._steps + 1):
             run.positions.listen()
-        if isinstance(self._phase, Observing) and (self._due or self._steps == 0):
+        if self._watched and (self._due or self._steps == 0):
             run.samples.keep(batch, batch_idx)
 
     def on_before_zero_grad(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
@@ -391,12 +416,14 @@ class GradCovFreezeCallback(_Callback):
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """The backward pass to come is the training step's own. Runs before every micro-batch's backward."""
         run = self._running
-        if isinstance(self._phase, Observing):
+        if self._plan.listens(self._steps + 1):
+            self._plan.hear(loss.detach() * (trainer.accumulate_grad_batches / self._loss_scale(trainer)))
+        if self._watched:
             run.positions.stop()
             if self._steps == 0 and self.gradients == "capture":
                 _refuse(refusals.of_graph(loss))
             run.samples.begin_backward()
-        elif run.hold:
+        if run.hold:
             run.hold.begin_backward(loss)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -407,7 +434,8 @@ class GradCovFreezeCallback(_Callback):
         run = self._running
         if run.hold and not trainer.fit_loop._should_accumulate():
             run.hold.after_backward()
-        if not isinstance(self._phase, Observing) or not run.samples.join() or trainer.fit_loop._should_accumulate():
+        watched = self._watched
+        if watched is None or not run.samples.join() or trainer.fit_loop._should_accumulate():
             return
         window = run.samples.take()
         size = None if window.batch_size is None else window.batch_size * run.replicas
@@ -416,11 +444,11 @@ class GradCovFreezeCallback(_Callback):
                 "The batch holds one sample: its gradient is the batch's, and there is no noise to see. Use batches of"
                 " at least 2 samples, or accumulate gradients."
             )
-        if run.observed_step > self._steps and not self._phase.settle():
+        if run.observed_step > self._steps and not watched.settle():
             run.observed_step = self._steps  # a loss scaler left the optimizer step out, and it comes again
         if self._due and run.observed_step <= self._steps:
             run.tried = True
-            if self._observe(self._phase, run, window, size):
+            if self._observe(watched, run, window, size):
                 run.observed_step = self._steps + 1
 
     def on_before_optimizer_step(
@@ -440,37 +468,50 @@ class GradCovFreezeCallback(_Callback):
         if found_inf is not None and bool(found_inf):
             return
         run = self._running
-        if isinstance(self._phase, Observing) and self._due and not run.tried:
-            self._phase.skipped += 1  # `training_step` returned no loss
+        watched = self._watched
+        if watched and self._due and not run.tried:
+            watched.skipped += 1  # `training_step` returned no loss
         run.tried = False
         run.samples.forget()
         self._steps += 1
         if run.hold:
             run.hold.after_step()
-        elif isinstance(self._phase, Observing) and self._steps == self.t0:
-            self._phase = self._decide(self._phase, run)
-            run.samples.release()
-            self._begin_to_hold(run, self._phase, resumed=False)
-            if self._savings:
-                rank_zero_info(self._savings.table())
+        if watched and self._plan.may_decide_after(self._steps):
+            if self._is_time(watched, run):
+                self._change(run, self._decide(watched, run))
+        elif isinstance(self._phase, Frozen):
+            self._judge(run, self._phase)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log after each n-th optimizer step, and after the freeze."""
+        """Log after each n-th optimizer step, and whenever something was found out or decided."""
         run = self._running
         every_n: int = self.log_every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
-        just_frozen = isinstance(self._phase, Frozen) and self._steps == self.t0
-        due = just_frozen or (every_n > 0 and self._steps % every_n == 0)
+        due = bool(self._plan.news) or (every_n > 0 and self._steps % every_n == 0)
         if due and run.logged_step != self._steps:
             run.logged_step = self._steps
-            self._log(trainer, run, just_frozen)
+            self._log(trainer, run)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the monitored loss, if there is one."""
+        growth = self._plan.growth
+        if self._run is None or trainer.sanity_checking or growth is None or growth.monitor is None:
+            return
+        if growth.monitor not in trainer.callback_metrics:
+            raise MisconfigurationException(
+                f"`monitor={growth.monitor!r}` was not logged by this validation, but"
+                f" {', '.join(sorted(trainer.callback_metrics)) or 'nothing'} was. Log it with `self.log`, or leave"
+                " `monitor` out, to watch the training loss."
+            )
+        self._plan.hear_of_validation(float(trainer.callback_metrics[growth.monitor]))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say so if nothing was frozen."""
-        if isinstance(self._phase, Observing):
+        """Say so if nothing was frozen, or a stage was not reached."""
+        if self._plan.observes:
+            what = "Nothing was frozen" if self._plan.t0 is None else f"Only stage {self._plan.made} was reached"
             rank_zero_warn(
-                f"Nothing was frozen: training ended after {self._steps} optimizer steps, before `t0={self.t0}`."
+                f"{what}: training ended after {self._steps} optimizer steps, before `t0={self._t0}`."
                 " Lower `t0` or train longer."
             )
 
@@ -483,6 +524,20 @@ class GradCovFreezeCallback(_Callback):
         self._unbind(trainer)
 
     # Behind the hooks ----------------------------------------------------------------------------------------------
+
+    @property
+    def _watched(self) -> Observing | None:
+        """What is observed for a decision to come."""
+        return self._phase if isinstance(self._phase, Observing) else self._phase.again
+
+    @property
+    def _t0(self) -> int | str:
+        """The step of the next decision, or how it will be found."""
+        return self._plan.latest if self._plan.settling or isinstance(self.t0, int) or self.schedule else "auto"
+
+    @property
+    def _may_thaw(self) -> bool:
+        return not self._monotone or self._plan.growth is not None
 
     @property
     def _due(self) -> bool:
@@ -519,10 +574,9 @@ class GradCovFreezeCallback(_Callback):
 
     def _observe(self, phase: Observing, run: _Run, window: Window, size: int | None) -> bool:
         """Take one pair into the statistics, if it can be had and is finite; tell whether it was."""
-        scaler = getattr(run.trainer.precision_plugin, "scaler", None)
         # Lightning divides each loss by the full number of micro-batches, also in the short last window of an epoch.
         share = window.micro_batches / run.trainer.accumulate_grad_batches
-        loss_scale = scaler.get_scale() if scaler else 1.0
+        loss_scale = self._loss_scale(run.trainer)
         g_batch = gradients.of_batch(run.parameters, share * loss_scale)
         scale = loss_scale / run.trainer.accumulate_grad_batches
         found = None if size == 1 else run.samples.gradients(window, scale, g_batch, size)
@@ -531,28 +585,67 @@ class GradCovFreezeCallback(_Callback):
             return False
         return phase.observe(found.by_name, g_batch, self.gain, size, found.centred)
 
+    @staticmethod
+    def _loss_scale(trainer: pl.Trainer) -> float:
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        return scaler.get_scale() if scaler else 1.0
+
+    def _observing(self, run: _Run) -> Observing:
+        needs = orderings.needed_by(self._ordering)
+        return Observing(_local(run.parameters), self._full, needs, run.shards)
+
+    def _is_time(self, phase: Observing, run: _Run) -> bool:
+        """Whether to decide now; with ``t0="auto"`` that is asked of the data, the same on all ranks."""
+        if self._plan.settling is None:
+            return True
+        last = self._steps >= self._plan.latest
+        observed = -int(self._ranks.largest(torch.tensor(-phase.observed)))
+        if not observed:
+            return last
+        scores = phase.scores(self._ordering, _local(run.parameters), self._seed, self.granularity, self._ranks)
+        look = self._plan.look(
+            selection.sampled(scores, SAMPLE, run.shards, self._ranks),
+            selection.sampled(phase.variance, SAMPLE, run.shards, self._ranks) > 0,
+            observed,
+            selection.resolve_count(self._plan.k, run.count) / run.count,
+            self._ranks,
+        )
+        if look.settled or last:
+            why = "the order and the loss have settled" if look.settled else "`max_t0` is reached"
+            rank_zero_info(f"{type(self).__name__}: {why}; {look}")
+        return look.settled or last
+
     def _decide(self, phase: Observing, run: _Run) -> Frozen:
         """Rank and mark, the same on all ranks: their statistics are averaged first."""
         if self._ranks.total(torch.tensor(int(not phase.observed))):
+            since = "among the first" if self._plan.t0 is None else "since the last stage, until"
             raise RuntimeError(
-                f"No step could be observed among the first `t0={self.t0}`: {phase.skipped} were left out because a"
+                f"No step could be observed {since} `t0={self._steps}`: {phase.skipped} were left out because a"
                 " gradient was not finite, there was no loss, or the batch had one sample."
             )
         phase.share(self._ranks)
         weights = _local(run.parameters)
+        keep = self._phase.frozen if isinstance(self._phase, Frozen) and self._monotone else None
+        self._plan.decided(self._steps, self._ranks)
+        k = selection.resolve_count(self._plan.k, run.count)
         frozen = phase.freeze(
-            self._ordering, weights, self._seed, run.k, self.granularity, run.positions.counts, self._ranks
+            self._ordering, weights, self._seed, k, self.granularity, run.positions.counts, self._ranks, keep
         )
+        if self._plan.observes:
+            frozen.again = self._observing(run)
+            frozen.again.decided = run.samples.decided
+        else:
+            run.samples.release()
         rank_zero_info(
             f"{type(self).__name__}: after {self._steps} optimizer steps ({phase.observed} observed, {phase.skipped}"
             f" left out) {frozen.fraction:.1%} of the eligible elements are frozen: {frozen.count:,}."
         )
-        if run.k and not frozen.count:
+        if k and not frozen.count:
             rank_zero_warn(
-                f"Nothing was frozen: the first {self.granularity} in the order has more than `k={self.k}` allows,"
-                f" {run.k:,} elements. Raise `k`, or choose a finer `granularity`."
+                f"Nothing was frozen: the first {self.granularity} in the order has more than `k={self._plan.k}`"
+                f" allows, {k:,} elements. Raise `k`, or choose a finer `granularity`."
             )
-        if (dead := frozen.never_moved) > 0.1 * run.k:
+        if (dead := frozen.never_moved) > 0.1 * k:
             rank_zero_warn(
                 f"{dead:,} of the {frozen.count:,} frozen elements never had a gradient in the {phase.observed}"
                 " observed steps (constant inputs, dead units, unseen embedding rows, unused parameters)."
@@ -560,22 +653,58 @@ class GradCovFreezeCallback(_Callback):
             )
         return frozen
 
+    def _judge(self, run: _Run, phase: Frozen) -> None:
+        """Freeze the next stage, or thaw the last, where k grows."""
+        verdict = self._plan.judge(self._steps, self._ranks)
+        if verdict == "stay":
+            self._aside.forget()
+        elif verdict in ("grow", "thaw"):
+            k = selection.resolve_count(self._plan.k, run.count)
+            self._change(run, phase.of_count(k, self.granularity, self._ranks))
+        if self._plan.growing and verdict != "wait":
+            rank_zero_info(
+                f"{type(self).__name__}: after {self._steps} optimizer steps {self._plan.growing.sentence(verdict)}"
+                f" {self.frozen_fraction:.1%} of the eligible elements are frozen."
+            )
+
+    def _change(self, run: _Run, phase: Frozen) -> None:
+        """Hold what the new decision says, and nothing else."""
+        nothing = {name: torch.zeros_like(mask) for name, mask in phase.frozen.items()}
+        before = self._phase.frozen if isinstance(self._phase, Frozen) else nothing
+        optimizer = run.trainer.optimizers[0]
+        if run.hold:
+            run.hold.release()
+        self._phase = phase
+        if self._may_thaw:
+            thawing = {name: mask & ~phase.frozen[name] for name, mask in before.items()}
+            self._aside.give_back(optimizer, run.parameters, thawing)
+            if self._plan.growth:
+                self._aside.forget()  # only the last stage may thaw
+            if self._plan.unfinished:
+                freezing = {name: mask & ~before[name] for name, mask in phase.frozen.items()}
+                self._aside.keep(optimizer, run.parameters, freezing)
+        self._begin_to_hold(run, phase, resumed=False)
+        if self._savings and not self._plan.unfinished:
+            rank_zero_info(self._savings.table())
+
     def _begin_to_hold(self, run: _Run, phase: Frozen, resumed: bool) -> None:
-        trainer, promote = run.trainer, self.promote and not run.shards
+        # As long as more is observed, frozen elements' gradients are wanted too: nothing is spared yet.
+        observes = phase.again is not None
+        trainer, promote = run.trainer, self.promote and not run.shards and not observes
         module, optimizer = trainer.lightning_module, trainer.optimizers[0]
         how: Literal["compact", "restore"] = "restore"
         if self.hold == "auto" and (reason := refusals.of_letting_go(module, trainer.callbacks)):  # type: ignore[attr-defined]
             promote = False
             rank_zero_info(f"{type(self).__name__}: {reason}")
-        elif self.hold != "restore" and not run.shards and not refusals.of_compact(optimizer, module):
+        elif self.hold != "restore" and not run.shards and not observes and not refusals.of_compact(optimizer, module):
             how = "compact"
         where = (run.parameters, phase.frozen, phase.positions)
         run.hold = Hold(how, optimizer, module, trainer.strategy.model, *where, promote, resumed)
         self._savings = run.hold.savings
-        if self._mean:
+        if self._mean and not observes:
             self._mean.leave_out({run.parameters[name]: mask for name, mask in phase.frozen.items()})
 
-    def _log(self, trainer: pl.Trainer, run: _Run, with_histograms: bool) -> None:
+    def _log(self, trainer: pl.Trainer, run: _Run) -> None:
         step = trainer.fit_loop.epoch_loop._batches_that_stepped  # the axis of whatever `self.log` writes
         frozen = self._phase.frozen if isinstance(self._phase, Frozen) else {}
         fractions = self._phase.fractions if isinstance(self._phase, Frozen) else dict.fromkeys(run.parameters, 0.0)
@@ -583,6 +712,9 @@ class GradCovFreezeCallback(_Callback):
         metrics |= self._savings.scalars() if self._savings else {}
         if self._mean and self._mean.sent is not None:
             metrics["gcfreeze/gradient_bytes_sent"] = float(self._mean.sent)
+        with_histograms = "gcfreeze/t0" in self._plan.news
+        metrics |= {tag: value for tag, value in self._plan.news.items() if math.isfinite(value)}
+        self._plan.news = {}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=step)
             add_histogram = getattr(getattr(logger, "experiment", None), "add_histogram", None)
@@ -594,9 +726,11 @@ class GradCovFreezeCallback(_Callback):
         """What decides the outcome, as numbers and strings."""
 
         def plain(value: Any) -> Any:
+            if isinstance(value, FreezeSchedule | Settled | Growth):
+                return {"class": type(value).__name__, **{n: plain(v) for n, v in vars(value).items()}}
             if callable(value):
                 return f"{value.__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"
-            return list(value) if isinstance(value, tuple) else value
+            return [plain(v) for v in value] if isinstance(value, tuple) else value
 
         values = {name: plain(getattr(self, name)) for name in _DECISIVE}
         return {**values, "covariance": "full" if self._full else "diagonal"}

@@ -4,6 +4,7 @@
 memory of about 1/κ steps. t counts *observed* steps from 1.
 """
 
+import math
 from collections.abc import Callable
 from numbers import Real
 from typing import Literal, TypeAlias
@@ -38,6 +39,24 @@ def at(gain: Gain, t: int) -> float:
     if callable(gain):
         return _in_range(float(gain(t)), f"`gain({t})` (κ_t)")
     return 1.0 / t if isinstance(gain, str) else gain
+
+
+def correlation(gain: Gain, earlier: int, later: int) -> float:
+    """Of the recursion's values after so many observed steps and after more of them, were each term pure noise.
+
+    What is left of the earlier value is Π (1 - κ); the variance of a value is the sum of its terms' squared weights.
+    """
+    if isinstance(gain, str):
+        return math.sqrt(earlier / later)
+    kept, power, power_earlier = 1.0, 0.0, 0.0
+    for t in range(1, later + 1):
+        kappa = at(gain, t)
+        power = (1 - kappa) ** 2 * power + kappa**2
+        if t == earlier:
+            kept, power_earlier = 1.0, power
+        elif t > earlier:
+            kept *= 1 - kappa
+    return kept * math.sqrt(power_earlier / power)
 
 
 def _in_range(kappa: float, what: str) -> float:

@@ -6,7 +6,7 @@ Tensors and numbers only: a phase is saved, loaded and copied without a module o
 import copy
 import math
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -167,8 +167,12 @@ class Observing:
         granularity: Granularity = "element",
         positions: Mapping[str, int] | None = None,
         ranks: Ranks = ALONE,
+        keep: Named | None = None,
     ) -> "Frozen":
         """Rank the elements and mark the k lowest, Eq. (2.7); the same on all processes, which is checked.
+
+        Args:
+            keep: ``{name: bool (*p.shape)}``, elements that are frozen in any case, before all others.
 
         Raises:
             ValueError: the ordering did not score every element, or with NaN.
@@ -176,6 +180,8 @@ class Observing:
         """
         evidence = self._evidence(weights, seed, granularity)
         scores = self._scores(ordering, evidence, ranks)
+        if keep is not None:
+            scores = {name: score.double().masked_fill(keep[name], -math.inf) for name, score in scores.items()}
         among = ranks if self.shards else ALONE
         frozen = selection.lowest(scores, k, granularity, self.shards, among)
         self.shards.check_agreement(frozen, ranks)
@@ -314,6 +320,8 @@ class Frozen:
     """Of the whole parameters."""
     shards: Shards
     """How the parameters lie on the processes."""
+    again: Observing | None = None
+    """What is observed for a decision to come."""
 
     name = "frozen"
 
@@ -332,9 +340,15 @@ class Frozen:
         """Frozen elements / eligible elements."""
         return self.count / sum(shape.numel() for shape in self.shapes.values())
 
+    def of_count(self, k: int, granularity: Granularity, ranks: Ranks) -> "Frozen":
+        """The decision for another k, along the same order."""
+        frozen = selection.lowest(self.scores, k, granularity, self.shards, ranks if self.shards else ALONE)
+        return replace(self, frozen=frozen, counts=self.shards.count(frozen, ranks if self.shards else ALONE))
+
     def state_dict(self, ranks: Ranks = ALONE) -> dict[str, Any]:
         """Tensors and numbers alone; tensors are whole, those of sharded parameters on rank 0 only."""
         state = {name: value for name, value in vars(self).items() if name not in ("counts", "shapes", "shards")}
+        state["again"] = self.again and self.again.state_dict(ranks)
         state["frozen"] = self.shards.whole(self.frozen, ranks)
         state["scores"] = self.shards.whole(self.scores, ranks)
         state["variance"] = state["scores"] if self.by_variance else self.shards.whole(self.variance, ranks)
@@ -346,11 +360,14 @@ class Frozen:
         counts = EVERYTHING.count(state["frozen"], ALONE)
         shapes = {name: mask.shape for name, mask in state["frozen"].items()}
         given = {name: value for name, value in state.items() if name != "begun"}
+        given["again"] = state["again"] and Observing.from_state_dict(state["again"])
         return cls(**given, counts=counts, shapes=shapes, shards=EVERYTHING)
 
-    def to(self, shards: Shards) -> None:
-        """Of what was loaded keep the local parts."""
+    def to(self, parameters: Named, shards: Shards = EVERYTHING) -> None:
+        """Of what was loaded keep the local parts; what goes on observing, on the devices of the parameters."""
         self.shards = shards
+        if self.again:
+            self.again.to(parameters, shards)
         self.frozen, self.scores = shards.parts(self.frozen), shards.parts(self.scores)
         self.variance = self.scores if self.by_variance else shards.parts(self.variance)
 

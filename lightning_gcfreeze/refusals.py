@@ -41,13 +41,19 @@ _WHY_NOT = {
 _UNKNOWN = "is not known to keep parameters, gradients and optimizer states where they can be held"
 
 
-def of_sharding(covariance: bool, hold: str) -> str | None:
+def of_sharding(covariance: bool, hold: str, may_thaw: bool) -> str | None:
     """What needs whole tensors.
 
     Args:
         covariance: whether the whole matrix is wanted.
         hold: how constancy is kept.
+        may_thaw: whether what is frozen may thaw.
     """
+    if may_thaw:
+        return (
+            "The optimizer's state of what may thaw is kept whole, and these parameters are sharded. In place of"
+            " `k='auto'` use a number, or a `FreezeSchedule` that is monotone."
+        )
     if covariance:
         return "`covariance='full'` needs whole parameters, and these are sharded. Use `covariance='diagonal'`."
     if hold == "compact":

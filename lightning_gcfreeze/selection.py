@@ -158,6 +158,33 @@ def ranks(scores: Named) -> dict[str, Tensor]:
     return _unflatten(places, scores)
 
 
+def sampled(named: Named, most: int, shards: Shards = EVERYTHING, ranks: Ranks = ALONE) -> Tensor:
+    """At most so many elements, evenly spaced over all tensors, the same ones each time: (n,), float64, on the CPU.
+
+    Of an element that several processes have, the mean of what they have.
+    """
+    sizes = [shards.shape(name, tensor).numel() for name, tensor in named.items()]
+    total = sum(sizes)
+    count = min(total, most)
+    places = torch.arange(count) * total // max(count, 1)
+    found = torch.zeros(2, count, dtype=torch.float64)  # sums of values, and how many there are
+    start = 0
+    for (name, tensor), size in zip(named.items(), sizes, strict=True):
+        mine = (places >= start) & (places < start + size)
+        where, start = places[mine] - start, start + size
+        if shards:
+            own = shards.flat_index(name, torch.arange(tensor.numel(), device=tensor.device), tensor).cpu()
+            own, order = own.sort()
+            at = torch.searchsorted(own, where).clamp(max=max(0, len(own) - 1))
+            there = own[at] == where if len(own) else torch.zeros_like(where, dtype=torch.bool)
+            mine[mine.clone()] = there
+            where = order[at[there]] if len(own) else where[:0]
+        found[0, mine] = tensor.flatten()[where.to(tensor.device)].to("cpu", torch.float64)
+        found[1, mine] = 1.0
+    found = ranks.total(found)
+    return found[0] / found[1]
+
+
 def check_scores(scores: Named, parameters: Named) -> None:
     """Refuse scores that do not order the parameters.
 

@@ -17,11 +17,11 @@ LAYERS = (
     ("_types", "_checks"),  # shapes and arguments: no tensors are touched
     # gradients of several samples, the k-th of many numbers; which elements this process has, what it tells the others
     ("per_sample", "kth", "distributed"),
-    ("gains", "estimators", "orderings"),  # the paper's formulas: tensors in, tensors out
+    ("gains", "estimators", "orderings", "losses", "schedule"),  # the paper's formulas: tensors in, tensors out
     # what they apply to: modules, batches, layers, names, optimizers
-    ("gradients", "samples", "rules", "selection"),
+    ("gradients", "samples", "rules", "selection", "settling", "growing"),
     # put together: a warm-up, a decision and its holding, a sample, tags
-    ("phases", "freezing", "replay", "capture", "reporting", "savings", "delta"),
+    ("phases", "freezing", "replay", "capture", "reporting", "savings", "delta", "plan"),
     # which of the two ways to g_1, of the two to constancy; what travels; sentences
     ("sample_gradients", "holding", "comm_hook", "refusals"),
     ("callback",),  # when each of it happens

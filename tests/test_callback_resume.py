@@ -239,7 +239,7 @@ def test_another_module_is_refused_by_name(tmp_path):
 def test_another_format_is_refused():
     """A state of a later version is not guessed at."""
     state = GradCovFreezeCallback(**ARGUMENTS).state_dict() | {"format": 99}
-    with pytest.raises(ValueError, match="has the format 99, this version reads 4"):
+    with pytest.raises(ValueError, match="has the format 99, this version reads 5"):
         GradCovFreezeCallback(**ARGUMENTS).load_state_dict(state)
 
 

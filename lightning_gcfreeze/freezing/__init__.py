@@ -1,7 +1,8 @@
 """Holding elements constant to the bit while an optimizer moves their neighbours, and saving what that allows."""
 
+from lightning_gcfreeze.freezing.aside import Aside
 from lightning_gcfreeze.freezing.compact import ELEMENTWISE, Compact
 from lightning_gcfreeze.freezing.promotion import Positions, Promotion, blocks_worth_it
 from lightning_gcfreeze.freezing.restore import Restore
 
-__all__ = ["ELEMENTWISE", "Compact", "Positions", "Promotion", "Restore", "blocks_worth_it"]
+__all__ = ["ELEMENTWISE", "Aside", "Compact", "Positions", "Promotion", "Restore", "blocks_worth_it"]

@@ -286,6 +286,7 @@ class Promotion:
         reducer_waits: bool = False,
     ) -> None:
         self._shortened: list[_Shortened] = []
+        self._module = module
         whole = {n: parameters[n] for n, mask in frozen.items() if mask.all() and parameters[n].requires_grad}
         self._stop_gradients(whole, module, reducer_waits)
         layers = [layer for layer in rules.uncompiled(module) if _has_block(layer)]
@@ -313,6 +314,8 @@ class Promotion:
         for p in self.without_gradient.values():
             p.requires_grad_(True)
         self._absent = None
+        if self.without_gradient and rules.has_compiled(self._module):
+            torch.compiler.reset()  # compiled code does not notice (pytorch#139476)
 
     def _stop_gradients(self, whole: dict[str, Parameter], module: nn.Module, reducer_waits: bool) -> None:
         """Wholly frozen parameters require none."""

@@ -1,0 +1,30 @@
+"""What a schedule is, and what is none."""
+
+import pytest
+
+from lightning_gcfreeze import FreezeSchedule
+
+
+def test_lists_as_yaml_has_them_become_tuples():
+    assert FreezeSchedule([[10, 0.5], [20, 0.8]]) == FreezeSchedule(((10, 0.5), (20, 0.8)))
+    assert FreezeSchedule([(10, 5), (20, 2)], monotone=False).stages == ((10, 5), (20, 2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ([[]], ValueError, "`stages` must not be empty"),
+        (["auto"], TypeError, "`stages` must be a list, got 'auto'"),
+        ([[(10, 0.5, 1)]], TypeError, r"`stages\[0\]` must be a pair \(t, k\), got \(10, 0.5, 1\)"),
+        ([[(10, 0.5), 20]], TypeError, r"`stages\[1\]` must be a pair \(t, k\), got 20"),
+        ([[(0, 0.5)]], ValueError, r"`stages\[0\]\[0\]` must be at least 1, got 0"),
+        ([[(10, 1.5)]], ValueError, r"`stages\[0\]\[1\]` as a float is a fraction"),
+        ([[(10, 0.5), (10, 0.6)]], ValueError, "must come one after the other, got t=10 before t=10"),
+        ([[(10, 5), (20, 0.6)]], TypeError, "all give k as a count or all as a fraction, got 5 and 0.6"),
+        ([[(10, 0.5), (20, 0.4)]], ValueError, "goes from k=0.5 to k=0.4.*monotone=False"),
+        ([[(10, 0.5)], "yes"], TypeError, "`monotone` must be True or False"),
+    ],
+)
+def test_what_is_no_schedule_is_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        FreezeSchedule(*arguments)
