@@ -10,11 +10,15 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias, TypeVar, cast
 
 import torch
+from torch import Tensor
 
 from lightning_gcfreeze._types import Granularity, Named
-from lightning_gcfreeze.distributed import EVERYTHING, Shards
+from lightning_gcfreeze.distributed import EVERYTHING, Shards, whole
 
-Name: TypeAlias = Literal["variance", "random", "reverse", "magnitude", "second_moment", "snr", "displacement"]
+Name: TypeAlias = Literal[
+    "variance", "random", "reverse", "magnitude", "second_moment", "snr", "displacement", "progress",
+    "variance_by_tensor", "variance_by_second_moment", "variance_by_magnitude",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,9 @@ class Evidence:
     """Of the random order."""
     mean: Named | None = None
     """Running mean of the batch gradient g_S; for orderings whose ``needs`` has "mean"."""
+    recent_mean: Named | None = None
+    """The same, late steps before all (see `estimators.RecentBatchMean`); for orderings whose ``needs`` has
+    "recent_mean"."""
     second_moment: Named | None = None
     """Running mean of g_S²; for orderings whose ``needs`` has "second_moment"."""
     start: Named | None = None
@@ -106,6 +113,40 @@ def displacement(evidence: Evidence) -> Named:
     return {name: (w - start[name]).abs() for name, w in evidence.weights.items()}
 
 
+@needs("recent_mean", "second_moment")
+def progress(evidence: Evidence) -> Named:
+    """m² / sqrt(E[g_S²]), m the recent mean of g_S: how much of the loss the element's steps still take away.
+
+    To first order a step Δw changes the loss by E[g] Δw, and Adam's step is -lr m / sqrt(v): so frozen, the element
+    forgoes lr m² / sqrt(v) with every step, of which the learning rate is common to all. What has converged has m = 0.
+    """
+    recent, second = cast("Named", evidence.recent_mean), cast("Named", evidence.second_moment)
+    return {name: _ratio(m.square(), second[name].sqrt()) for name, m in recent.items()}
+
+
+def variance_by_tensor(evidence: Evidence) -> Named:
+    """Variance in units of its mean over the parameter, so that each of them freezes in much the same part."""
+    wrapped = evidence.shards.wrapped(evidence.variance)
+    return {name: _ratio(v, whole(wrapped[name].mean()).expand_as(v)) for name, v in evidence.variance.items()}
+
+
+@needs("second_moment")
+def variance_by_second_moment(evidence: Evidence) -> Named:
+    """Variance / E[g_S²]: that of Adam's normalised gradient. It is S at most, where the mean gradient is none."""
+    second = cast("Named", evidence.second_moment)
+    return {name: _ratio(v, second[name]) for name, v in evidence.variance.items()}
+
+
+def variance_by_magnitude(evidence: Evidence) -> Named:
+    """Variance · w²: that of the derivative by log |w|, which does not change if a layer's scale moves to the next."""
+    return {name: v * evidence.weights[name].square() for name, v in evidence.variance.items()}
+
+
+def _ratio(a: Tensor, b: Tensor) -> Tensor:
+    """The quotient; 0 where b is 0: an element that never moved."""
+    return torch.where(b > 0, a / b, torch.zeros_like(a))
+
+
 ORDERINGS: dict[str, Ordering] = {
     "variance": variance,
     "random": random,
@@ -114,6 +155,10 @@ ORDERINGS: dict[str, Ordering] = {
     "second_moment": second_moment,
     "snr": snr,
     "displacement": displacement,
+    "progress": progress,
+    "variance_by_tensor": variance_by_tensor,
+    "variance_by_second_moment": variance_by_second_moment,
+    "variance_by_magnitude": variance_by_magnitude,
 }
 
 
@@ -138,7 +183,7 @@ def resolve(order: str | Ordering) -> Ordering:
     return order
 
 
-OPTIONAL_FIELDS = frozenset({"mean", "second_moment", "start"})
+OPTIONAL_FIELDS = frozenset({"mean", "recent_mean", "second_moment", "start"})
 
 
 def needed_by(ordering: Ordering) -> frozenset[str]:

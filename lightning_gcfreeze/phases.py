@@ -5,7 +5,7 @@ Tensors and numbers only: a phase is saved, loaded and copied without a module o
 
 import copy
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,9 +15,22 @@ from torch import Tensor
 from lightning_gcfreeze import gains, orderings, selection
 from lightning_gcfreeze._types import Granularity, Named
 from lightning_gcfreeze.distributed import ALONE, EVERYTHING, Ranks, Shards
-from lightning_gcfreeze.estimators import BatchMean, BatchSecondMoment, DiagonalCovariance, Estimator, FullCovariance
+from lightning_gcfreeze.estimators import (
+    BatchMean,
+    BatchSecondMoment,
+    DiagonalCovariance,
+    Estimator,
+    FullCovariance,
+    RecentBatchMean,
+)
 from lightning_gcfreeze.estimators.base import Step, decayed_, finite_batch_correction
 from lightning_gcfreeze.per_sample import PerSample
+
+_MOMENTS: dict[str, Callable[[Named], Estimator]] = {
+    "mean": BatchMean,
+    "second_moment": BatchSecondMoment,
+    "recent_mean": RecentBatchMean,
+}
 
 
 class Observing:
@@ -43,10 +56,9 @@ class Observing:
         self.shapes = {name: shards.shape(name, p) for name, p in parameters.items()}
         self.covariance = FullCovariance(parameters) if full and parameters else DiagonalCovariance(parameters)
         self.moments: dict[str, Estimator] = {}
-        if "mean" in needs:
-            self.moments["mean"] = BatchMean(parameters)
-        if "second_moment" in needs:
-            self.moments["second_moment"] = BatchSecondMoment(parameters)
+        for field, moment in _MOMENTS.items():
+            if field in needs:
+                self.moments[field] = moment(parameters)
         self.start = {name: p.detach().clone() for name, p in parameters.items()} if "start" in needs else None
         self._observed = 0  # steps that entered C_t
         self.skipped = 0  # steps that did not
@@ -108,7 +120,7 @@ class Observing:
         gate = None if at_once else total.isfinite()
         sums = [tensor for estimator in self._estimators for tensor in estimator.tensors.values()]
         self._scale, self._scale_without = decayed_(sums, self._scale, kappa, gate)
-        step = Step(samples, g_batch, kappa / self._scale, correction, centred, gate)
+        step = Step(samples, g_batch, kappa / self._scale, kappa, self._observed, correction, centred, gate)
         for estimator in self._estimators:
             estimator.add(step)
         self._verdict = gate

@@ -56,7 +56,8 @@ def advance(
 ) -> None:
     """A step of the recursion; the scale of the estimator's sum is kept at it."""
     estimator.scale, _ = decayed_(estimator.tensors.values(), getattr(estimator, "scale", 1.0), gain)
-    estimator.add(Step(samples(g_one), g_batch, gain / estimator.scale, correction))
+    estimator.t = getattr(estimator, "t", 0) + 1
+    estimator.add(Step(samples(g_one), g_batch, gain / estimator.scale, gain, estimator.t, correction))
 
 
 def value(estimator: Any) -> np.ndarray:
@@ -147,7 +148,7 @@ class EstimatorSuite:
         """A second estimator that takes over `tensors` goes on to the same bits: a checkpoint relies on it."""
         observed = pairs(dtype=torch.float32)
         unbroken, resumed = self.after(observed), self.estimator(observed[0][0])
-        resumed.scale = 1 / 5
+        resumed.scale, resumed.t = 1 / 5, 5
         resumed.tensors = {name: tensor.clone() for name, tensor in self.after(observed[:5]).tensors.items()}
         for t, (g_one, g_batch) in enumerate(observed[5:], start=6):
             advance(resumed, g_one, g_batch, 1 / t)

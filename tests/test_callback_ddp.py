@@ -95,4 +95,4 @@ def test_two_ranks_train_the_live_elements_as_one_process_does(tmp_path):
 @pytest.mark.slow
 def test_less_travels_and_ranks_that_differ_are_found(tmp_path):
     """Unequal last batches, parameter groups, hooks of the user's own, bytes in the log."""
-    assert_agreed(launch(SCRIPTS / "callback.py", tmp_path, timeout=120), 2)
+    assert_agreed(launch(SCRIPTS / "callback.py", tmp_path, timeout=240), 2)

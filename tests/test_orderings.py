@@ -14,7 +14,7 @@ SHAPES = {"scalar": (), "vector": (4,), "matrix": (2, 3)}
 def arrays():
     """Every field of the evidence as NumPy arrays; the weights, means and starts of either sign."""
     draw = np.random.default_rng(3)
-    fields = ("variance", "weights", "mean", "second_moment", "start")
+    fields = ("variance", "weights", "mean", "second_moment", "start", "recent_mean")
     found = {field: {name: draw.normal(size=shape) for name, shape in SHAPES.items()} for field in fields}
     for field in ("variance", "second_moment"):
         found[field] = {name: np.square(array) for name, array in found[field].items()}
@@ -32,6 +32,10 @@ ORACLES = {
     "second_moment": lambda a, n: a["second_moment"][n],
     "snr": lambda a, n: np.abs(a["mean"][n]) / np.sqrt(a["variance"][n]),
     "displacement": lambda a, n: np.abs(a["weights"][n] - a["start"][n]),
+    "progress": lambda a, n: a["recent_mean"][n] ** 2 / np.sqrt(a["second_moment"][n]),
+    "variance_by_tensor": lambda a, n: a["variance"][n] / np.mean(a["variance"][n]),
+    "variance_by_second_moment": lambda a, n: a["variance"][n] / a["second_moment"][n],
+    "variance_by_magnitude": lambda a, n: a["variance"][n] * a["weights"][n] ** 2,
 }
 
 
@@ -72,6 +76,18 @@ def test_snr_knows_zeros(dtype):
     scores = orderings.snr(Evidence({"w": variance}, {"w": mean}, seed=0, mean={"w": mean}))
     assert scores["w"].tolist() == [0.0, float("inf"), 0.0, 1.0, 0.0]
     assert selection.ranks(scores)["w"].tolist() == [1, 5, 2, 4, 3]
+
+
+@pytest.mark.parametrize("name", ["progress", "variance_by_tensor", "variance_by_second_moment"])
+def test_what_never_moved_comes_first_where_scores_are_quotients(name):
+    """0/0 is 0, not NaN; the others keep their values."""
+    zero, some = torch.zeros(3), torch.tensor([0.0, 2.0, 4.0])
+    evidence = {"dead": zero, "w": some}
+    found = orderings.ORDERINGS[name](
+        Evidence(evidence, evidence, seed=0, recent_mean=evidence, second_moment=evidence)
+    )
+    assert found["dead"].tolist() == [0.0, 0.0, 0.0]
+    assert found["w"][0] == 0.0 < found["w"][1]
 
 
 class TestRandom:
@@ -184,5 +200,6 @@ def test_an_unknown_need_is_refused():
     def ordering(evidence):
         return evidence.mean
 
-    with pytest.raises(ValueError, match=r"`order.needs` may name \['mean', 'second_moment', 'start'\], got \['median"):
+    known = r"\['mean', 'recent_mean', 'second_moment', 'start'\]"
+    with pytest.raises(ValueError, match=rf"`order.needs` may name {known}, got \['median"):
         orderings.resolve(ordering)

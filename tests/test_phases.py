@@ -18,8 +18,8 @@ KINDS = pytest.mark.parametrize(
     [
         (False, frozenset()),
         (True, frozenset()),
-        (False, frozenset({"mean", "second_moment", "start"})),
-        (True, frozenset({"mean", "second_moment", "start"})),
+        (False, frozenset({"mean", "recent_mean", "second_moment", "start"})),
+        (True, frozenset({"mean", "recent_mean", "second_moment", "start"})),
     ],
     ids=["diagonal", "full", "diagonal and more", "full and more"],
 )

@@ -19,6 +19,10 @@ class Step(NamedTuple):
     """g_S of the *mean* loss over the batch, as in ``p.grad``. ``{name: (*p.shape)}``, any float dtype."""
     weight: float
     """w_t, in front of the term."""
+    gain: float
+    """κ_t."""
+    t: int
+    """Of the observed steps, which it is, from 1."""
     correction: float = 1.0
     """Factor on the squared noise; see `finite_batch_correction`."""
     centred: Collection[str] = ()

@@ -6,6 +6,8 @@ They are Adam's two moments with the recursion's gain in place of its betas. Unl
 gradient: E[g_S²] = (E g)² + Σ_ii / S.
 """
 
+import torch
+
 from lightning_gcfreeze._types import Named
 from lightning_gcfreeze.estimators import base
 from lightning_gcfreeze.per_sample import gated
@@ -32,3 +34,25 @@ class BatchSecondMoment:
         for name, s in self.tensors.items():
             g = gated(step.g_batch[name].to(s.dtype), step.gate)
             s.addcmul_(g, g, value=step.weight)
+
+
+class RecentBatchMean:
+    """r_t = (1 - λ_t) r_{t-1} + λ_t g_S, λ_t = max(κ_t, 5 / (t + 4)): the running mean of g_S, late steps first.
+
+    With κ_t = 1/t the weight of step i grows as i⁴: half of the mean is the last eighth of the steps, whatever their
+    number. See `Estimator` for the contract; as one of the sums that are decayed by κ_t, this one is corrected by the
+    quotient of the two decays.
+    """
+
+    def __init__(self, parameters: Named) -> None:
+        self.tensors = base.zeros(parameters)
+
+    def add(self, step: base.Step) -> None:
+        gain = max(step.gain, 5 / (step.t + 4))
+        keep = (1 - gain) / (1 - step.gain) if step.gain < 1 else 0.0
+        for name, r in self.tensors.items():
+            if step.gate is None:
+                r.mul_(keep)
+            else:
+                r.mul_(torch.where(step.gate, r.new_full((), keep), r.new_ones(())))
+            r.add_(gated(step.g_batch[name].to(r.dtype), step.gate), alpha=step.weight * gain / step.gain)

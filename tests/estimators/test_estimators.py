@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_gcfreeze.estimators import BatchMean, BatchSecondMoment, DiagonalCovariance, FullCovariance, base, full
+from lightning_gcfreeze.estimators import (
+    BatchMean,
+    BatchSecondMoment,
+    DiagonalCovariance,
+    FullCovariance,
+    RecentBatchMean,
+    base,
+    full,
+)
 from tests import conformance
 from tests.conformance import advance, pairs
 
@@ -47,6 +55,30 @@ class TestBatchSecondMoment(conformance.EstimatorSuite):
         for t, (_, g_batch) in enumerate(observed, start=1):
             s = (1 - gain(t)) * s + gain(t) * g_batch**2
         return s
+
+
+class TestRecentBatchMean(conformance.EstimatorSuite):
+    estimator = RecentBatchMean
+
+    def expected(self, observed, gain, correction):
+        """A mean of g_S alone, whose gain is never below 5 / (t + 4)."""
+        r = np.zeros_like(observed[0][1])
+        for t, (_, g_batch) in enumerate(observed, start=1):
+            late = max(gain(t), 5 / (t + 4))
+            r = (1 - late) * r + late * g_batch
+        return r
+
+
+def test_with_one_over_t_the_weights_of_the_recent_mean_grow_with_the_fourth_power():
+    """As i (i + 1) (i + 2) (i + 3): NumPy's weighted average, no recursion at all."""
+    observed = pairs(steps=40)
+    recent = RecentBatchMean(observed[0][0])
+    for t, (g_one, g_batch) in enumerate(observed, start=1):
+        advance(recent, g_one, g_batch, 1 / t)
+    weights = [i * (i + 1) * (i + 2) * (i + 3) for i in range(1, 41)]
+    for name, tensor in recent.tensors.items():
+        expected = np.average([g_batch[name].numpy() for _, g_batch in observed], axis=0, weights=weights)
+        np.testing.assert_allclose(recent.scale * tensor.numpy(), expected, rtol=1e-13)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The callback under DDP on two gloo processes, started by torchrun: what travels, what is logged, what is refused."""
 
 import copy
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -18,7 +19,8 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.utils.data import DataLoader
 
-from lightning_gcfreeze import Evidence, GradCovFreezeCallback
+from lightning_gcfreeze import Evidence, FreezeSchedule, GradCovFreezeCallback, Growth, Settled
+from lightning_gcfreeze.distributed import Ranks
 from tests import cases
 
 RANK = int(os.environ["RANK"])
@@ -187,11 +189,44 @@ def ranks_that_differ_are_found() -> None:
         fit(DDPStrategy(), order=own_order)
 
 
+def ranks_find_out_alike() -> None:
+    """When and how much: both freeze, grow and thaw after the same steps, and have the same weights at the end."""
+
+    class Minds(cases.Regression):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx) * (1 + RANK)  # one rank alone would find something else
+            return loss + 99 * loss.detach() * (callback.frozen_fraction > 0.8)
+
+    plans: list[dict[str, Any]] = [
+        {"schedule": FreezeSchedule([(5, 0.3), (11, 0.6), (20, 0.9)])},
+        {"schedule": FreezeSchedule([(5, 0.9), (11, 0.3), (20, 0.5)], monotone=False)},
+        {"t0": Settled(first=5, growth=1.5, overlap=0.0, improvement=1.0), "k": Growth(every=3, max_loss_increase=0.5)},
+    ]
+    wrappers: list[dict[str, Any]] = [{}, {"static_graph": True}, {"find_unused_parameters": True}]
+    for arguments, wrapper, granularity in itertools.product(plans, wrappers, ("element", "tensor")):
+        callback = GradCovFreezeCallback(**arguments, granularity=granularity)
+        module = Minds(network(), groups)
+        trainer = cases.trainer(
+            callbacks=callback, devices=2, strategy=DDPStrategy(**wrapper), use_distributed_sampler=False, max_epochs=7
+        )
+        trainer.fit(module, DataLoader(batches()[RANK], batch_size=None))  # type: ignore[arg-type]
+        found = (callback._plan.t0, callback._plan.k, callback.frozen_fraction)
+        weights = torch.cat([p.detach().flatten() for p in module.parameters()])
+        gathered = Ranks(2).gathered(weights)
+        assert torch.equal(gathered[0], gathered[1])
+        assert found == tuple(Ranks(2).of_all(found)[1 - RANK])
+        assert all(p.requires_grad for p in module.parameters())
+        if granularity == "element":
+            expected = {0: 0.9, 1: 0.5, 2: Growth().fractions()[1]}[plans.index(arguments)]
+            assert callback.frozen_fraction == pytest.approx(expected, abs=1e-3), arguments
+
+
 if __name__ == "__main__":
     the_run_is_that_of_one_process(Path(sys.argv[1]))
     observing_adds_no_traffic()
     hooks_are_composed()
     ranks_that_differ_are_found()
+    ranks_find_out_alike()
     print(f"rank {RANK} agrees", flush=True)
     dist.barrier()
     dist.destroy_process_group()

@@ -103,6 +103,23 @@ def select(ranks: Ranks, mesh: DeviceMesh) -> None:
                         shards.check_agreement(marks, ranks)
 
 
+def sample(ranks: Ranks, mesh: DeviceMesh, rank: int) -> None:
+    """Evenly spaced elements of the whole tensors; of what several have, the mean."""
+    whole_tensors = {"a": numbered((7, 12)), "b": 1000 + numbered((5, 9)), "c": 2000 + numbered((3, 4))}
+    layouts = ([Shard(0), Shard(0)], [Shard(1), Replicate()], [Replicate(), Shard(1)], [Shard(0), Shard(1)])
+    everything = torch.cat([tensor.flatten() for tensor in whole_tensors.values()]).double()
+    for most in (1, 10, 140, 141, 1000):
+        count = min(most, 141)
+        expected = everything[[i * 141 // count for i in range(count)]]
+        for layout in layouts:
+            laid = {name: distribute_tensor(tensor, mesh, layout) for name, tensor in whole_tensors.items()}
+            laid["b"] = whole_tensors["b"]
+            found = selection.sampled({n: local(t) for n, t in laid.items()}, most, Shards(laid), ranks)
+            assert torch.equal(found, expected), (most, layout)
+        own = {name: tensor + rank for name, tensor in whole_tensors.items()}
+        assert torch.equal(selection.sampled(own, most, ranks=ranks), expected + 1.5)
+
+
 def draw(ranks: Ranks, mesh: DeviceMesh) -> None:
     """The random order is that of one process."""
     w = torch.zeros(6, 5)
@@ -135,6 +152,7 @@ if __name__ == "__main__":
     sums(all_ranks, own)
     fsdp2_over_tensor_parallelism(all_ranks, two_by_two)
     select(all_ranks, two_by_two)
+    sample(all_ranks, two_by_two, own)
     draw(all_ranks, two_by_two)
     disagree(all_ranks, two_by_two, own)
     print(f"rank {own} agrees", flush=True)
