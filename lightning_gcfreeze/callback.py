@@ -191,7 +191,7 @@ class GradCovFreezeCallback(_Callback):
 
     def _start_afresh(self) -> None:
         self._phase: Observing | Frozen = Observing({})
-        self._plan = Plan(self._decisions, self.gain)
+        self._plan = Plan(self._decisions, self._gain_of_scores)
         self._aside = Aside()
         self._steps = 0  # optimizer steps; Trainer.global_step counts every optimizer's
         self._seed = 0  # of the random order; set when a run begins
@@ -534,6 +534,11 @@ class GradCovFreezeCallback(_Callback):
     def _t0(self) -> int | str:
         """The step of the next decision, or how it will be found."""
         return self._plan.latest if self._plan.settling or isinstance(self.t0, int) or self.schedule else "auto"
+
+    def _gain_of_scores(self, t: int) -> float:
+        """Of the statistic that the order knows least of."""
+        kappa = gains.at(self.gain, t)
+        return gains.recent(kappa, t) if "recent_mean" in orderings.needed_by(self._ordering) else kappa
 
     @property
     def _may_thaw(self) -> bool:

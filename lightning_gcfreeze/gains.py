@@ -4,7 +4,6 @@
 memory of about 1/κ steps. t counts *observed* steps from 1.
 """
 
-import math
 from collections.abc import Callable
 from numbers import Real
 from typing import Literal, TypeAlias
@@ -41,22 +40,26 @@ def at(gain: Gain, t: int) -> float:
     return 1.0 / t if isinstance(gain, str) else gain
 
 
-def correlation(gain: Gain, earlier: int, later: int) -> float:
-    """Of the recursion's values after so many observed steps and after more of them, were each term pure noise.
+def recent(kappa: float, t: int) -> float:
+    """A gain that forgets faster: with κ_t = 1/t the weights of the terms grow with the fourth power of their step."""
+    return max(kappa, 5 / (t + 4))
 
-    What is left of the earlier value is Π (1 - κ); the variance of a value is the sum of its terms' squared weights.
+
+def decayed(gain: Gain, power: float, earlier: int, later: int) -> tuple[float, float]:
+    """What more observed steps leave of the recursion's value, Π (1 - κ), and the power of its terms: Σ weight².
+
+    Were each term pure noise, values after `earlier` and after `later` steps would have the correlation
+    kept · sqrt(power before / power after).
+
+    Args:
+        power: after `earlier` steps; 0 after none.
     """
-    if isinstance(gain, str):
-        return math.sqrt(earlier / later)
-    kept, power, power_earlier = 1.0, 0.0, 0.0
-    for t in range(1, later + 1):
+    kept = 1.0
+    for t in range(earlier + 1, later + 1):
         kappa = at(gain, t)
+        kept *= 1 - kappa
         power = (1 - kappa) ** 2 * power + kappa**2
-        if t == earlier:
-            kept, power_earlier = 1.0, power
-        elif t > earlier:
-            kept *= 1 - kappa
-    return kept * math.sqrt(power_earlier / power)
+    return kept, power
 
 
 def _in_range(kappa: float, what: str) -> float:

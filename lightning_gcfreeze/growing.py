@@ -39,9 +39,9 @@ class Growth:
 
     max_loss_increase: float = 0.01
     monitor: str | None = None
-    first: float = 0.5
+    first: float = 0.8
     most: float = 0.95
-    stages: int = 4
+    stages: int = 3
     spacing: Literal["geometric", "linear"] = "geometric"
     every: int | None = None
     patience: int = 3

@@ -144,7 +144,7 @@ def variance_by_magnitude(evidence: Evidence) -> Named:
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:
     """The quotient; 0 where b is 0: an element that never moved."""
-    return torch.where(b > 0, a / b, torch.zeros_like(a))
+    return (a / b).nan_to_num_(nan=0.0, posinf=0.0)
 
 
 ORDERINGS: dict[str, Ordering] = {

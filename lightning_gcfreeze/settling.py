@@ -27,8 +27,8 @@ from torch import Tensor
 from lightning_gcfreeze import _checks, gains
 from lightning_gcfreeze.losses import Mean
 
-SAMPLE = 2**16
-"""So many elements, evenly spaced, stand for all: their overlap is that of all to about 0.002."""
+SAMPLE = 2**14
+"""So many elements, evenly spaced, stand for all: their overlap is that of all to about 0.003."""
 _INTERVALS = 200  # of Simpson's rule, which is then exact to 1e-9
 
 
@@ -50,10 +50,10 @@ class Settled:
     """
 
     max_t0: int | None = None
-    first: int = 32
-    growth: float = 1.25
-    overlap: float = 0.5
-    improvement: float = 0.02
+    first: int = 64
+    growth: float = 1.5
+    overlap: float = 0.25
+    improvement: float = 0.1
 
     def __post_init__(self) -> None:
         if self.max_t0 is not None:
@@ -97,7 +97,7 @@ class Settling:
     def __init__(self, settled: Settled, max_t0: int, gain: gains.Gain) -> None:
         self.settled, self.max_t0, self._gain = settled, max_t0, gain
         self.next_look = min(settled.first, max_t0)
-        self._observed = 0
+        self._observed, self._power = 0, 0.0
         self._chosen: Tensor | None = None
         self._loss = Mean()
 
@@ -115,15 +115,16 @@ class Settling:
         chosen = torch.zeros(len(scores), dtype=torch.bool)
         chosen[scores.cpu().argsort(stable=True)[: round(fraction * len(scores))]] = True
         moved = moved.cpu()
+        kept, power = gains.decayed(self._gain, self._power, self._observed, observed)
         overlap = noise = math.nan
         if self._chosen is not None and observed > self._observed > 0:
             overlap = _jaccard(self._chosen & moved, chosen & moved)
             share = float((chosen & moved).sum()) / max(1, int(moved.sum()))
-            noise = overlap_of_noise(gains.correlation(self._gain, self._observed, observed), share)
+            noise = overlap_of_noise(kept * math.sqrt(self._power / power), share)
         improvement, improvement_noise = self._loss.above(loss)
         step, settled = self.next_look, self.settled
         self.next_look = min(max(step + 1, math.ceil(step * settled.growth)), max(step + 1, self.max_t0))
-        self._chosen, self._observed, self._loss = chosen, observed, loss
+        self._chosen, self._observed, self._power, self._loss = chosen, observed, power, loss
         return Look(
             overlap,
             noise,
@@ -139,6 +140,7 @@ class Settling:
             "max_t0": self.max_t0,
             "next_look": self.next_look,
             "observed": self._observed,
+            "power": self._power,
             "chosen": self._chosen,
             "loss": list(self._loss),
         }
@@ -146,7 +148,7 @@ class Settling:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
         self.max_t0, self.next_look, self._observed = state["max_t0"], state["next_look"], state["observed"]
-        self._chosen, self._loss = state["chosen"], Mean(*state["loss"])
+        self._chosen, self._power, self._loss = state["chosen"], state["power"], Mean(*state["loss"])
 
 
 def overlap_of_noise(correlation: float, fraction: float) -> float:

@@ -16,8 +16,8 @@ SOURCE = TESTS.parent / PACKAGE
 LAYERS = (
     ("_types", "_checks"),  # shapes and arguments: no tensors are touched
     # gradients of several samples, the k-th of many numbers; which elements this process has, what it tells the others
-    ("per_sample", "kth", "distributed"),
-    ("gains", "estimators", "orderings", "losses", "schedule"),  # the paper's formulas: tensors in, tensors out
+    ("per_sample", "kth", "distributed", "gains"),
+    ("estimators", "orderings", "losses", "schedule"),  # the paper's formulas: tensors in, tensors out
     # what they apply to: modules, batches, layers, names, optimizers
     ("gradients", "samples", "rules", "selection", "settling", "growing"),
     # put together: a warm-up, a decision and its holding, a sample, tags

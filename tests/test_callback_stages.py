@@ -1,6 +1,7 @@
 """Runs that decide more than once, or find out when and how much by themselves."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ def train(callback: GradCovFreezeCallback, *more: pl.Callback, module: Any = Non
 
 
 P = 57  # elements of cases.mlp
+FOUR = Growth(first=0.5, most=0.95, stages=4)
 
 
 # Schedules ---------------------------------------------------------------------------------------------------------
@@ -162,7 +164,7 @@ class Minds(cases.Regression):
 
 
 def growing(limit: float, **arguments: Any) -> tuple[GradCovFreezeCallback, Minds, Diary]:
-    growth = Growth(every=8, max_loss_increase=0.5)
+    growth = replace(FOUR, every=8, max_loss_increase=0.5)
     callback = GradCovFreezeCallback(t0=8, k=growth, **arguments)
     module = Minds(limit)
     module.frozen_fraction = lambda: callback.frozen_fraction
@@ -172,7 +174,7 @@ def growing(limit: float, **arguments: Any) -> tuple[GradCovFreezeCallback, Mind
 @pytest.mark.parametrize("hold", ["compact", "restore"])
 def test_k_grows_along_the_order_as_long_as_the_loss_does_not_mind(hold):
     callback, _, diary = growing(1.0, hold=hold)
-    stages = [round(f * P) for f in Growth().fractions()]
+    stages = [round(f * P) for f in FOUR.fractions()]
     assert diary.counts() == [0] * 7 + [n for n in stages[:3] for _ in range(8)] + [stages[3]] * 49
     order = torch.cat([r.flatten() for r in callback.ranks.values()])
     frozen = torch.cat([m.flatten() for m in callback.frozen.values()])
@@ -184,11 +186,11 @@ def test_k_grows_along_the_order_as_long_as_the_loss_does_not_mind(hold):
 def test_a_stage_that_costs_too_much_thaws_and_stays_thawed(hold):
     """The third: after two means of eight steps it is the second again, with the states that they froze with."""
     _, _, diary = growing(0.8, hold=hold)
-    stages = [round(f * P) for f in Growth().fractions()]
+    stages = [round(f * P) for f in FOUR.fractions()]
     expected = [0] * 7 + [stages[0]] * 8 + [stages[1]] * 8 + [stages[2]] * 16 + [stages[1]] * 41
     assert diary.counts() == expected
     at_freeze, at_thaw = 7 + 16, 7 + 32
-    stays = Growth(every=8, max_loss_increase=0.5, most=stages[1] / P, stages=2)  # the third never comes
+    stays = replace(FOUR, every=8, max_loss_increase=0.5, most=stages[1] / P, stages=2)  # the third never comes
     unfrozen = train(GradCovFreezeCallback(t0=8, k=stays, hold=hold), module=Minds(1.0), max_epochs=10)
     thawed = {n: mask & ~diary.masks[at_thaw][n] for n, mask in diary.masks[at_thaw - 1].items()}
     assert sum(int(t.sum()) for t in thawed.values()) == stages[2] - stages[1]
@@ -221,7 +223,7 @@ class Validated(cases.Regression):
 
 def test_a_monitored_loss_decides_instead():
     """One validation an epoch of 8 steps: 2.0 at t0, then 2.0 (grow), 3.0 twice (thaw)."""
-    growth = Growth(monitor="val/loss", max_loss_increase=0.1)
+    growth = replace(FOUR, monitor="val/loss", max_loss_increase=0.1)
     callback = GradCovFreezeCallback(t0=12, k=growth)
     diary = train(callback, module=Validated([2.0, 2.0, 3.0, 3.0, 9.0, 9.0]), max_epochs=6)
     a, b = (round(f * P) for f in growth.fractions()[:2])

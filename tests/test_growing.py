@@ -1,12 +1,15 @@
 """Stages that grow as long as the loss does not mind: each verdict of a scripted run of means."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from lightning_gcfreeze import Growth
 from lightning_gcfreeze.growing import Growing
 from lightning_gcfreeze.losses import Mean
+
+FOUR = Growth(first=0.5, most=0.95, stages=4)
 
 
 def mean(value, error=0.001, of=10):
@@ -26,7 +29,7 @@ def test_fractions_are_spaced_geometrically_or_linearly():
 
 
 def test_a_loss_that_does_not_mind_lets_it_grow_to_the_last_stage():
-    growing = Growing(Growth(), 20, mean(1.0))
+    growing = Growing(FOUR, 20, mean(1.0))
     assert verdicts(growing, 1.0, 0.995, 1.001, 1.0) == ["grow", "grow", "grow", "stay"]
     assert growing.done
     assert growing.fraction == pytest.approx(0.95)
@@ -34,32 +37,32 @@ def test_a_loss_that_does_not_mind_lets_it_grow_to_the_last_stage():
 
 def test_a_stage_that_costs_too_much_thaws_but_not_at_the_first_sign():
     """Once is noise; twice in a row is not. What froze before stays frozen."""
-    growing = Growing(Growth(), 20, mean(1.0))
+    growing = Growing(FOUR, 20, mean(1.0))
     assert verdicts(growing, 1.0, 1.1) == ["grow", "wait"]
-    assert growing.fraction == pytest.approx(Growth().fractions()[1])
+    assert growing.fraction == pytest.approx(FOUR.fractions()[1])
     assert verdicts(growing, 1.1) == ["thaw"]
     assert growing.done
     assert growing.fraction == pytest.approx(0.5)
 
 
 def test_a_single_outlier_is_forgiven():
-    growing = Growing(Growth(max_loss_increase=0.1), 20, mean(1.0))
+    growing = Growing(replace(FOUR, max_loss_increase=0.1), 20, mean(1.0))
     assert verdicts(growing, 1.12, 0.9) == ["wait", "grow"]
 
 
 def test_the_first_stage_may_thaw_too():
-    growing = Growing(Growth(), 20, mean(1.0))
+    growing = Growing(FOUR, 20, mean(1.0))
     assert verdicts(growing, 2.0, 2.0) == ["wait", "thaw"]
     assert growing.fraction == 0.0
 
 
 def test_noise_decides_for_nothing_but_to_stay_or_by_the_mean_of_all():
     """A standard error of 5 % against 1 % allowed: three means, and then what their mean says."""
-    growing = Growing(Growth(), 20, mean(1.0))
+    growing = Growing(FOUR, 20, mean(1.0))
     assert verdicts(growing, *[mean(1.02, 0.05)] * 3) == ["wait", "wait", "stay"]
     assert growing.done
     assert growing.fraction == pytest.approx(0.5)
-    growing = Growing(Growth(), 20, mean(1.0))
+    growing = Growing(FOUR, 20, mean(1.0))
     assert verdicts(growing, *[mean(1.005, 0.05)] * 3) == ["wait", "wait", "grow"]
     assert growing.increase == pytest.approx(0.005)
     assert growing.noise == pytest.approx(math.hypot(0.05 / math.sqrt(3), 0.001))
@@ -67,30 +70,30 @@ def test_noise_decides_for_nothing_but_to_stay_or_by_the_mean_of_all():
 
 def test_the_reference_follows_a_loss_that_falls_and_none_that_rises():
     """Creeping up by 0.6 % a stage is found out; falling first makes the same loss too much later."""
-    growing = Growing(Growth(), 20, mean(1.0, 0.0))
+    growing = Growing(FOUR, 20, mean(1.0, 0.0))
     assert verdicts(growing, mean(1.006, 0.0), mean(1.012, 0.0), mean(1.012, 0.0)) == ["grow", "wait", "thaw"]
-    growing = Growing(Growth(), 20, mean(1.0, 0.0))
+    growing = Growing(FOUR, 20, mean(1.0, 0.0))
     assert verdicts(growing, mean(0.9, 0.0), mean(0.95, 0.0), mean(0.95, 0.0)) == ["grow", "wait", "thaw"]
 
 
 def test_without_a_reference_the_first_mean_is_it_and_means_of_nothing_are_nothing():
-    growing = Growing(Growth(), 20, Mean())
+    growing = Growing(FOUR, 20, Mean())
     assert verdicts(growing, Mean(), 5.0, 5.0, Mean()) == ["wait", "wait", "grow", "wait"]
 
 
 def test_a_negative_loss_increases_towards_zero():
-    growing = Growing(Growth(), 20, mean(-2.0))
+    growing = Growing(FOUR, 20, mean(-2.0))
     assert verdicts(growing, -2.5, -2.0, -2.0) == ["grow", "wait", "thaw"]
 
 
 def test_a_state_goes_on():
     losses = [1.0, 1.1, mean(1.005, 0.05), mean(1.005, 0.05), mean(1.005, 0.05), 1.0, 1.0]
-    whole = Growing(Growth(), 20, mean(1.0))
+    whole = Growing(FOUR, 20, mean(1.0))
     expected = verdicts(whole, *losses)
     for cut in range(len(losses)):
-        broken = Growing(Growth(), 20, mean(1.0))
+        broken = Growing(FOUR, 20, mean(1.0))
         first = verdicts(broken, *losses[:cut])
-        resumed = Growing.from_state_dict(Growth(), broken.state_dict())
+        resumed = Growing.from_state_dict(FOUR, broken.state_dict())
         assert first + verdicts(resumed, *losses[cut:]) == expected
         assert (resumed.fraction, resumed.done) == (whole.fraction, whole.done)
 

@@ -29,7 +29,7 @@ def test_the_overlap_of_noise_is_that_of_running_means_of_noise():
     noise = random.normal(size=(100, 100_000)) ** 2
     sets = [set(np.argsort(noise[:steps].mean(0))[:40_000]) for steps in (80, 100)]
     overlap = len(sets[0] & sets[1]) / len(sets[0] | sets[1])
-    assert overlap == pytest.approx(overlap_of_noise(gains.correlation("1/t", 80, 100), 0.4), abs=0.01)
+    assert overlap == pytest.approx(overlap_of_noise(math.sqrt(80 / 100), 0.4), abs=0.01)
     assert overlap > 0.6  # far above the 0.25 of two independent sets
 
 
@@ -41,7 +41,9 @@ def test_the_correlation_is_that_of_the_weights_of_the_terms(gain):
         b, _ = weights_of_terms(gain, later)
         a = a + [0.0] * (later - earlier)
         expected = np.dot(a, b) / (np.linalg.norm(a) * np.linalg.norm(b))
-        assert gains.correlation(gain, earlier, later) == pytest.approx(expected, rel=1e-12)
+        _, before = gains.decayed(gain, 0.0, 0, earlier)
+        kept, after = gains.decayed(gain, before, earlier, later)
+        assert kept * math.sqrt(before / after) == pytest.approx(expected, rel=1e-12)
 
 
 def run(settling, scores, losses, moved=None):
@@ -63,12 +65,13 @@ def running_means(spread, steps, elements=4000, seed=0):
 
 
 LOOKS = [32, 40, 50, 63, 79, 99, 124, 155, 194, 243]
+OFTEN = Settled(first=32, growth=1.25, improvement=0.05)
 FLAT = [Mean(1.0, 0.001, 30)] * len(LOOKS)
 
 
 def test_looks_grow_geometrically_up_to_the_last():
     """With `max_t0` as a look of its own; each is later than the one before however slow the growth."""
-    settling = Settling(Settled(), 200, "1/t")
+    settling = Settling(OFTEN, 200, "1/t")
     steps = [step for step, _ in run(settling, running_means(0, LOOKS[:9]), FLAT)]
     assert steps == [*LOOKS[:9]]
     assert settling.next_look == 200
@@ -80,12 +83,12 @@ def test_looks_grow_geometrically_up_to_the_last():
 def test_an_order_that_is_noise_never_settles_and_a_true_one_does():
     """The same looks and losses; only the spread of the true variances differs."""
     for spread, settles in ((0.0, False), (2.0, True)):
-        found = run(Settling(Settled(), 1000, "1/t"), running_means(spread, LOOKS), FLAT)
+        found = run(Settling(OFTEN, 1000, "1/t"), running_means(spread, LOOKS), FLAT)
         assert any(look.order_has_settled for _, look in found) is settles
         assert all(look.loss_has_settled for _, look in found[1:])
         assert math.isnan(found[0][1].overlap)
         assert not found[0][1].settled
-    noise = run(Settling(Settled(), 1000, "1/t"), running_means(0.0, LOOKS), FLAT)
+    noise = run(Settling(OFTEN, 1000, "1/t"), running_means(0.0, LOOKS), FLAT)
     assert all(abs(look.overlap - look.overlap_of_noise) < 0.06 for _, look in noise[1:])
 
 
@@ -93,7 +96,7 @@ def test_elements_that_never_moved_say_nothing():
     """Three quarters dead, and the order of the others noise: the dead ones alone would look settled."""
     scores = [np.concatenate([np.zeros(12_000), score]) for score in running_means(0.0, LOOKS)]
     moved = torch.arange(16_000) >= 12_000
-    settling, blind = Settling(Settled(), 1000, "1/t"), Settling(Settled(), 1000, "1/t")
+    settling, blind = Settling(OFTEN, 1000, "1/t"), Settling(OFTEN, 1000, "1/t")
     for score, loss, step in zip(scores, FLAT, LOOKS, strict=True):
         honest = settling.look(torch.as_tensor(score), moved, step, 0.85, loss)
         naive = blind.look(torch.as_tensor(score), torch.ones_like(moved), step, 0.85, loss)
@@ -106,9 +109,9 @@ def test_a_falling_loss_has_not_settled_nor_one_that_is_all_noise():
     noisy = [Mean(1.0, 0.05, 30)] * len(LOOKS)
     rising = [Mean(1.0 + i, 0.001, 30) for i in range(len(LOOKS))]
     for losses, settles in ((falling, False), (noisy, False), (FLAT, True), (rising, True), ([Mean()] * 10, False)):
-        found = run(Settling(Settled(), 1000, "1/t"), running_means(2.0, LOOKS), losses)
+        found = run(Settling(OFTEN, 1000, "1/t"), running_means(2.0, LOOKS), losses)
         assert any(look.settled for _, look in found) is settles
-    (_, first), (_, second), *_ = run(Settling(Settled(), 1000, "1/t"), running_means(2.0, LOOKS), falling)
+    (_, first), (_, second), *_ = run(Settling(OFTEN, 1000, "1/t"), running_means(2.0, LOOKS), falling)
     assert math.isnan(first.improvement)
     assert second.improvement == pytest.approx(1 / 0.95 - 1)
     assert second.improvement_noise == pytest.approx(0.0005 * math.sqrt(2) / 0.95)
@@ -116,7 +119,7 @@ def test_a_falling_loss_has_not_settled_nor_one_that_is_all_noise():
 
 def test_nothing_newly_observed_proves_nothing():
     """Equal sets of equal evidence."""
-    settling = Settling(Settled(), 1000, "1/t")
+    settling = Settling(OFTEN, 1000, "1/t")
     scores = torch.rand(100)
     for _ in range(4):
         look = settling.look(scores, torch.ones(100, dtype=torch.bool), 5, 0.5, FLAT[0])
@@ -125,11 +128,11 @@ def test_nothing_newly_observed_proves_nothing():
 
 
 def test_a_state_goes_on():
-    whole, broken = Settling(Settled(), 400, "1/t"), Settling(Settled(), 400, "1/t")
+    whole, broken = Settling(OFTEN, 400, "1/t"), Settling(OFTEN, 400, "1/t")
     scores = running_means(1.0, LOOKS)
     expected = run(whole, scores, FLAT)
     run(broken, scores[:4], FLAT)
-    resumed = Settling(Settled(), 99, "1/t")
+    resumed = Settling(OFTEN, 99, "1/t")
     resumed.load_state_dict(broken.state_dict())
     assert run(resumed, scores[4:], FLAT) == expected[4:]
 

@@ -8,6 +8,7 @@ gradient: E[g_S²] = (E g)² + Σ_ii / S.
 
 import torch
 
+from lightning_gcfreeze import gains
 from lightning_gcfreeze._types import Named
 from lightning_gcfreeze.estimators import base
 from lightning_gcfreeze.per_sample import gated
@@ -48,7 +49,7 @@ class RecentBatchMean:
         self.tensors = base.zeros(parameters)
 
     def add(self, step: base.Step) -> None:
-        gain = max(step.gain, 5 / (step.t + 4))
+        gain = gains.recent(step.gain, step.t)
         keep = (1 - gain) / (1 - step.gain) if step.gain < 1 else 0.0
         for name, r in self.tensors.items():
             if step.gate is None:

@@ -200,7 +200,10 @@ def ranks_find_out_alike() -> None:
     plans: list[dict[str, Any]] = [
         {"schedule": FreezeSchedule([(5, 0.3), (11, 0.6), (20, 0.9)])},
         {"schedule": FreezeSchedule([(5, 0.9), (11, 0.3), (20, 0.5)], monotone=False)},
-        {"t0": Settled(first=5, growth=1.5, overlap=0.0, improvement=1.0), "k": Growth(every=3, max_loss_increase=0.5)},
+        {
+            "t0": Settled(first=5, growth=1.5, overlap=0.0, improvement=1.0),
+            "k": Growth(every=3, max_loss_increase=0.5, first=0.5, stages=4),
+        },
     ]
     wrappers: list[dict[str, Any]] = [{}, {"static_graph": True}, {"find_unused_parameters": True}]
     for arguments, wrapper, granularity in itertools.product(plans, wrappers, ("element", "tensor")):
@@ -217,7 +220,7 @@ def ranks_find_out_alike() -> None:
         assert found == tuple(Ranks(2).of_all(found)[1 - RANK])
         assert all(p.requires_grad for p in module.parameters())
         if granularity == "element":
-            expected = {0: 0.9, 1: 0.5, 2: Growth().fractions()[1]}[plans.index(arguments)]
+            expected = {0: 0.9, 1: 0.5, 2: plans[2]["k"].fractions()[1]}[plans.index(arguments)]
             assert callback.frozen_fraction == pytest.approx(expected, abs=1e-3), arguments
 
 
