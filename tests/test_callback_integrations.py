@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from lightning_gcfreeze import Evidence, GradCovFreezeCallback
+from lightning_gcfreeze import Evidence, FreezeSchedule, GradCovFreezeCallback, Growth, Settled
 from tests import cases
 from tests.processes.launch import assert_agreed
 
@@ -99,8 +99,31 @@ trainer:
         ("{t0: 5, k: 20}", 20, {"order": "variance", "gain": "1/t"}),
         ("{t0: 5, k: 0.5, order: magnitude, gain: 0.2, exclude: ['*.bias'], seed: 3}", 24, {"gain": 0.2}),
         ("{t0: 5, k: 1, order: tests.test_callback_integrations.lowest_weights}", 1, {"order": lowest_weights}),
+        ("{t0: auto, k: 20, max_t0: 6}", 20, {"t0": "auto", "max_t0": 6}),
+        (
+            "{t0: {class_path: lightning_gcfreeze.Settled, init_args: {max_t0: 4}}, k: 7}",
+            7,
+            {"t0": Settled(max_t0=4)},
+        ),
+        ("{t0: 5, k: auto, max_loss_increase: 0.1}", 46, {"k": "auto", "max_loss_increase": 0.1}),
+        (
+            "{t0: 5, k: {class_path: lightning_gcfreeze.Growth, init_args: {first: 0.5, most: 0.6}}}",
+            28,
+            {"k": Growth(first=0.5, most=0.6)},
+        ),
+        (
+            "{schedule: {class_path: lightning_gcfreeze.FreezeSchedule, init_args: {stages: [[3, 10], [9, 30]]}}}",
+            30,
+            {"schedule": FreezeSchedule([(3, 10), (9, 30)])},
+        ),
+        (
+            "{schedule: {class_path: lightning_gcfreeze.FreezeSchedule,"
+            " init_args: {stages: [[3, 0.9], [9, 0.3]], monotone: false}}}",
+            17,
+            {"schedule": FreezeSchedule([(3, 0.9), (9, 0.3)], monotone=False)},
+        ),
     ],
-    ids=["plain", "options", "callable"],
+    ids=["plain", "options", "callable", "t0 auto", "settled", "k auto", "growth", "schedule", "thawing"],
 )
 @pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
 @pytest.mark.filterwarnings("ignore:.*_jit_is_scripting")
