@@ -2,7 +2,7 @@
 
 A frozen element's state is let go of, or decays. An element that thaws with zeros in its place would leap: Adam
 divides by the root of a second moment that has to be gathered anew, but corrects it by a count of steps that is large
-by now, so its first steps are up to 6.5 times as long as the learning rate. So it goes on with the state that it froze
+by now, so its first steps are up to 6.6 times as long as the learning rate. So it goes on with the state that it froze
 with: to the element no time has passed.
 """
 

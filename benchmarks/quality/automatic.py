@@ -1,0 +1,163 @@
+"""What t0="auto" and k="auto" make of the tasks: quality against the unfrozen run, at the fraction that they find.
+
+    uv run --group bench python -m benchmarks.quality.automatic [--tasks boston,text] [--seeds 5] [--order progress] [--out DIR]
+                                           [--only-report]
+
+Every run is a fit of a Lightning Trainer, from the same weights on the same batches: unfrozen; with both left to the
+data, by `--order`; and by other orders, which freeze as many elements after the same steps. The tasks train `LONGER`
+than where orders are compared, so that there is a plateau to find.
+"""
+
+import argparse
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from benchmarks.quality.run import mean_over
+from benchmarks.quality.summary import interval
+from benchmarks.quality.tasks import METRICS, TASKS, Task
+from examples.paper.run import epochs
+from lightning_gcfreeze import Evidence, FreezeSchedule, GradCovFreezeCallback
+from lightning_gcfreeze._types import Named
+
+LONGER = {"text": 2, "minilm": 1}  # times as many steps; the others
+DEFAULT = 3
+
+
+def last_layers(evidence: Evidence) -> Named:
+    """The first layers freeze first."""
+    return {name: torch.full_like(w, i) for i, (name, w) in enumerate(evidence.weights.items())}
+
+
+OTHERS: dict[str, Any] = {"random": "random", "last layers": last_layers, "variance": "variance"}
+
+
+class Fractions(pl.Callback):
+    """How much is frozen after each step."""
+
+    def __init__(self, freeze: GradCovFreezeCallback) -> None:
+        self.freeze, self.counts = freeze, list[int]()
+
+    @override
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.counts.append(self.freeze._phase.count if self.freeze.phase == "frozen" else 0)
+
+    @property
+    def stages(self) -> list[tuple[int, int]]:
+        """(t, k) of each change."""
+        before = [0, *self.counts]
+        return [(t, k) for t, (k, was) in enumerate(zip(self.counts, before, strict=False), start=1) if k != was]
+
+
+def fit(task: Task, seed: int, steps: int, freeze: GradCovFreezeCallback | None) -> dict[str, Any]:
+    """Train, and judge on the test split."""
+    splits = task.data(seed)
+    pl.seed_everything(seed, verbose=False)
+    model = task.model()
+    fractions = Fractions(freeze) if freeze else None
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, max_steps=steps, callbacks=[freeze, fractions] if freeze else [], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    batches = epochs(len(splits["train"]), task.batch_size, steps, seed)
+    trainer.fit(model, DataLoader(splits["train"], sampler=batches, batch_size=None))
+    model.eval()
+    with torch.no_grad():
+        measure = METRICS[task.metric] or model.loss
+        found: dict[str, Any] = {
+            name: float(mean_over(splits["test"], lambda x: model(x)[None], of)[0])
+            for name, of in (("metric", measure), ("test", model.loss))
+        }
+    if fractions:
+        p = sum(w.numel() for w in model.parameters())
+        found |= {"stages": fractions.stages, "frozen": fractions.counts[-1] / p, "p": p}
+        found |= {"on_average": float(np.mean(fractions.counts)) / p}
+    return found
+
+
+def run(name: str, seed: int, order: str) -> dict[str, Any]:
+    """All runs of one task and seed."""
+    task = TASKS[name]
+    steps = task.steps * LONGER.get(name, DEFAULT)
+    found = {"steps": steps, "unfrozen": fit(task, seed, steps, None)}
+    auto = GradCovFreezeCallback("auto", "auto", order=order, seed=seed)  # type: ignore[arg-type]
+    found["auto"] = fit(task, seed, steps, auto)
+    schedule = FreezeSchedule(found["auto"]["stages"], monotone=False)
+    for title, other in OTHERS.items():
+        found[title] = fit(task, seed, steps, GradCovFreezeCallback(schedule=schedule, order=other, seed=seed))
+    return found
+
+
+def quality(name: str, run: dict[str, Any], which: str) -> float:
+    """The test metric against the unfrozen run's, in percent of it; positive is better."""
+    sign = 100 if TASKS[name].higher_is_better else -100
+    return sign * (run[which]["metric"] - run["unfrozen"]["metric"]) / run["unfrozen"]["metric"]
+
+
+def report(runs: dict[str, list[dict[str, Any]]]) -> str:
+    """A table: a row a task, then the mean over tasks, and paired differences with 95 % intervals."""
+    kinds = ["auto", *OTHERS]
+    lines = [
+        "| task | t0 / steps | frozen at the end | on average | " + " | ".join(kinds) + " |",
+        "| --- " * (4 + len(kinds)) + "|",
+    ]
+    values = {
+        kind: {name: np.array([quality(name, r, kind) for r in of]) for name, of in runs.items()} for kind in kinds
+    }
+    for name, of in runs.items():
+        t0 = [r["auto"]["stages"][0][0] for r in of]
+        frozen, average = ([r["auto"][key] for r in of] for key in ("frozen", "on_average"))
+        cells = [f"{min(t0)} to {max(t0)} / {of[0]['steps']}", f"{min(frozen):.0%} to {max(frozen):.0%}"]
+        cells += [
+            f"{np.mean(average):.0%}",
+            *(f"{v[name].mean():+.2f} ({v[name].min():+.2f})" for v in values.values()),
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    means = [f"{np.mean([v.mean() for v in of.values()]):+.2f}" for of in values.values()]
+    lines.append("| mean | | | | " + " | ".join(means) + " |")
+    for kind in OTHERS:
+        pairs = {name: values["auto"][name] - values[kind][name] for name in runs}
+        mean, low, high = interval(pairs)
+        lines.append(f"\nauto minus {kind}: {mean:+.2f} [{low:+.2f}, {high:+.2f}]")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run what is missing, then report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", type=lambda v: v.split(","), default=list(TASKS), help="of " + ", ".join(TASKS))
+    parser.add_argument("--seeds", type=int, default=5, help="runs of a task, at most (%(default)s)")
+    parser.add_argument("--first-seed", type=int, default=0, help="(%(default)s)")
+    parser.add_argument("--order", default="progress", help="(%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("quality"), help="where results lie (%(default)s)")
+    parser.add_argument("--only-report", action="store_true", help="train nothing")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    args.out.mkdir(parents=True, exist_ok=True)
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
+        for name in args.tasks:
+            file = args.out / f"automatic-{args.order}-{name}-{seed}.json"
+            if not file.exists() and not args.only_report and seed - args.first_seed < TASKS[name].seeds:
+                file.write_text(json.dumps(run(name, seed, args.order), indent=1), encoding="utf-8")
+            if file.exists():
+                runs.setdefault(name, []).append(json.loads(file.read_text(encoding="utf-8")))
+    text = report(runs)
+    (args.out / f"automatic-{args.order}.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
