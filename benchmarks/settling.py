@@ -3,8 +3,8 @@
     uv run python -m benchmarks.settling [--models M1,M2,M5] [--rounds 20]
 
 Each round times a plain step of a model (forward, backward, the default Adam; one thread), taking in its loss, and a
-look, in turn; figures are medians. The share is of the whole time until t0, for the t0 given: all the looks up to it and
-every step's loss, over that many plain steps.
+look, in turn; figures are medians. The share is of the whole time until t0, for the t0 given: all the looks up to it
+and every step's loss, over that many plain steps.
 """
 
 import argparse

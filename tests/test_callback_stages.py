@@ -118,6 +118,30 @@ def test_each_stage_rests_on_the_steps_since_the_one_before():
     assert set(order[: round(0.6 * P)]) == set(np.flatnonzero(frozen))
 
 
+def test_a_monotone_schedule_keeps_what_the_order_would_thaw():
+    """An order that turns round: monotone, it adds from the other end; else it takes the others instead."""
+
+    def fickle(evidence: Any) -> dict[str, Tensor]:
+        fickle.sign *= -1
+        return {n: fickle.sign * w for n, w in evidence.weights.items()}
+
+    for monotone, kept in ((True, 20), (False, 0)):
+        fickle.sign = 1
+        callback = GradCovFreezeCallback(schedule=FreezeSchedule([(6, 20), (12, 30)], monotone), order=fickle)
+        first, second = (diary := train(callback)).masks[6], diary.masks[-1]
+        assert diary.counts()[-1] == 30
+        assert sum(int((first[n] & second[n]).sum()) for n in first) == kept
+
+
+def test_losses_are_those_of_the_batches_whatever_is_accumulated():
+    """Lightning divides them by the number of micro-batches."""
+    callback = GradCovFreezeCallback(t0=6, k=Growth(every=5))
+    trainer = cases.trainer(callbacks=callback, max_epochs=2, accumulate_grad_batches=2)
+    trainer.fit(Plateau(lambda t: 7.0), cases.loader())
+    assert callback._plan.growing is not None
+    assert callback._plan.growing.reference[0] == pytest.approx(7.0)
+
+
 @pytest.mark.parametrize("hold", ["auto", "restore"])
 def test_a_schedule_that_is_not_monotone_thaws_with_the_state_of_the_freeze(hold):
     """Nine tenths, then a third: what thaws trains on with the moments that it had, and makes no leap."""

@@ -1,6 +1,7 @@
 """What does freezing cost, in which order? Quality against the live fraction on eleven tasks.
 
-    uv run --group bench python -m benchmarks.quality [--tasks boston,text] [--seeds 5] [--out DIR] [--quick] [--only-report]
+    uv run --group bench python -m benchmarks.quality [--tasks boston,text] [--seeds 5] [--out DIR] [--quick]
+                                                      [--only-report]
 
 Leaves TASK-SEED.json in DIR as it goes, so that an interrupted command goes on where it stopped, and at the end
 quality.md, quality.json and quality.png, of whatever is in DIR.

@@ -1,7 +1,7 @@
 """What t0="auto" and k="auto" make of the tasks: quality against the unfrozen run, at the fraction that they find.
 
-    uv run --group bench python -m benchmarks.quality.automatic [--tasks boston,text] [--seeds 5] [--order progress] [--out DIR]
-                                           [--only-report]
+    uv run --group bench python -m benchmarks.quality.automatic [--tasks boston,text] [--seeds 5]
+                                                                [--order progress] [--out DIR] [--only-report]
 
 Every run is a fit of a Lightning Trainer, from the same weights on the same batches: unfrozen; with both left to the
 data, by `--order`; and by other orders, which freeze as many elements after the same steps. The tasks train `LONGER`
