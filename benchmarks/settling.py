@@ -50,7 +50,7 @@ def measure(name: str, rounds: int) -> tuple[list[float], ...]:
     _, make, batch = MODELS[name]
     plain = Step(make(), batch())
     plan, ordering = Plan([(Settled(max_t0=10**9), 0.8)], "1/t"), orderings.ORDERINGS["progress"]
-    plan.begin(10**9)
+    plan.begin(lambda: 10**9)
     phase = Observing(plain.parameters, needs=orderings.needed_by(ordering))
     for moment in phase.moments.values():
         moment.tensors = {n: torch.rand_like(t) for n, t in moment.tensors.items()}

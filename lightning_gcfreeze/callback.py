@@ -380,7 +380,7 @@ class GradCovFreezeCallback(_Callback):
         else:
             _refuse(refusals.of_resuming(self._resumed, self._arguments(), self._phase.shapes, run.parameters))
         run.logged_step = self._steps
-        _refuse(self._plan.begin(trainer.estimated_stepping_batches))
+        _refuse(self._plan.begin(lambda: trainer.estimated_stepping_batches))
         if self._resumed is not None:
             self._phase.to(_local(run.parameters), run.shards)
         if watched := self._watched:
@@ -663,6 +663,7 @@ class GradCovFreezeCallback(_Callback):
         verdict = self._plan.judge(self._steps, self._ranks)
         if verdict == "stay":
             self._aside.forget()
+            self._tell_savings()
         elif verdict in ("grow", "thaw"):
             k = selection.resolve_count(self._plan.k, run.count)
             self._change(run, phase.of_count(k, self.granularity, self._ranks))
@@ -671,6 +672,10 @@ class GradCovFreezeCallback(_Callback):
                 f"{type(self).__name__}: after {self._steps} optimizer steps {self._plan.growing.sentence(verdict)}"
                 f" {self.frozen_fraction:.1%} of the eligible elements are frozen."
             )
+
+    def _tell_savings(self) -> None:
+        if self._savings and not self._plan.unfinished:
+            rank_zero_info(self._savings.table())
 
     def _change(self, run: _Run, phase: Frozen) -> None:
         """Hold what the new decision says, and nothing else."""
@@ -689,8 +694,7 @@ class GradCovFreezeCallback(_Callback):
                 freezing = {name: mask & ~before[name] for name, mask in phase.frozen.items()}
                 self._aside.keep(optimizer, run.parameters, freezing)
         self._begin_to_hold(run, phase, resumed=False)
-        if self._savings and not self._plan.unfinished:
-            rank_zero_info(self._savings.table())
+        self._tell_savings()
 
     def _begin_to_hold(self, run: _Run, phase: Frozen, resumed: bool) -> None:
         # As long as more is observed, frozen elements' gradients are wanted too: nothing is spared yet.

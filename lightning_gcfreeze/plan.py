@@ -5,7 +5,7 @@ its k is given, or grows from there on along the same order, by `Growing`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -128,20 +128,21 @@ class Plan:
         assert self.settling is not None
         return self.settling.max_t0
 
-    def begin(self, planned: float) -> str | None:
-        """Find out what depends on the optimizer steps that are planned in all, perhaps infinitely many.
+    def begin(self, planned: Callable[[], float]) -> str | None:
+        """Find out what depends on the optimizer steps that are planned in all, if anything does.
 
         Returns:
             Why it cannot be: there is no end to them, and no latest step was given.
         """
         (t, _), *_ = self.decisions
         if isinstance(t, Settled) and self.settling is None:
-            if t.max_t0 is None and not math.isfinite(planned):
+            steps = math.nan if t.max_t0 else planned()
+            if not t.max_t0 and not math.isfinite(steps):
                 return (
                     "`t0='auto'` freezes after half of the planned steps at the latest, but this Trainer has no end."
                     " Pass `max_t0`, or give the Trainer `max_steps` or `max_epochs`."
                 )
-            self.settling = Settling(t, t.max_t0 or max(1, int(planned) // 2), self._gain)
+            self.settling = Settling(t, t.max_t0 or max(1, int(steps) // 2), self._gain)
         return None
 
     def may_decide_after(self, step: int) -> bool:

@@ -21,7 +21,7 @@ def test_with_a_given_t0_the_reference_is_the_loss_of_the_last_tenth_before_it()
     """Twenty steps at least."""
     for t0, every in ((100, 20), (400, 40)):
         plan = Plan([(t0, FLAT)], "1/t")
-        plan.begin(1000)
+        plan.begin(lambda: 1000)
         hear(plan, {step: 1.0 if step > t0 - every else 100.0 for step in range(1, t0 + 1)})
         plan.decided(t0, ALONE)
         assert plan.growing is not None
@@ -32,7 +32,7 @@ def test_with_a_given_t0_the_reference_is_the_loss_of_the_last_tenth_before_it()
 
 def test_with_settling_the_reference_is_the_loss_since_the_last_look():
     plan = Plan([(Settled(first=4, growth=2.0, max_t0=100), FLAT)], "1/t")
-    plan.begin(1000)
+    plan.begin(lambda: 1000)
     hear(plan, dict.fromkeys(range(1, 5), 9.0))
     moved = torch.ones(50, dtype=torch.bool)
     plan.look(torch.rand(50), moved, 4, 0.5, ALONE)
@@ -76,6 +76,16 @@ def test_decisions_are_due_at_their_steps_alone():
 
 def test_half_of_the_planned_steps_is_the_latest():
     plan = Plan([(Settled(), 0.5)], "1/t")
-    assert "has no end" in (plan.begin(float("inf")) or "")
-    assert plan.begin(301) is None
+    assert "has no end" in (plan.begin(lambda: float("inf")) or "")
+    assert plan.begin(lambda: 301) is None
     assert plan.latest == 150
+
+
+def test_the_planned_steps_are_asked_for_only_if_they_matter():
+    """Lightning cannot tell them where accumulation changes from epoch to epoch."""
+
+    def unknown() -> float:
+        raise AssertionError
+
+    for t0 in (10, Settled(max_t0=20)):
+        assert Plan([(t0, 0.5)], "1/t").begin(unknown) is None
