@@ -225,7 +225,8 @@ class GradCovFreezeCallback(_Callback):
 
     @property
     def variance(self) -> dict[str, Tensor]:
-        """The diagonal of C_t, ``{name: (*p.shape)}``, float32 or wider, in squared gradients; at t0 it stops changing.
+        """The diagonal of C_t, ``{name: (*p.shape)}``, float32 or wider, in squared gradients; from t0 on that of the
+        last decision.
 
         With S fixed it estimates (1 - 1/S) times the variance of a single sample's gradient. Empty before the first
         observed step. Of a sharded parameter it is a DTensor, laid out as the parameter is.
@@ -323,6 +324,8 @@ class GradCovFreezeCallback(_Callback):
         if self._run and self._watched and not _in_a_signal_handler():
             self._watched.share(self._ranks)
             self._run.samples.share(self._ranks)
+        if self._run and not _in_a_signal_handler():
+            self._plan.share(self._ranks)
         return {
             "format": _FORMAT,
             "arguments": self._arguments(),
@@ -498,13 +501,16 @@ class GradCovFreezeCallback(_Callback):
         growth = self._plan.growth
         if self._run is None or trainer.sanity_checking or growth is None or growth.monitor is None:
             return
+        if not self._plan.unfinished:
+            return
         if growth.monitor not in trainer.callback_metrics:
             raise MisconfigurationException(
                 f"`monitor={growth.monitor!r}` was not logged by this validation, but"
                 f" {', '.join(sorted(trainer.callback_metrics)) or 'nothing'} was. Log it with `self.log`, or leave"
                 " `monitor` out, to watch the training loss."
             )
-        self._plan.hear_of_validation(float(trainer.callback_metrics[growth.monitor]))
+        of_all = self._ranks.of_all(float(trainer.callback_metrics[growth.monitor]))
+        self._plan.hear_of_validation(sum(of_all) / len(of_all))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so if nothing was frozen, or a stage was not reached."""
@@ -513,6 +519,11 @@ class GradCovFreezeCallback(_Callback):
             rank_zero_warn(
                 f"{what}: training ended after {self._steps} optimizer steps, before `t0={self._t0}`."
                 " Lower `t0` or train longer."
+            )
+        elif self._plan.unfinished:
+            rank_zero_info(
+                f"`k='auto'` was not settled: training ended with stage {int(self._plan.k * 100)} % under watch. Train"
+                " longer, validate more often, or make `every` of `Growth` smaller."
             )
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -606,6 +617,8 @@ class GradCovFreezeCallback(_Callback):
         last = self._steps >= self._plan.latest
         observed = -int(self._ranks.largest(torch.tensor(-phase.observed)))
         if not observed:
+            if not last:
+                self._plan.settling.skip()
             return last
         scores = phase.scores(self._ordering, _local(run.parameters), self._seed, self.granularity, self._ranks)
         look = self._plan.look(
@@ -617,7 +630,7 @@ class GradCovFreezeCallback(_Callback):
         )
         if look.settled or last:
             why = "the order and the loss have settled" if look.settled else "`max_t0` is reached"
-            rank_zero_info(f"{type(self).__name__}: {why}; {look}")
+            rank_zero_info(f"{type(self).__name__}: {why}. The last look: {look.sentence()}.")
         return look.settled or last
 
     def _decide(self, phase: Observing, run: _Run) -> Frozen:
@@ -688,8 +701,8 @@ class GradCovFreezeCallback(_Callback):
         if self._may_thaw:
             thawing = {name: mask & ~phase.frozen[name] for name, mask in before.items()}
             self._aside.give_back(optimizer, run.parameters, thawing)
-            if self._plan.growth:
-                self._aside.forget()  # only the last stage may thaw
+            if self._plan.growth or not self._plan.unfinished:
+                self._aside.forget()  # where k grows, only the last stage may thaw
             if self._plan.unfinished:
                 freezing = {name: mask & ~before[name] for name, mask in phase.frozen.items()}
                 self._aside.keep(optimizer, run.parameters, freezing)

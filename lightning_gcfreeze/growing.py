@@ -21,7 +21,8 @@ class Growth:
     """What ``k="auto"`` means, with other numbers: ``k=Growth(most=0.99, monitor="val_loss")``.
 
     Args:
-        max_loss_increase: relative to the loss before the first freeze, or the lowest since.
+        max_loss_increase: relative to the loss before the first freeze, or the lowest since. Where no monitored one was
+            known by then, the first that comes.
         monitor: the loss to watch, by the name under which it is logged; it is read after each validation. None: the
             training loss, over `every` steps.
         first: the fraction of the eligible elements that the first stage freezes.
@@ -109,7 +110,7 @@ class Growing:
             self.done = self.stage + 1 == self.growth.stages
             self.stage += not self.done
             return "stay" if self.done else "grow"
-        if self._patient:
+        if self._patient and not self._over:
             self.done = True
             return "stay"
         return "wait"

@@ -17,7 +17,7 @@ class Mean(NamedTuple):
 
     value: float = math.nan
     error: float = math.nan
-    """Standard error of the mean, the values taken for independent; 0 of a single one."""
+    """Standard error of the mean, the values taken for independent: infinite of a single one, unless it is exact."""
     of: int = 0
     """How many values."""
 
@@ -27,47 +27,69 @@ class Mean(NamedTuple):
         return (self.value - other.value) / scale, math.hypot(self.error, other.error) / scale
 
 
+class _Sums(NamedTuple):
+    number: float = 0.0
+    mean: float = 0.0
+    squares: float = 0.0  # of the distances from the mean
+
+
+def _row(sums: _Sums) -> Tensor:
+    return torch.tensor(sums, dtype=torch.float64)
+
+
 class Losses:
     """Gathers losses between two readings. A loss that is not finite is left out."""
 
     def __init__(self) -> None:
         self._waiting: list[Tensor] = []
-        self._count, self._mean, self._squares = 0, 0.0, 0.0  # squares: of the distances from the mean
+        self._own = _Sums()
+        self._past = _Sums()  # what all processes have shared
 
     def add(self, loss: Tensor) -> None:
-        """Take in one loss, 0-dim. Nothing is asked of its device yet."""
-        self._waiting.append(loss.detach())
+        """Take in one loss, of one element. Nothing is asked of its device yet."""
+        self._waiting.append(loss.detach().reshape(()))
         if len(self._waiting) == _AT_ONCE:
             self._settle()
 
     def read(self, ranks: Ranks = ALONE) -> Mean:
         """The mean over all processes since the last reading; the next one begins afresh. With nothing finite, NaN."""
-        self._settle()
-        own = torch.tensor([self._count, self._mean, self._squares], dtype=torch.float64)
-        counts, means, squares = ranks.gathered(own).unbind(1)
-        self._count, self._mean, self._squares = 0, 0.0, 0.0
-        n = int(counts.sum())
-        if not n:
+        count, mean, squares = self._together(ranks)
+        self._own = self._past = _Sums()
+        if not count:
             return Mean()
-        mean = float((counts * means).sum()) / n
-        variance = float((squares + counts * (means - mean).square()).sum()) / max(1, n - 1)
-        return Mean(mean, math.sqrt(variance / n), n)
+        return Mean(mean, math.sqrt(squares / (count - 1) / count) if count > 1 else math.inf, int(count))
 
-    def state_dict(self) -> list[float]:
+    def share(self, ranks: Ranks) -> None:
+        """Become the same on all processes."""
+        if ranks.count > 1:
+            self._past, self._own = self._together(ranks), _Sums()
+
+    def state_dict(self) -> list[list[float]]:
         """Numbers alone."""
         self._settle()
-        return [self._count, self._mean, self._squares]
+        return [list(self._own), list(self._past)]
 
-    def load_state_dict(self, state: list[float]) -> None:
+    def load_state_dict(self, state: list[list[float]]) -> None:
         """Go on from what `state_dict` gave."""
         self._waiting = []
-        self._count, self._mean, self._squares = int(state[0]), state[1], state[2]
+        self._own, self._past = _Sums(*state[0]), _Sums(*state[1])
+
+    def _together(self, ranks: Ranks) -> "_Sums":
+        self._settle()
+        if ranks.count == 1 and not self._past.number:
+            return self._own
+        rows = torch.cat([_row(self._past)[None], ranks.gathered(_row(self._own))])
+        counts, means, squares = rows.unbind(1)
+        n = float(counts.sum())
+        mean = float((counts * means).sum()) / max(n, 1.0)
+        return _Sums(n, mean, float((squares + counts * (means - mean).square()).sum()))
 
     def _settle(self) -> None:
-        for value in torch.stack(self._waiting).double().tolist() if self._waiting else ():
+        count, mean, squares = self._own
+        for value in torch.stack(self._waiting).cpu().double().tolist() if self._waiting else ():
             if math.isfinite(value):  # Welford's recursion: no difference of large numbers
-                self._count += 1
-                apart = value - self._mean
-                self._mean += apart / self._count
-                self._squares += apart * (value - self._mean)
-        self._waiting = []
+                count += 1
+                apart = value - mean
+                mean += apart / count
+                squares += apart * (value - mean)
+        self._own, self._waiting = _Sums(count, mean, squares), []

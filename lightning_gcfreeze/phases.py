@@ -192,6 +192,7 @@ class Observing:
         """
         evidence = self._evidence(weights, seed, granularity)
         scores = self._scores(ordering, evidence, ranks)
+        given = scores
         if keep is not None:
             scores = {name: score.double().masked_fill(keep[name], -math.inf) for name, score in scores.items()}
         among = ranks if self.shards else ALONE
@@ -209,7 +210,7 @@ class Observing:
             skipped=self.skipped,
             positions=dict(positions or {}),
             counts=self.shards.count(frozen, among),
-            never_moved=sum(self.shards.count(_never_moved(frozen, scores, evidence.variance, among), among).values()),
+            never_moved=sum(self.shards.count(_never_moved(frozen, given, evidence.variance, among), among).values()),
             shapes=self.shapes,
             shards=self.shards,
         )

@@ -137,10 +137,10 @@ class Plan:
         (t, _), *_ = self.decisions
         if isinstance(t, Settled) and self.settling is None:
             steps = math.nan if t.max_t0 else planned()
-            if not t.max_t0 and not math.isfinite(steps):
+            if not t.max_t0 and not 0 < steps < math.inf:
                 return (
-                    "`t0='auto'` freezes after half of the planned steps at the latest, but this Trainer has no end."
-                    " Pass `max_t0`, or give the Trainer `max_steps` or `max_epochs`."
+                    "`t0='auto'` freezes after half of the planned steps at the latest, but this Trainer has no end, or"
+                    " a loader without a length. Pass `max_t0`, or give the Trainer `max_steps`."
                 )
             self.settling = Settling(t, t.max_t0 or max(1, int(steps) // 2), self._gain)
         return None
@@ -163,11 +163,11 @@ class Plan:
         self._losses.add(loss)
 
     def hear_of_validation(self, loss: float) -> None:
-        """Take in the monitored loss."""
-        if self.observes:
+        """Take in the monitored loss, the same on all processes. NaN is no loss, and after the freeze too much."""
+        if not self.observes:
+            self._validated = Mean(math.inf if math.isnan(loss) else loss, 0.0, 1)
+        elif math.isfinite(loss):
             self._before = Mean(loss, 0.0, 1)
-        else:
-            self._validated = Mean(loss, 0.0, 1)
 
     def look(self, scores: Tensor, moved: Tensor, observed: int, fraction: float, ranks: Ranks) -> Look:
         """Look back from this step; see `Settling.look`."""
@@ -202,8 +202,7 @@ class Plan:
         if growing.growth.monitor is not None:
             if self._validated is None:
                 return "wait"
-            own, self._validated = self._validated.value, None
-            loss = Mean(sum(of_all := ranks.of_all(own)) / len(of_all), 0.0, 1)
+            loss, self._validated = self._validated, None
         elif (step - self.t0) % growing.every:
             return "wait"
         else:
@@ -215,6 +214,10 @@ class Plan:
             "gcfreeze/growing/stage": float(growing.stage + 1),
         }
         return verdict
+
+    def share(self, ranks: Ranks) -> None:
+        """Become the same on all processes."""
+        self._losses.share(ranks)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers and strings."""

@@ -38,7 +38,7 @@ class Settled:
 
     Args:
         max_t0: freeze after this optimizer step at the latest; None: after half of those that the Trainer plans.
-        first: the optimizer step of the first look; there is no freeze before the third.
+        first: the optimizer step of the first look, with which the next one is compared.
         growth: each look comes after so many times as many steps as the one before it.
         overlap: how far the overlap of successive would-be frozen sets must lie above that of pure sampling noise, from
             0, no further, to 1, equal sets.
@@ -73,7 +73,7 @@ class Look:
     overlap_of_noise: float
     """What sampling noise alone would give."""
     improvement: float
-    """Of the mean loss, relative to itself; NaN before the third look."""
+    """Of the mean loss, relative to itself; NaN at the first."""
     improvement_noise: float
     """Its standard error."""
     order_has_settled: bool
@@ -83,6 +83,13 @@ class Look:
     def settled(self) -> bool:
         """Whether it is time to freeze."""
         return self.order_has_settled and self.loss_has_settled
+
+    def sentence(self) -> str:
+        """What was found, for the log."""
+        return (
+            f"would-be frozen sets overlap by {self.overlap:.2f} (noise alone: {self.overlap_of_noise:.2f}), and the"
+            f" loss fell by {self.improvement:.1%} (± {self.improvement_noise:.1%})"
+        )
 
 
 class Settling:
@@ -122,8 +129,8 @@ class Settling:
             share = float((chosen & moved).sum()) / max(1, int(moved.sum()))
             noise = overlap_of_noise(kept * math.sqrt(self._power / power), share)
         improvement, improvement_noise = self._loss.above(loss)
-        step, settled = self.next_look, self.settled
-        self.next_look = min(max(step + 1, math.ceil(step * settled.growth)), max(step + 1, self.max_t0))
+        settled = self.settled
+        self.skip()
         self._chosen, self._observed, self._power, self._loss = chosen, observed, power, loss
         return Look(
             overlap,
@@ -133,6 +140,11 @@ class Settling:
             order_has_settled=overlap >= noise + settled.overlap * (1 - noise),
             loss_has_settled=improvement + improvement_noise <= settled.improvement,
         )
+
+    def skip(self) -> None:
+        """Leave this look out, or be done with it: `next_look` is the one after it."""
+        step = self.next_look
+        self.next_look = min(max(step + 1, math.ceil(step * self.settled.growth)), max(step + 1, self.max_t0))
 
     def state_dict(self) -> dict[str, Any]:
         """A tensor and numbers."""

@@ -152,6 +152,7 @@ def test_a_schedule_that_is_not_monotone_thaws_with_the_state_of_the_freeze(hold
     diary = train(callback, module=cases.Regression(cases.mlp(), optimizer))
     unfrozen = train(GradCovFreezeCallback(t0=8, k=0), module=cases.Regression(cases.mlp(), optimizer))
     assert diary.counts() == [0] * 7 + [round(0.9 * P)] * 12 + [round(0.3 * P)] * 13
+    assert not callback._aside.state_dict()["masks"]  # nothing is kept after the last stage
     names = list(diary.weights[0])
     thawed = {n: diary.masks[18][n] & ~diary.masks[19][n] for n in names}
     assert sum(int(t.sum()) for t in thawed.values()) > 0.4 * P
@@ -318,8 +319,14 @@ def test_an_order_that_does_not_settle_waits_for_max_t0():
     assert diary.counts().index(round(0.5 * P)) == 49
 
 
+def test_looks_without_anything_observed_are_left_out():
+    """Every ninth step is observed, and the first look comes after the fourth."""
+    callback = GradCovFreezeCallback(t0=Settled(first=4, max_t0=20, overlap=0.9), k=0.5, every=9)
+    assert train(callback).counts().index(round(0.5 * P)) == 19
+
+
 def test_without_an_end_max_t0_is_needed():
-    with pytest.raises(MisconfigurationException, match=r"this Trainer has no end\. Pass `max_t0`"):
+    with pytest.raises(MisconfigurationException, match="this Trainer has no end, or a loader without a length"):
         cases.trainer(max_epochs=-1, callbacks=GradCovFreezeCallback(t0="auto", k=0.5)).fit(
             cases.Regression(cases.mlp()), cases.loader()
         )

@@ -68,6 +68,13 @@ def test_noise_decides_for_nothing_but_to_stay_or_by_the_mean_of_all():
     assert growing.noise == pytest.approx(math.hypot(0.05 / math.sqrt(3), 0.001))
 
 
+def test_patience_does_not_overrule_a_cost_that_shows():
+    """Above at the third mean for the first time: a fourth decides."""
+    growing = Growing(replace(FOUR, max_loss_increase=0.1), 20, mean(1.0, 0.02))
+    found = verdicts(growing, mean(1.09, 0.02), mean(1.115, 0.02), mean(1.6, 0.02), mean(1.6, 0.02))
+    assert found == ["wait", "wait", "wait", "thaw"]
+
+
 def test_the_reference_follows_a_loss_that_falls_and_none_that_rises():
     """Creeping up by 0.6 % a stage is found out; falling first makes the same loss too much later."""
     growing = Growing(FOUR, 20, mean(1.0, 0.0))

@@ -19,6 +19,8 @@ def gathered(values):
 class Processes:
     """Stands for several of them: this one's numbers, and the others'."""
 
+    count = 3
+
     def __init__(self, *others):
         self.others = others
 
@@ -34,8 +36,15 @@ def test_it_is_numpys_mean_with_its_standard_error(count):
     exact = values.astype(np.float64)
     assert mean.of == count
     assert mean.value == pytest.approx(exact.mean(), rel=1e-12)
-    expected = exact.std(ddof=1) / math.sqrt(count) if count > 1 else 0.0
+    expected = exact.std(ddof=1) / math.sqrt(count) if count > 1 else math.inf  # of one, nothing is known
     assert mean.error == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_loss_may_have_an_axis():
+    losses = Losses()
+    losses.add(torch.tensor([2.0]))
+    losses.add(torch.tensor(4.0))
+    assert losses.read().value == 3.0
 
 
 def test_what_is_not_finite_is_left_out_and_a_reading_begins_afresh():
@@ -44,15 +53,24 @@ def test_what_is_not_finite_is_left_out_and_a_reading_begins_afresh():
     assert losses.read().of == 0
     assert math.isnan(losses.read().value)
     losses.add(torch.tensor(7.0))
-    assert losses.read() == Mean(7.0, 0.0, 1)
+    assert losses.read() == Mean(7.0, math.inf, 1)
 
 
 def test_processes_are_pooled():
     """As if one process had seen all of them."""
     values = np.random.default_rng(0).normal(size=30)
-    others = [torch.tensor(gathered(part).state_dict(), dtype=torch.float64) for part in (values[10:12], values[12:])]
+    others = [
+        torch.tensor(gathered(part).state_dict()[0], dtype=torch.float64) for part in (values[10:12], values[12:])
+    ]
     pooled = gathered(values[:10]).read(Processes(*others))
-    assert pooled == pytest.approx((values.mean(), values.std(ddof=1) / math.sqrt(30), 30), rel=1e-5)
+    everything = pytest.approx((values.mean(), values.std(ddof=1) / math.sqrt(30), 30), rel=1e-5)
+    assert pooled == everything
+    shared = gathered(values[:10])
+    shared.share(Processes(*others))
+    resumed = Losses()
+    resumed.load_state_dict(shared.state_dict())
+    nothing = [torch.zeros(3, dtype=torch.float64)] * 2
+    assert shared.read(Processes(*nothing)) == resumed.read(Processes(*nothing)) == everything  # each counts once
 
 
 def test_a_state_goes_on():

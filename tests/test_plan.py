@@ -89,3 +89,23 @@ def test_the_planned_steps_are_asked_for_only_if_they_matter():
 
     for t0 in (10, Settled(max_t0=20)):
         assert Plan([(t0, 0.5)], "1/t").begin(unknown) is None
+
+
+def test_a_monitored_loss_that_is_nan_is_none_before_the_freeze_and_too_much_after_it():
+    """And two in a row thaw."""
+    plan = Plan([(10, Growth(first=0.5, monitor="x"))], "1/t")
+    plan.hear_of_validation(2.0)
+    plan.hear_of_validation(float("nan"))
+    plan.decided(10, ALONE)
+    assert plan.growing is not None
+    assert plan.growing.reference == (2.0, 0.0, 1)
+    verdicts = []
+    for step in (11, 12):
+        plan.hear_of_validation(float("nan"))
+        verdicts.append(plan.judge(step, ALONE))
+    assert verdicts == ["wait", "thaw"]
+
+
+def test_a_trainer_that_says_minus_one_has_no_end():
+    """Lightning's estimate with a loader of unknown length."""
+    assert "has no end" in (Plan([(Settled(), 0.5)], "1/t").begin(lambda: -1) or "")

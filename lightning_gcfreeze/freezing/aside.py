@@ -35,7 +35,8 @@ class Aside:
         states = {}
         for name, mask in freezing.items():
             p, places = parameters[name], Places(mask.to(parameters[name].device))
-            states[name] = {key: places.take(value) for key, value in _by_element(optimizer, p).items() if len(places)}
+            by_element = _by_element(optimizer, p) if len(places) else {}
+            states[name] = {key: places.take(_strided(value)) for key, value in by_element.items()}
         self._masks.append(dict(freezing))
         self._states.append(states)
 
@@ -53,6 +54,7 @@ class Aside:
                 where, back, still = Places((mask & thawing[name]).to(p.device)), Places(thaws), Places(~thaws)
                 for key, value in _by_element(optimizer, p).items():
                     if key in states[name] and len(where):
+                        value = optimizer.state[p][key] = _strided(value)
                         where.put_(value, back.take(states[name][key].to(p.device)))
                 states[name] = {key: still.take(value.to(p.device)) for key, value in states[name].items()}
                 masks[name] = mask & ~thawing[name]
@@ -68,6 +70,10 @@ class Aside:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
         self._masks, self._states = [dict(m) for m in state["masks"]], [dict(s) for s in state["states"]]
+
+
+def _strided(tensor: Tensor) -> Tensor:
+    return tensor.to_dense() if tensor.is_sparse else tensor
 
 
 def _by_element(optimizer: Optimizer, p: Parameter) -> dict[str, Tensor]:

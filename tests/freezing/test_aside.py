@@ -66,3 +66,22 @@ def test_a_parameter_without_a_state_has_none_to_keep():
     aside.keep(optimizer, p, mask)
     aside.give_back(optimizer, p, mask)
     assert not optimizer.state[p["w"]]
+
+
+def test_a_sparse_state_is_kept_too():
+    """SGD's momentum of an embedding with sparse gradients; it comes back dense."""
+    layer = torch.nn.Embedding(4, 2, sparse=True)
+    optimizer, aside = torch.optim.SGD(layer.parameters(), 0.1, momentum=0.9), Aside()
+    layer(torch.tensor([1, 3])).sum().backward()
+    optimizer.step()
+    p = {"w": layer.weight}
+    before = optimizer.state[layer.weight]["momentum_buffer"].to_dense().clone()
+    mask = {"w": torch.tensor([[True, False]] * 4)}
+    aside.keep(optimizer, p, mask)
+    optimizer.state[layer.weight]["momentum_buffer"].coalesce().values().zero_()
+    aside.give_back(optimizer, p, mask)
+    after = optimizer.state[layer.weight]["momentum_buffer"]
+    assert torch.equal(after[mask["w"]], before[mask["w"]])
+    assert before[mask["w"]].any()
+    layer(torch.tensor([0, 1])).sum().backward()
+    optimizer.step()
