@@ -120,7 +120,8 @@ class GradCovFreezeCallback(_Callback):
         hold: how constancy is kept: "compact", the optimizer gets the live elements alone, which saves its memory and
             its work, and leaves no ``p.grad``; "restore", frozen values are put back after each step, under any
             optimizer; "auto", compact where the optimizer treats every element by itself and no hook of the user's own
-            may look at gradients, in which case nothing is promoted either.
+            may look at gradients, in which case nothing is promoted either. Until the last stage of a `schedule` all
+            gradients are wanted, so values are restored and nothing is promoted, whatever this says.
         promote: spare the gradients that whole frozen parameters, rows and columns do not need.
         include: patterns (fnmatch) of the parameter names that are eligible; None: all. Only parameters that require
             a gradient and that the optimizer has are ever eligible.
