@@ -26,7 +26,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from examples.paper import figures, study, tables
 from examples.paper.summary import summarise
 from examples.paper.tasks import TASKS, Name, Settings, work
-from lightning_gcfreeze.orderings import ORDERINGS
 
 Number = TypeVar("Number", int, float)
 QUICK = (5, tuple(i / 4 for i in range(5)))  # runs, fractions
@@ -160,8 +159,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--runs", type=_number(int, 2), help="independent runs (25)")
     add("--fractions", type=_fractions, metavar="F,F,…",
         help="fractions to freeze; 0 and 1 are always among them (0,0.1,…,1)")  # fmt: skip
-    add("--orders", type=_orders, default=tuple(ORDERINGS), metavar="ORDER,…",
-        help=f"of {','.join(ORDERINGS)}; variance and random are always among them (all)")  # fmt: skip
+    add("--orders", type=_orders, default=tuple(figures.STYLE), metavar="ORDER,…",
+        help=f"of {','.join(figures.STYLE)}; variance and random are always among them (all)")  # fmt: skip
     add("--t0", type=_number(int, 1), help=f"steps before the freeze ({own})")
     add("--steps", type=_number(int, 2), help=f"steps in all; with --scan-t0, steps after it ({own})")
     add("--batch-size", type=_number(int, 2), help=f"S ({own})")
@@ -207,9 +206,9 @@ def _fractions(text: str) -> tuple[float, ...]:
 
 def _orders(text: str) -> tuple[str, ...]:
     chosen = {"variance", "random", *_parts(text)}
-    if unknown := sorted(chosen - ORDERINGS.keys()):
-        raise argparse.ArgumentTypeError(f"must be among {', '.join(ORDERINGS)}, got {', '.join(unknown)}")
-    return tuple(order for order in ORDERINGS if order in chosen)
+    if unknown := sorted(chosen - figures.STYLE.keys()):
+        raise argparse.ArgumentTypeError(f"must be among {', '.join(figures.STYLE)}, got {', '.join(unknown)}")
+    return tuple(order for order in figures.STYLE if order in chosen)
 
 
 def _parts(text: str) -> list[str]:

@@ -10,13 +10,13 @@ import torch
 from lightning.pytorch.trainer.states import TrainerStatus
 from torch.utils.data import DataLoader, TensorDataset
 
+from examples.paper.figures import STYLE
 from examples.paper.run import Members, epochs, frozen_sets, go_on, prepare, run, warm_up
 from examples.paper.tasks import TASKS, Settings
 from lightning_gcfreeze import GradCovFreezeCallback
-from lightning_gcfreeze.orderings import ORDERINGS
 from tests.oracles.experiment import linear_regression
 
-ORDERS = tuple(ORDERINGS)
+ORDERS = tuple(STYLE)
 SHORT = Settings(
     "boston", t0=9, steps=20, batch_size=32, lr=1e-2, orders=ORDERS, fractions=(0.0, 0.3, 0.8, 1.0), seed=3
 )
