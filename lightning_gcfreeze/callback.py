@@ -106,7 +106,9 @@ class GradCovFreezeCallback(_Callback):
         k: how many eligible elements to freeze: an int is a count, a float in [0, 1] a fraction. "auto", or a `Growth`:
             freeze more and more of them along the order, as long as the loss does not rise.
         order: what to rank by, lowest first: "variance" (the paper), "random", "reverse" (highest variance first),
-            "magnitude", "second_moment", "snr", "displacement", or a callable; see `lightning_gcfreeze.orderings`.
+            "magnitude", "second_moment", "snr", "displacement", "progress" (recommended with Adam),
+            "variance_by_tensor", "variance_by_second_moment", "variance_by_magnitude", or a callable; see
+            `lightning_gcfreeze.orderings`.
         samples: whose gradients feed the recursion: "first" (the paper), "all" of the batch, or the first m. Then the
             squared noise is the mean over them: m times the information, at a third to a half of a step's cost.
         every: observe each `every`-th optimizer step: `every`, 2·`every`, …
@@ -322,10 +324,10 @@ class GradCovFreezeCallback(_Callback):
         signal of SLURM's makes Lightning save has rank 0's statistics alone: it comes in the middle of anything, and
         the ranks may be at different steps.
         """
-        if self._run and self._watched and not _in_a_signal_handler():
-            self._watched.share(self._ranks)
-            self._run.samples.share(self._ranks)
         if self._run and not _in_a_signal_handler():
+            if self._watched:
+                self._watched.share(self._ranks)
+                self._run.samples.share(self._ranks)
             self._plan.share(self._ranks)
         return {
             "format": _FORMAT,
@@ -500,9 +502,9 @@ class GradCovFreezeCallback(_Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the monitored loss, if there is one."""
         growth = self._plan.growth
-        if self._run is None or trainer.sanity_checking or growth is None or growth.monitor is None:
+        if self._run is None or trainer.sanity_checking or not self._plan.unfinished:
             return
-        if not self._plan.unfinished:
+        if growth is None or growth.monitor is None:
             return
         if growth.monitor not in trainer.callback_metrics:
             raise MisconfigurationException(
