@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection, Sequence
+from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import Any
 
@@ -54,8 +55,16 @@ def one_of(name: str, value: Any, allowed: Collection[str]) -> str:
         ValueError: it is not; the message lists the allowed values.
     """
     if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+        raise ValueError(
+            f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}.{did_you_mean(value, allowed)}"
+        )
     return value
+
+
+def did_you_mean(value: Any, allowed: Collection[str]) -> str:
+    """A question at the end of an error, if a value resembles an allowed one."""
+    close = get_close_matches(value, allowed, n=1) if isinstance(value, str) else []
+    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def boolean(name: str, value: Any) -> bool:

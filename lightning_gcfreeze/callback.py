@@ -11,8 +11,14 @@ One optimizer step, t = 1, 2, …, in hooks of the Trainer:
     on_train_batch_end          log
 """
 
+import copy
+import inspect
 import math
+import multiprocessing
+import pickle
 import sys
+import tempfile
+import uuid
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,7 +38,19 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_gcfreeze import _checks, delta, gains, gradients, orderings, plan, refusals, reporting, selection
+from lightning_gcfreeze import (
+    _checks,
+    delta,
+    gains,
+    gradient_access,
+    gradients,
+    misconfiguration,
+    orderings,
+    plan,
+    refusals,
+    reporting,
+    selection,
+)
 from lightning_gcfreeze._types import Granularity
 from lightning_gcfreeze.comm_hook import GradientMean
 from lightning_gcfreeze.distributed import ALONE, Ranks, Shards, local
@@ -78,16 +96,21 @@ class _Run:
 
     trainer: pl.Trainer
     parameters: dict[str, Parameter]  # the eligible ones
+    observable: dict[str, Parameter]  # those, and what `include` and `exclude` leave out
     count: int  # of their elements
     samples: SampleGradients
     positions: Positions
     shards: Shards
     replicas: int  # processes whose batches differ
-    post_hook: RemovableHandle | None = None
+    step_hooks: tuple[RemovableHandle, ...] = ()
     hold: Hold | None = None
     tried: bool = False  # whether the optimizer step to come was tried to observe
     observed_step: int = 0  # the last that was observed
     logged_step: int = 0
+    micro_batches: int = 0  # since the last optimizer step
+    evaluations: int = 0  # of the loss, since the last optimizer step or batch
+    looked_through: bool = False  # the graph of a loss
+    in_trial: bool = False  # a finder of Lightning's trains with other callbacks than the run's
 
 
 class GradCovFreezeCallback(_Callback):
@@ -110,7 +133,9 @@ class GradCovFreezeCallback(_Callback):
             "variance_by_tensor", "variance_by_second_moment", "variance_by_magnitude", or a callable; see
             `lightning_gcfreeze.orderings`.
         samples: whose gradients feed the recursion: "first" (the paper), "all" of the batch, or the first m. Then the
-            squared noise is the mean over them: m times the information, at a third to a half of a step's cost.
+            squared noise is the mean over them: m times the information, at a third to a half of a step's cost. "auto"
+            is "first" where `order` reads the variance; where it does not, no single sample's gradient is taken:
+            `variance` stays empty, and a batch may hold one sample.
         every: observe each `every`-th optimizer step: `every`, 2·`every`, …
         covariance: "diagonal", or "full" for the p x p matrix of a small model.
         gain: κ_t: "1/t", a float in (0, 1], or a callable t -> κ, t counting observed steps from 1.
@@ -120,10 +145,11 @@ class GradCovFreezeCallback(_Callback):
             a filter, a word's embedding); "tensor", a whole parameter. Rows and tensors are ranked by their mean score,
             and as many freeze as fit into `k` elements.
         hold: how constancy is kept: "compact", the optimizer gets the live elements alone, which saves its memory and
-            its work, and leaves no ``p.grad``; "restore", frozen values are put back after each step, under any
-            optimizer; "auto", compact where the optimizer treats every element by itself and no hook of the user's own
-            may look at gradients, in which case nothing is promoted either. Until the last stage of a `schedule` all
-            gradients are wanted, so values are restored and nothing is promoted, whatever this says.
+            its work, and leaves no ``p.grad`` after the step; "restore", frozen values are put back after each step,
+            under any optimizer; "auto", compact where the optimizer treats every element by itself and no code but
+            Lightning's may look at gradients, else restore. Where some may, nothing is promoted, and "compact" leaves
+            the gradients where they are until the step. Until the last stage of a `schedule` all gradients are wanted,
+            so values are restored and nothing is promoted, whatever this says.
         promote: spare the gradients that whole frozen parameters, rows and columns do not need.
         include: patterns (fnmatch) of the parameter names that are eligible; None: all. Only parameters that require
             a gradient and that the optimizer has are ever eligible.
@@ -149,7 +175,7 @@ class GradCovFreezeCallback(_Callback):
         k: int | float | Literal["auto"] | Growth | None = None,
         *,
         order: orderings.Name | orderings.Ordering = "variance",
-        samples: Literal["first", "all"] | int = "first",
+        samples: Literal["auto", "first", "all"] | int = "auto",
         every: int = 1,
         covariance: Literal["diagonal", "full"] = "diagonal",
         gain: gains.Gain = "1/t",
@@ -172,7 +198,7 @@ class GradCovFreezeCallback(_Callback):
         self.max_t0, self.max_loss_increase, self.monitor = max_t0, max_loss_increase, monitor
         self._ordering = orderings.resolve(order)
         self.order = order
-        self.samples = _checks.integer_or_name("samples", samples, at_least=1, allowed=["first", "all"])
+        self.samples = _checks.integer_or_name("samples", samples, at_least=1, allowed=["auto", "first", "all"])
         self.every = _checks.integer("every", every, at_least=1)
         plan.check_every(self.every, self._decisions)
         self.gain = gains.check(gain)
@@ -190,6 +216,7 @@ class GradCovFreezeCallback(_Callback):
             None if log_every_n_steps is None else _checks.integer("log_every_n_steps", log_every_n_steps, at_least=1)
         )
         self._full = _checks.one_of("covariance", covariance, ["diagonal", "full"]) == "full"
+        self._mailbox = uuid.uuid4().hex
         self._start_afresh()
 
     def _start_afresh(self) -> None:
@@ -203,14 +230,30 @@ class GradCovFreezeCallback(_Callback):
         self._ranks = ALONE
         self._mean: GradientMean | None = None  # DDP's communication hook
         self._module: Callable[[], pl.LightningModule | None] = _gone  # of the last fit
+        self._held: dict[str, int] = {}  # fingerprints of the frozen elements' bits
+        # Whether single samples' gradients are taken.
+        self._noise = self.samples != "auto" or self._full or orderings.reads_variance(self._ordering)
         self._run: _Run | None = None
 
     # What there is to see ------------------------------------------------------------------------------------------
 
+    def __repr__(self) -> str:
+        """The arguments that are not the defaults, and the state, in one line."""
+        defaults = {n: p.default for n, p in inspect.signature(GradCovFreezeCallback).parameters.items()}
+        now = {name: getattr(self, name) for name in defaults if name != "covariance"}
+        given = ", ".join(f"{name}={value!r}" for name, value in now.items() if value != defaults[name])
+        given += ", covariance='full'" if self._full else ""
+        phase = self._found()
+        if isinstance(phase, Frozen):
+            state = f"frozen {phase.count:,} of {sum(shape.numel() for shape in phase.shapes.values()):,}"
+        else:
+            state = f"observing, {self._steps} optimizer steps"
+        return f"{type(self).__name__}({given}): {state}"
+
     @property
     def phase(self) -> Literal["observing", "frozen"]:
         """Before any run and until step t0 has been taken "observing", then "frozen"."""
-        return "frozen" if isinstance(self._phase, Frozen) else "observing"
+        return "frozen" if isinstance(self._found(), Frozen) else "observing"
 
     @property
     def frozen(self) -> dict[str, Tensor]:
@@ -218,13 +261,15 @@ class GradCovFreezeCallback(_Callback):
 
         Of a sharded parameter the mask is a DTensor, laid out as the parameter is.
         """
-        frozen = self._phase.frozen if isinstance(self._phase, Frozen) else {}
-        return self._phase.shards.wrapped({name: mask.clone() for name, mask in frozen.items()})
+        phase = self._found()
+        frozen = phase.frozen if isinstance(phase, Frozen) else {}
+        return phase.shards.wrapped({name: mask.clone() for name, mask in frozen.items()})
 
     @property
     def frozen_fraction(self) -> float:
         """Frozen elements / eligible elements; 0.0 while observing."""
-        return self._phase.fraction if isinstance(self._phase, Frozen) else 0.0
+        phase = self._found()
+        return phase.fraction if isinstance(phase, Frozen) else 0.0
 
     @property
     def variance(self) -> dict[str, Tensor]:
@@ -232,14 +277,16 @@ class GradCovFreezeCallback(_Callback):
         last decision.
 
         With S fixed it estimates (1 - 1/S) times the variance of a single sample's gradient. Empty before the first
-        observed step. Of a sharded parameter it is a DTensor, laid out as the parameter is.
+        observed step, and where no single sample's gradient is taken; see `samples`. Of a sharded parameter it is a
+        DTensor, laid out as the parameter is.
         """
-        return self._phase.shards.wrapped({name: v.clone() for name, v in self._phase.variance.items()})
+        phase = self._found()
+        return phase.shards.wrapped({name: v.clone() for name, v in phase.variance.items()})
 
     @property
     def covariance(self) -> Tensor | None:
         """C_t, (p, p), rows in the order of ``named_parameters()``, with `covariance="full"`; else None."""
-        matrix = self._phase.matrix
+        matrix = self._found().matrix
         return None if matrix is None else matrix.clone()
 
     @property
@@ -251,18 +298,20 @@ class GradCovFreezeCallback(_Callback):
         Raises:
             RuntimeError: the parameters are sharded: no process has all scores.
         """
-        if self._phase.shards:
+        phase = self._found()
+        if phase.shards:
             raise RuntimeError("Ranks need all scores in one place, and these are sharded. See `frozen` or `variance`.")
-        if isinstance(self._phase, Frozen):
-            return selection.ranks(self._phase.scores)
-        if self._run is None or not self._phase.observed:
+        if isinstance(phase, Frozen):
+            return selection.ranks(phase.scores)
+        if self._run is None or not phase.observed:
             return {}
-        scores = self._phase.scores(self._ordering, _local(self._run.parameters), self._seed, self.granularity)
+        scores = phase.scores(self._ordering, _local(self._run.parameters), self._seed, self.granularity)
         return selection.ranks(scores)
 
     @property
     def savings(self) -> Savings | None:
         """What the freeze saved, and what it did not; None while observing."""
+        self._found()
         return self._savings
 
     def delta(self, file: str | Path | None = None) -> dict[str, Tensor]:
@@ -275,15 +324,24 @@ class GradCovFreezeCallback(_Callback):
             A flat dict of CPU tensors, see `lightning_gcfreeze.delta`.
 
         Raises:
-            RuntimeError: nothing is frozen yet, or the module of the last fit is gone.
+            RuntimeError: nothing is frozen yet, the module of the last fit is gone, or its frozen elements do not have
+                the values any more that they froze with.
             ImportError: a file is wanted, and safetensors is not installed.
         """
-        if not isinstance(self._phase, Frozen):
+        phase = self._found()
+        if not isinstance(phase, Frozen):
             raise RuntimeError(f"There is no delta before step t0={self._t0}: nothing is frozen yet.")
         if (module := self._module()) is None:
             raise RuntimeError(
                 "This callback is a copy and knows no module, or the last fit's is gone. Use"
                 " `lightning_gcfreeze.delta.of(module, callback.frozen)`."
+            )
+        held = delta.fingerprints(dict(module.named_parameters()), phase.frozen)
+        if moved := [name for name, fingerprint in self._held.items() if held[name] != fingerprint]:
+            raise RuntimeError(
+                f"{misconfiguration.some(moved)}: frozen elements do not have the values any more that they froze with,"
+                " so the weights of step t0 and the live elements would not give this model. Averages of weights (EMA,"
+                " SWA) and code that writes to parameters do this. Take the delta before, or average after `t0` alone."
             )
         found = delta.of(module, self.frozen)
         if file is not None:
@@ -296,6 +354,8 @@ class GradCovFreezeCallback(_Callback):
         """Forget an earlier fit. Runs before a checkpoint is loaded."""
         if stage == "fit":
             _refuse(refusals.of_strategy(trainer.strategy))
+            callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+            _refuse(refusals.of_callbacks([c for c in callbacks if isinstance(c, GradCovFreezeCallback)]))
             self._start_afresh()
             self._mean = GradientMean.in_place_of_hook(trainer.strategy)
 
@@ -315,6 +375,8 @@ class GradCovFreezeCallback(_Callback):
         self._steps = state_dict["steps"]
         self._seed = state_dict["seed"]
         self._resumed = state_dict["arguments"]
+        if self._run and self._run.step_hooks:  # a finder of Lightning's puts back what was before its trial
+            self._attach(self._run)
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on from here: tensors, numbers and strings, under parameter names.
@@ -324,11 +386,9 @@ class GradCovFreezeCallback(_Callback):
         signal of SLURM's makes Lightning save has rank 0's statistics alone: it comes in the middle of anything, and
         the ranks may be at different steps.
         """
+        self._found()
         if self._run and not _in_a_signal_handler():
-            if self._watched:
-                self._watched.share(self._ranks)
-                self._run.samples.share(self._ranks)
-            self._plan.share(self._ranks)
+            self._share(self._run)
         return {
             "format": _FORMAT,
             "arguments": self._arguments(),
@@ -343,17 +403,21 @@ class GradCovFreezeCallback(_Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse what cannot work, before anything is trained. The optimizers exist by now."""
         self._module = weakref.ref(pl_module)
-        _refuse(refusals.of_module(pl_module, pl_module.training_step, pl_module.automatic_optimization))
+        step = pl_module.training_step
+        _refuse(refusals.of_module(pl_module, step, pl_module.automatic_optimization, self._noise))
         _refuse(refusals.of_optimizers(trainer.optimizers))
         if self.hold == "compact":
             _refuse(refusals.of_compact(trainer.optimizers[0], pl_module))
-        _refuse(refusals.of_samples(pl_module, self._count))
+            _refuse(refusals.of_state_access(gradient_access.of_optimizer_state(*_who_has_code(trainer))))
+        if self._noise:
+            _refuse(refusals.of_samples(pl_module, self._count))
         parameters = selection.eligible(pl_module, trainer.optimizers[0], self.include, self.exclude)
         count = sum(p.numel() for p in parameters.values())
         for _, k in self._decisions:
             if not isinstance(k, Growth):
                 selection.resolve_count(k, count)
         shards = Shards(parameters)
+        _refuse(refusals.of_mesh(trainer.strategy, shards.meshes))
         if shards:
             _refuse(refusals.of_sharding(self._full, self.hold, self._may_thaw))
         if self._full:
@@ -374,21 +438,35 @@ class GradCovFreezeCallback(_Callback):
         )
         data = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
         replicas = data.get("num_replicas", 1)
-        self._run = _Run(trainer, parameters, count, samples, Positions(pl_module, parameters), shards, replicas)
+        everything = selection.trained(pl_module, trainer.optimizers[0])
+        self._run = _Run(
+            trainer, parameters, everything, count, samples, Positions(pl_module, parameters), shards, replicas
+        )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin, or go on where the checkpoint stopped: by now all of it is loaded under every strategy."""
-        run = self._running
+        run, optimizer = self._running, trainer.optimizers[0]
         if self._resumed is None:
             seed = torch.initial_seed() % 2**63 if self.seed is None else self.seed
             self._seed = self._ranks.of_first(seed)
             self._phase = self._observing(run)
         else:
             _refuse(refusals.of_resuming(self._resumed, self._arguments(), self._phase.shapes, run.parameters))
-        run.logged_step = self._steps
         _refuse(self._plan.begin(lambda: trainer.estimated_stepping_batches))
+        self._attach(run)
+        after_step = optimizer.register_step_post_hook(self._after_step)
+        if (hooks := after_step.hooks_dict_ref()) is not None:  # other hooks see the frozen values in their places
+            hooks.move_to_end(after_step.id, last=False)
+        run.step_hooks = (after_step, optimizer.register_step_pre_hook(self._before_step))
+        self._warn(trainer, run)
+
+    def _attach(self, run: _Run) -> None:
+        """Tie the state, which has just begun or was loaded, to the module and the optimizer of this run."""
         if self._resumed is not None:
             self._phase.to(_local(run.parameters), run.shards)
+            self._noise = self._watched.has_noise if self._watched else self._noise
+        run.logged_step, run.observed_step, run.tried, run.in_trial = self._steps, 0, False, False
+        run.samples.forget()
         if watched := self._watched:
             if watched.decided is None:
                 watched.decided = run.samples.decided
@@ -397,19 +475,37 @@ class GradCovFreezeCallback(_Callback):
         if isinstance(self._phase, Frozen):
             run.shards.check_agreement(self._phase.frozen, self._ranks)
             self._begin_to_hold(run, self._phase, resumed=True)
-        run.post_hook = trainer.optimizers[0].register_step_post_hook(self._after_step)
+        self._publish(run)
+
+    def _warn(self, trainer: pl.Trainer, run: _Run) -> None:
+        """Say, before the first step, what is probably not meant."""
+        trained = [name for name, p in trainer.lightning_module.named_parameters() if p.requires_grad]
+        stages = [t for t, _ in self._decisions if isinstance(t, int)][self._plan.made :]
+        for sentence in (
+            misconfiguration.of_planned_steps(stages, _planned_steps(trainer)),
+            misconfiguration.of_patterns("include", self.include, trained),
+            misconfiguration.of_patterns("exclude", self.exclude, trained),
+            *(misconfiguration.of_small_count(k, run.count) for _, k in self._decisions),
+            misconfiguration.of_averages(trainer.callbacks),  # type: ignore[attr-defined]
+        ):
+            if sentence:
+                rank_zero_warn(f"{type(self).__name__}: {sentence}")
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Keep the first sample, before `training_step` can change the batch in place."""
         run = self._running
+        run.evaluations = 0
+        if run.in_trial:  # that was not rolled back
+            self._attach(run)
         if batch_idx % trainer.accumulate_grad_batches == 0:
             run.samples.forget()  # Lightning zeroes the gradients here, also of a window that was broken off
             run.positions.clear()
+            run.micro_batches = 0
         if self._plan.may_decide_after(self._steps + 1):
             run.positions.listen()
-        if self._watched and (self._due or self._steps == 0):
+        if self._watched and self._noise and (self._due or self._steps == 0):
             run.samples.keep(batch, batch_idx)
 
     def on_before_zero_grad(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
@@ -426,8 +522,9 @@ class GradCovFreezeCallback(_Callback):
             self._plan.hear(loss.detach() * (trainer.accumulate_grad_batches / self._loss_scale(trainer)))
         if self._watched:
             run.positions.stop()
-            if self._steps == 0 and self.gradients == "capture":
+            if not run.looked_through and (self.gradients == "capture" or not self._noise):
                 _refuse(refusals.of_graph(loss))
+            run.looked_through = True
             run.samples.begin_backward()
         if run.hold:
             run.hold.begin_backward(loss)
@@ -440,15 +537,21 @@ class GradCovFreezeCallback(_Callback):
         run = self._running
         if run.hold and not trainer.fit_loop._should_accumulate():
             run.hold.after_backward()
-        watched = self._watched
-        if watched is None or not run.samples.join() or trainer.fit_loop._should_accumulate():
+        watched, run.micro_batches = self._watched, run.micro_batches + 1
+        if watched is None or not (run.samples.join() or not self._noise) or trainer.fit_loop._should_accumulate():
             return
-        window = run.samples.take()
-        size = None if window.batch_size is None else window.batch_size * run.replicas
+        window = run.samples.take() if self._noise else None
+        size = None if window is None or window.batch_size is None else window.batch_size * run.replicas
         if size == 1 and self._steps == 0:  # at the first step it is no short last batch
             raise MisconfigurationException(
                 "The batch holds one sample: its gradient is the batch's, and there is no noise to see. Use batches of"
-                " at least 2 samples, or accumulate gradients."
+                " at least 2 samples, accumulate gradients, or use an order that does not read the variance, such as"
+                " `order='progress'`, with `samples='auto'`."
+            )
+        if self._steps == 0 and all(p.grad is None for p in run.parameters.values()):
+            raise MisconfigurationException(
+                "No eligible parameter has a gradient after the backward pass: something uses it up before it can be"
+                " observed, as optimizers do that step in the backward pass. Leave the gradients in ``p.grad``."
             )
         if run.observed_step > self._steps and not watched.settle():
             run.observed_step = self._steps  # a loss scaler left the optimizer step out, and it comes again
@@ -461,8 +564,26 @@ class GradCovFreezeCallback(_Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Zero the frozen elements' gradients. Runs after averaging and unscaling, before clipping."""
+        if self._run and not _scaler(trainer):
+            self._run.evaluations += 1
+            if self._run.evaluations > 1:
+                _refuse(refusals.of_evaluations(optimizer))
         if self._run and self._run.hold:
             self._run.hold.before_step()
+
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Find out whether a finder of Lightning's is trying something: it trains with other callbacks than the run's.
+
+        Runs before the forward pass, but under a loss scaler.
+        """
+        run = self._running
+        if run.in_trial or any(callback is self for callback in run.trainer.callbacks):  # type: ignore[attr-defined]
+            return
+        run.in_trial = True
+        run.samples.forget()
+        run.positions.stop()
+        if isinstance(self._phase, Frozen):
+            self._begin_to_hold(run, self._phase, resumed=True)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Count the step; freeze at t0; put frozen values back. Runs right after the parameters have moved.
@@ -474,6 +595,11 @@ class GradCovFreezeCallback(_Callback):
         if found_inf is not None and bool(found_inf):
             return
         run = self._running
+        run.evaluations = 0
+        if run.in_trial:  # its steps count for nothing
+            if run.hold:
+                run.hold.after_step()
+            return
         watched = self._watched
         if watched and self._due and not run.tried:
             watched.skipped += 1  # `training_step` returned no loss
@@ -493,6 +619,8 @@ class GradCovFreezeCallback(_Callback):
     ) -> None:
         """Log after each n-th optimizer step, and whenever something was found out or decided."""
         run = self._running
+        if run.evaluations:
+            _refuse(refusals.of_step_hooks(trainer.optimizers[0]))
         every_n: int = self.log_every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
         due = bool(self._plan.news) or (every_n > 0 and self._steps % every_n == 0)
         if due and run.logged_step != self._steps:
@@ -516,7 +644,9 @@ class GradCovFreezeCallback(_Callback):
         self._plan.hear_of_validation(sum(of_all) / len(of_all))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say so if nothing was frozen, or a stage was not reached."""
+        """Say so if nothing was frozen, or a stage was not reached. Share what was seen while there is a way to."""
+        if self._run:
+            self._share(self._run)
         if self._plan.observes:
             what = "Nothing was frozen" if self._plan.t0 is None else f"Only stage {self._plan.made} was reached"
             rank_zero_warn(
@@ -530,8 +660,11 @@ class GradCovFreezeCallback(_Callback):
             )
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Let go of module and optimizer; what was found stays."""
+        """Let go of module and optimizer; what was found stays, also in the process that launched this one."""
         self._unbind(trainer)
+        launcher = type(trainer.strategy.launcher).__name__
+        if stage == "fit" and launcher == "_MultiProcessingLauncher" and trainer.is_global_zero:
+            self._send_home()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Let go of module and optimizer: after an exception there is no teardown."""
@@ -566,13 +699,44 @@ class GradCovFreezeCallback(_Callback):
     @property
     def _count(self) -> int | None:
         """How many samples of a batch are observed; None: all."""
-        return self.samples if isinstance(self.samples, int) else {"first": 1, "all": None}[self.samples]
+        return self.samples if isinstance(self.samples, int) else {"auto": 1, "first": 1, "all": None}[self.samples]
 
     @property
     def _running(self) -> _Run:
         if self._run is None:
             raise RuntimeError(f"{type(self).__name__} needs a Trainer's fit: `on_fit_start` has not run.")
         return self._run
+
+    def _found(self) -> Observing | Frozen:
+        """The state; that of the processes that trained, where they were launched by this one (ddp_spawn, ddp_fork)."""
+        mail = self._mail
+        if self._run is None and mail.exists() and multiprocessing.parent_process() is None:
+            with mail.open("rb") as file:
+                self.__dict__.update(pickle.load(file))
+            mail.unlink()
+        return self._phase
+
+    def _send_home(self) -> None:
+        if multiprocessing.parent_process() is not None:
+            kept = {name: self.__dict__[name] for name in ("_phase", "_plan", "_aside", "_steps", "_seed", "_savings")}
+            self._mail.touch(mode=0o600)
+            with self._mail.open("wb") as file:
+                pickle.dump(kept, file)
+
+    @property
+    def _mail(self) -> Path:
+        return Path(tempfile.gettempdir()) / f"lightning_gcfreeze-{self._mailbox}.pickle"
+
+    def _share(self, run: _Run) -> None:
+        """Become the same on all processes."""
+        if self._watched:
+            self._watched.share(self._ranks)
+            run.samples.share(self._ranks)
+        self._plan.share(self._ranks)
+
+    def _publish(self, run: _Run) -> None:
+        """Let other callbacks read the frozen fraction: EarlyStopping, ModelCheckpoint's file names, progress bars."""
+        run.trainer.callback_metrics["gcfreeze/frozen_fraction"] = torch.tensor(self.frozen_fraction)
 
     def _unbind(self, trainer: pl.Trainer) -> None:
         if self._mean:
@@ -582,21 +746,29 @@ class GradCovFreezeCallback(_Callback):
             self._run.positions.stop()
             if self._run.hold:
                 self._run.hold.release()
-            if self._run.post_hook:
-                self._run.post_hook.remove()
+            for hook in self._run.step_hooks:
+                hook.remove()
         self._run = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "GradCovFreezeCallback":
+        """A copy has a mailbox of its own: what its processes find out is not this one's."""
+        copied = type(self).__new__(type(self))
+        copied.__dict__ = copy.deepcopy(self.__getstate__(), memo) | {"_mailbox": uuid.uuid4().hex}
+        return copied
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the Trainer out of copies and pickles, and the module, whose `log` Lightning attaches to callbacks."""
         kept = {name: v for name, v in self.__dict__.items() if name not in ("log", "log_dict")}
         return kept | {"_run": None, "_module": _gone, "_mean": None}
 
-    def _observe(self, phase: Observing, run: _Run, window: Window, size: int | None) -> bool:
+    def _observe(self, phase: Observing, run: _Run, window: Window | None, size: int | None) -> bool:
         """Take one pair into the statistics, if it can be had and is finite; tell whether it was."""
         # Lightning divides each loss by the full number of micro-batches, also in the short last window of an epoch.
-        share = window.micro_batches / run.trainer.accumulate_grad_batches
+        share = run.micro_batches / run.trainer.accumulate_grad_batches
         loss_scale = self._loss_scale(run.trainer)
-        g_batch = gradients.of_batch(run.parameters, share * loss_scale)
+        g_batch = gradients.of_batch(run.parameters if phase.reads_gradients else {}, share * loss_scale)
+        if window is None:
+            return phase.observe({}, g_batch, self.gain)
         scale = loss_scale / run.trainer.accumulate_grad_batches
         found = None if size == 1 else run.samples.gradients(window, scale, g_batch, size)
         if found is None:
@@ -606,12 +778,12 @@ class GradCovFreezeCallback(_Callback):
 
     @staticmethod
     def _loss_scale(trainer: pl.Trainer) -> float:
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        scaler = _scaler(trainer)
         return scaler.get_scale() if scaler else 1.0
 
     def _observing(self, run: _Run) -> Observing:
         needs = orderings.needed_by(self._ordering)
-        return Observing(_local(run.parameters), self._full, needs, run.shards)
+        return Observing(_local(run.parameters), self._full, needs, run.shards, self._noise)
 
     def _is_time(self, phase: Observing, run: _Run) -> bool:
         """Whether to decide now; with ``t0="auto"`` that is asked of the data, the same on all ranks."""
@@ -626,7 +798,7 @@ class GradCovFreezeCallback(_Callback):
         scores = phase.scores(self._ordering, _local(run.parameters), self._seed, self.granularity, self._ranks)
         look = self._plan.look(
             selection.sampled(scores, SAMPLE, run.shards, self._ranks),
-            selection.sampled(phase.variance, SAMPLE, run.shards, self._ranks) > 0,
+            selection.sampled(phase.activity(_local(run.parameters)), SAMPLE, run.shards, self._ranks) > 0,
             observed,
             selection.resolve_count(self._plan.k, run.count) / run.count,
             self._ranks,
@@ -645,6 +817,10 @@ class GradCovFreezeCallback(_Callback):
                 " gradient was not finite, there was no loss, or the batch had one sample."
             )
         phase.share(self._ranks)
+        if late := misconfiguration.of_late_parameters(
+            run.trainer.lightning_module, run.trainer.optimizers[0], run.observable
+        ):
+            rank_zero_warn(f"{type(self).__name__}: {late}")
         weights = _local(run.parameters)
         keep = self._phase.frozen if isinstance(self._phase, Frozen) and self._monotone else None
         self._plan.decided(self._steps, self._ranks)
@@ -700,6 +876,7 @@ class GradCovFreezeCallback(_Callback):
         optimizer = run.trainer.optimizers[0]
         if run.hold:
             run.hold.release()
+            run.hold = None
         self._phase = phase
         if self._may_thaw:
             thawing = {name: mask & ~phase.frozen[name] for name, mask in before.items()}
@@ -710,23 +887,32 @@ class GradCovFreezeCallback(_Callback):
                 freezing = {name: mask & ~before[name] for name, mask in phase.frozen.items()}
                 self._aside.keep(optimizer, run.parameters, freezing)
         self._begin_to_hold(run, phase, resumed=False)
+        self._publish(run)
         self._tell_savings()
 
     def _begin_to_hold(self, run: _Run, phase: Frozen, resumed: bool) -> None:
         # As long as more is observed, frozen elements' gradients are wanted too: nothing is spared yet.
         observes = phase.again is not None
-        trainer, promote = run.trainer, self.promote and not run.shards and not observes
+        trainer = run.trainer
         module, optimizer = trainer.lightning_module, trainer.optimizers[0]
+        if run.hold:
+            run.hold.release()
+        who = _who_has_code(trainer)
+        looking = gradient_access.of_run(*who, run.parameters, optimizer)
         how: Literal["compact", "restore"] = "restore"
-        if self.hold == "auto" and (reason := refusals.of_letting_go(module, trainer.callbacks)):  # type: ignore[attr-defined]
-            promote = False
-            rank_zero_info(f"{type(self).__name__}: {reason}")
-        elif self.hold != "restore" and not run.shards and not observes and not refusals.of_compact(optimizer, module):
-            how = "compact"
+        if self.hold != "restore" and not (run.shards or observes or run.in_trial):
+            onlookers = [*looking, *gradient_access.of_optimizer_state(*who)]
+            if self.hold == "auto" and onlookers:
+                rank_zero_info(f"{type(self).__name__}: {refusals.of_letting_go(onlookers)}")
+            elif not refusals.of_compact(optimizer, module):
+                how = "compact"
+        promote = self.promote and not (run.shards or observes or run.in_trial or looking)
         where = (run.parameters, phase.frozen, phase.positions)
-        run.hold = Hold(how, optimizer, module, trainer.strategy.model, *where, promote, resumed)
+        late = how == "compact" and bool(looking)
+        run.hold = Hold(how, optimizer, module, trainer.strategy.model, *where, promote, late, resumed)
+        self._held = delta.fingerprints(run.parameters, phase.frozen)
         self._savings = run.hold.savings
-        if self._mean and not observes:
+        if self._mean and not (observes or looking):
             self._mean.leave_out({run.parameters[name]: mask for name, mask in phase.frozen.items()})
 
     def _log(self, trainer: pl.Trainer, run: _Run) -> None:
@@ -774,6 +960,24 @@ def _in_a_signal_handler() -> bool:
     while frame is not None and frame.f_code.co_name != "_slurm_sigusr_handler_fn":
         frame = frame.f_back
     return frame is not None
+
+
+def _scaler(trainer: pl.Trainer) -> Any:
+    """The loss scaler of 16-mixed precision, if there is one."""
+    return getattr(trainer.precision_plugin, "scaler", None)
+
+
+def _who_has_code(trainer: pl.Trainer) -> tuple[pl.LightningModule, list[Any], list[Any]]:
+    """The module, the callbacks, and the strategy with its precision plugin: where a user may have overridden hooks."""
+    return trainer.lightning_module, trainer.callbacks, [trainer.strategy, trainer.precision_plugin]  # type: ignore[attr-defined]
+
+
+def _planned_steps(trainer: pl.Trainer) -> float:
+    """Optimizer steps that the Trainer will take in all; NaN where it cannot tell."""
+    try:
+        return float(trainer.estimated_stepping_batches)
+    except MisconfigurationException:  # accumulation that changes from epoch to epoch
+        return math.nan
 
 
 def _refuse(reason: str | None) -> None:

@@ -24,12 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gcfreeze._types import Named
-from lightning_gcfreeze.distributed import whole
+from lightning_gcfreeze.distributed import local, whole
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 _FORMAT = 1
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_AT_ONCE = 2**20  # elements whose bits are looked at
 
 
 def of(module: nn.Module, frozen: Named) -> dict[str, Tensor]:
@@ -68,6 +70,26 @@ def of(module: nn.Module, frozen: Named) -> dict[str, Tensor]:
         elif p.requires_grad:
             delta[f"{name}:whole"] = _copy(p)
     return delta | {f"{name}:whole": _copy(buffer) for name, buffer in module.named_buffers() if name in saved}
+
+
+@torch.no_grad()
+def fingerprints(parameters: Mapping[str, Tensor], frozen: Named) -> dict[str, int]:
+    """For each parameter a number that changes with any bit of one of its frozen elements.
+
+    Args:
+        parameters: by name; of sharded ones the local part counts.
+        frozen: ``{name: bool (*local part's shape)}``, True = counts.
+    """
+    found = {}
+    for name, mask in frozen.items():
+        p = local(parameters[name]).contiguous()
+        bits, marks, total = p.view(_BITS[p.element_size()]).flatten(), mask.to(p.device).flatten(), 0
+        for start in range(0, len(bits), _AT_ONCE):
+            some = bits[start : start + _AT_ONCE].to(torch.int64, copy=True)
+            odd = torch.arange(start, start + len(some), device=p.device).mul_(2).add_(1)
+            total += int(some.mul_(odd).mul_(marks[start : start + len(some)]).sum())
+        found[name] = total % 2**64
+    return found
 
 
 def save(delta: Mapping[str, Tensor], file: str | Path) -> None:

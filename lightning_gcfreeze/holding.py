@@ -28,6 +28,7 @@ class Hold:
         frozen: ``{name: bool (*p.shape)}``, True = held constant; of a sharded one, for its local part.
         positions: by name of a weight, at how many places of a step's batch it is applied.
         promote: spare the work that frozen parameters, rows and columns do not need.
+        late: leave all gradients where they are until the step; see `Compact`.
         resumed: the optimizer knows of the decision already.
     """
 
@@ -41,6 +42,7 @@ class Hold:
         frozen: Named,
         positions: Mapping[str, int],
         promote: bool,
+        late: bool,
         resumed: bool,
     ) -> None:
         ddp = wrapper if isinstance(wrapper, DistributedDataParallel) else None
@@ -50,18 +52,18 @@ class Hold:
         self._holder: Compact | Restore
         leaf = None
         if how == "compact":
-            self._holder = Compact(optimizer, parameters, on_device, early=ddp is None, alone=blocks)
+            self._holder = Compact(optimizer, parameters, on_device, early=ddp is None, alone=blocks, late=late)
             leaf = None if ddp else self._holder.leaf
         else:
             self._holder = Restore(parameters, on_device)
             if not resumed:
                 self._holder.clear_state_(optimizer)
-        self._taken = False
+        self._taken, self._late = False, late
         self._promotion = None
         if promote:
             waits = ddp is not None and not ddp.find_unused_parameters
             self._promotion = Promotion(module, parameters, on_device, blocks, leaf, waits)
-        after = savings.Footprint.of(optimizer)
+        after = savings.Footprint.of(optimizer)  # all gradients, if they are taken late
         self.savings = savings.of_freeze(
             frozen,
             positions,
@@ -74,7 +76,7 @@ class Hold:
 
     def begin_step(self) -> None:
         """When the optimizer's gradients are set to zero: before the first backward pass of a step."""
-        if isinstance(self._holder, Compact):
+        if isinstance(self._holder, Compact) and not self._late:
             self._holder.drop_gradients_()
             self._taken = False
 
@@ -85,13 +87,13 @@ class Hold:
 
     def after_backward(self) -> None:
         """After the last backward pass of a step, before gradients are unscaled."""
-        if isinstance(self._holder, Compact):
+        if isinstance(self._holder, Compact) and not self._late:
             self._holder.take_gradients_()
             self._taken = True
 
     def before_step(self) -> None:
         """Before gradients are clipped."""
-        if isinstance(self._holder, Restore):
+        if isinstance(self._holder, Restore) or self._late:
             self._holder.mask_gradients_()
         else:
             if not self._taken:  # the last batch of the step had no loss

@@ -5,6 +5,7 @@
 one function here, with a line in `ORDERINGS`.
 """
 
+import inspect
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, TypeVar, cast
@@ -12,6 +13,7 @@ from typing import Literal, TypeAlias, TypeVar, cast
 import torch
 from torch import Tensor
 
+from lightning_gcfreeze import _checks
 from lightning_gcfreeze._types import Granularity, Named
 from lightning_gcfreeze.distributed import EVERYTHING, Shards, whole
 
@@ -26,7 +28,8 @@ class Evidence:
     """What an ordering may look at. All tensors are keyed by parameter name, shaped like the parameter, read-only."""
 
     variance: Named
-    """The diagonal of C_t: the variance of the gradient noise, in squared gradients."""
+    """The diagonal of C_t: the variance of the gradient noise, in squared gradients; empty where the ordering does not
+    read it and ``samples="auto"``."""
     weights: Named
     """The parameters now."""
     seed: int
@@ -53,11 +56,15 @@ Ordering: TypeAlias = Callable[[Evidence], Named]
 F = TypeVar("F", bound=Ordering)
 
 
-def needs(*fields: str) -> Callable[[F], F]:
-    """Declare which optional fields of `Evidence` an ordering reads."""
+def needs(*fields: str, variance: bool = True) -> Callable[[F], F]:
+    """Declare which optional fields of `Evidence` an ordering reads, and whether it reads the variance.
+
+    Where it does not, no single sample's gradient has to be taken, and ``evidence.variance`` is empty.
+    """
 
     def mark(ordering: F) -> F:
         ordering.needs = frozenset(fields)  # type: ignore[attr-defined]
+        ordering.reads_variance = variance  # type: ignore[attr-defined]
         return ordering
 
     return mark
@@ -73,6 +80,7 @@ def reverse(evidence: Evidence) -> Named:
     return {name: -v for name, v in evidence.variance.items()}
 
 
+@needs(variance=False)
 def random(evidence: Evidence) -> Named:
     """A uniformly random order, of elements, rows or tensors: the same for a seed however the parameters lie."""
     generator = torch.Generator().manual_seed(evidence.seed)
@@ -85,12 +93,13 @@ def random(evidence: Evidence) -> Named:
     return evidence.shards.parts(scores)
 
 
+@needs(variance=False)
 def magnitude(evidence: Evidence) -> Named:
     """|w|: the smallest weights first."""
     return {name: w.abs() for name, w in evidence.weights.items()}
 
 
-@needs("second_moment")
+@needs("second_moment", variance=False)
 def second_moment(evidence: Evidence) -> Named:
     """E[g_S²], what Adam keeps as its second moment: mean and noise together."""
     return cast("Named", evidence.second_moment)
@@ -106,14 +115,14 @@ def snr(evidence: Evidence) -> Named:
     return scores
 
 
-@needs("start")
+@needs("start", variance=False)
 def displacement(evidence: Evidence) -> Named:
     """|w - w at the start|: what has moved least first."""
     start = cast("Named", evidence.start)
     return {name: (w - start[name]).abs() for name, w in evidence.weights.items()}
 
 
-@needs("recent_mean", "second_moment")
+@needs("recent_mean", "second_moment", variance=False)
 def progress(evidence: Evidence) -> Named:
     """m² / sqrt(E[g_S²]), m the recent mean of g_S: how much of the loss the element's steps still take away.
 
@@ -171,19 +180,36 @@ def resolve(order: str | Ordering) -> Ordering:
     """
     if isinstance(order, str):
         if order not in ORDERINGS:
-            raise ValueError(f"`order` must be one of {', '.join(map(repr, ORDERINGS))}, or a callable, got {order!r}.")
+            raise ValueError(
+                f"`order` must be one of {', '.join(map(repr, ORDERINGS))}, or a callable, got {order!r}."
+                f"{_checks.did_you_mean(order, ORDERINGS)}"
+            )
         return ORDERINGS[order]
     if not callable(order):
         raise TypeError(
             f"`order` must be one of {', '.join(map(repr, ORDERINGS))}, or a callable that takes"
             f" `Evidence` and returns scores by parameter name, got {order!r}."
         )
+    try:
+        inspect.signature(order).bind(None)
+    except ValueError:  # of a callable that does not tell its arguments
+        pass
+    except TypeError as error:
+        raise TypeError(
+            f"`order` is called with one argument, an `Evidence`, and {order!r} does not take it ({error}). As in"
+            " `order=lambda evidence: {name: w.abs() for name, w in evidence.weights.items()}`."
+        ) from error
     if unknown := needed_by(order) - OPTIONAL_FIELDS:
         raise ValueError(f"`order.needs` may name {sorted(OPTIONAL_FIELDS)}, got {sorted(unknown)}.")
     return order
 
 
 OPTIONAL_FIELDS = frozenset({"mean", "recent_mean", "second_moment", "start"})
+
+
+def reads_variance(ordering: Ordering) -> bool:
+    """Whether an ordering reads ``evidence.variance``; one that does not say so does."""
+    return bool(getattr(ordering, "reads_variance", True))
 
 
 def needed_by(ordering: Ordering) -> frozenset[str]:

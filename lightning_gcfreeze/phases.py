@@ -41,6 +41,7 @@ class Observing:
         full: keep the whole covariance matrix, not its diagonal alone.
         needs: the optional fields of `orderings.Evidence` that are to be gathered.
         shards: how the parameters lie on processes. All that is kept by element is that of the local parts.
+        noise: whether single samples' gradients are taken; without them there is no C_t.
     """
 
     name = "observing"
@@ -51,10 +52,13 @@ class Observing:
         full: bool = False,
         needs: frozenset[str] = frozenset(),
         shards: Shards = EVERYTHING,
+        noise: bool = True,
     ) -> None:
         self.shards = shards
         self.shapes = {name: shards.shape(name, p) for name, p in parameters.items()}
-        self.covariance = FullCovariance(parameters) if full and parameters else DiagonalCovariance(parameters)
+        self.covariance = (
+            FullCovariance(parameters) if full and parameters else DiagonalCovariance(parameters if noise else {})
+        )
         self.moments: dict[str, Estimator] = {}
         for field, moment in _MOMENTS.items():
             if field in needs:
@@ -79,6 +83,25 @@ class Observing:
         """The diagonal of C_t; empty while nothing has been observed."""
         self.settle()
         return self._variance() if self._observed else {}
+
+    @property
+    def has_noise(self) -> bool:
+        """Whether single samples' gradients are taken."""
+        return bool(self.covariance.tensors)
+
+    @property
+    def reads_gradients(self) -> bool:
+        """Whether anything is gathered of gradients."""
+        return any(estimator.tensors for estimator in self._estimators)
+
+    def activity(self, weights: Named) -> dict[str, Tensor]:
+        """0 where an element never had a gradient, as far as that is known; shaped like the weights."""
+        if self.has_noise:
+            return self._variance()
+        for field in ("second_moment", "mean", "recent_mean"):
+            if field in self.moments:
+                return {name: tensor.abs() for name, tensor in self._read(self.moments[field].tensors).items()}
+        return {name: torch.ones_like(w) for name, w in weights.items()}
 
     @property
     def matrix(self) -> Tensor | None:
@@ -109,6 +132,9 @@ class Observing:
             False if it is known that the step was skipped.
         """
         self.settle()
+        if not self.reads_gradients:
+            self._observed += 1
+            return True
         total = _total(samples.values(), g_batch.values())
         at_once = _costs_nothing_to_ask(total)
         if at_once and not math.isfinite(total):
@@ -190,7 +216,7 @@ class Observing:
             ValueError: the ordering did not score every element, or with NaN.
             RuntimeError: processes would freeze different elements.
         """
-        evidence = self._evidence(weights, seed, granularity)
+        evidence, active = self._evidence(weights, seed, granularity), self.activity(weights)
         scores = self._scores(ordering, evidence, ranks)
         given = scores
         if keep is not None:
@@ -199,7 +225,7 @@ class Observing:
         frozen = selection.lowest(scores, k, granularity, self.shards, among)
         self.shards.check_agreement(frozen, ranks)
         apart = any(v.numel() and v.data_ptr() != scores[name].data_ptr() for name, v in evidence.variance.items())
-        by_variance = not among.total(torch.tensor(int(apart)))
+        by_variance = self.has_noise and not among.total(torch.tensor(int(apart)))
         return Frozen(
             frozen=frozen,
             scores=scores,
@@ -210,7 +236,7 @@ class Observing:
             skipped=self.skipped,
             positions=dict(positions or {}),
             counts=self.shards.count(frozen, among),
-            never_moved=sum(self.shards.count(_never_moved(frozen, given, evidence.variance, among), among).values()),
+            never_moved=sum(self.shards.count(_never_moved(frozen, given, active, among), among).values()),
             shapes=self.shapes,
             shards=self.shards,
         )
@@ -385,7 +411,7 @@ class Frozen:
         self.variance = self.scores if self.by_variance else shards.parts(self.variance)
 
 
-def _never_moved(frozen: Named, scores: Named, variance: Named, ranks: Ranks) -> dict[str, Tensor]:
+def _never_moved(frozen: Named, scores: Named, activity: Named, ranks: Ranks) -> dict[str, Tensor]:
     own = min((float(score.min()) for score in scores.values() if score.numel()), default=math.inf)
     least = -float(ranks.largest(torch.tensor(-own, dtype=torch.float64)))
-    return {name: mask & (variance[name] == 0) & (scores[name] == least) for name, mask in frozen.items()}
+    return {name: mask & (activity[name] == 0) & (scores[name] == least) for name, mask in frozen.items()}

@@ -4,11 +4,13 @@ By class names and attributes, so that both of Lightning's packages are understo
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parameter import UninitializedParameter
 from torch.optim import LBFGS, Optimizer
 
 from lightning_gcfreeze import gradients
@@ -41,6 +43,42 @@ _WHY_NOT = {
 _UNKNOWN = "is not known to keep parameters, gradients and optimizer states where they can be held"
 
 
+def of_mesh(strategy: Any, meshes: Iterable[DeviceMesh]) -> str | None:
+    """Dimensions of a device mesh along which processes see other layers, or other parts of a sample.
+
+    Args:
+        strategy: what it keeps in attributes is looked through.
+        meshes: those of the parameters.
+    """
+    own = [value for value in vars(strategy).values() if isinstance(value, DeviceMesh)]
+    unknown = [
+        f"{name} ({size})"
+        for mesh in dict.fromkeys([*own, *meshes])
+        for name, size in zip(mesh.mesh_dim_names or (), mesh.shape, strict=False)
+        if size > 1 and not set(name.lower().split("_")) <= _KNOWN_DIMENSIONS
+    ]
+    if not unknown:
+        return None
+    return (
+        f"{type(strategy).__name__} has a mesh with {', '.join(dict.fromkeys(unknown))}: processes along"
+        " pipeline, context, expert or unknown dimensions do not see the same samples through the same layers."
+        " Supported are data and tensor parallelism; let the other dimensions have size 1."
+    )
+
+
+_KNOWN_DIMENSIONS = {"data", "dp", "ddp", "fsdp", "hsdp", "parallel", "tensor", "tp", "replicate", "replica", "shard"}
+
+
+def of_callbacks(callbacks: Sequence[Any]) -> str | None:
+    """More than one callback of this package in a Trainer."""
+    if len(callbacks) < 2:
+        return None
+    return (
+        f"The Trainer has {len(callbacks)} {type(callbacks[0]).__name__}s, but an optimizer serves one only. For"
+        " several stages use `schedule=FreezeSchedule([...])`; for other elements `include` and `exclude`."
+    )
+
+
 def of_sharding(covariance: bool, hold: str, may_thaw: bool) -> str | None:
     """What needs whole tensors.
 
@@ -64,13 +102,20 @@ def of_sharding(covariance: bool, hold: str, may_thaw: bool) -> str | None:
     return None
 
 
-def of_module(module: nn.Module, training_step: Any, automatic_optimization: bool) -> str | None:
-    """Modules whose loss cannot be replayed on a single sample."""
+def of_module(module: nn.Module, training_step: Any, automatic_optimization: bool, replays: bool = True) -> str | None:
+    """Modules that are not complete, or whose loss cannot be replayed on a single sample, if it has to be."""
+    if lazy := [name for name, p in module.named_parameters() if isinstance(p, UninitializedParameter)]:
+        return (
+            f"{', '.join(lazy[:5])}: parameters of lazy modules have no shape before the first forward pass, so nothing"
+            " can be said of their elements. Run the module on one batch before `fit`."
+        )
     if not automatic_optimization:
         return (
             "Manual optimization cannot be observed: its `training_step` moves the weights itself, so it cannot be"
             " replayed on one sample. Set `automatic_optimization = True`, with one optimizer."
         )
+    if not replays:
+        return None
     if "dataloader_iter" in inspect.signature(training_step).parameters:
         return (
             "A `training_step(self, dataloader_iter)` fetches its batch itself, so it cannot be replayed on one sample."
@@ -115,9 +160,45 @@ def of_optimizers(optimizers: Sequence[Any]) -> str | None:
             "LBFGS evaluates the loss several times a step, along directions that mix frozen and live elements: holding"
             " some of them constant is not exact. Use a first-order optimizer."
         )
-    if not isinstance(optimizers[0], Optimizer):
-        return f"{type(optimizers[0]).__name__} is no torch.optim.Optimizer: no hook runs right after its steps."
+    optimizer = optimizers[0]
+    if not isinstance(optimizer, Optimizer):
+        return f"{type(optimizer).__name__} is no torch.optim.Optimizer: no hook runs right after its steps."
+    for methods, why in _TWO_SETS.items():
+        if all(callable(getattr(optimizer, method, None)) for method in methods):
+            return (
+                f"{type(optimizer).__name__} (`{'`, `'.join(methods)}`) {why}: frozen elements would not be constant in"
+                " both. Use an optimizer with one set of weights."
+            )
+    hooked = getattr(type(optimizer).step, "hooked", not hasattr(Optimizer, "_patch_step_function"))
+    if not hooked or not hasattr(optimizer, "_optimizer_step_post_hooks"):
+        return of_step_hooks(optimizer)
     return None
+
+
+_TWO_SETS = {
+    ("train", "eval"): "trains with other weights than it is evaluated with",
+    ("first_step", "second_step"): "takes its gradients at other weights than those that it steps",
+    ("sync_lookahead",): "keeps slow weights beside those that are trained",
+    ("swap_swa_sgd",): "keeps averaged weights beside those that are trained",
+}
+"""Methods by which optimizers with two sets of weights are known."""
+
+
+def of_step_hooks(optimizer: Any) -> str:
+    """An optimizer in whose steps no hooks run."""
+    return (
+        f"{type(optimizer).__name__} does not run hooks after its steps (`register_step_post_hook`), by which steps are"
+        " counted and frozen values put back: its `__init__` does not call that of torch.optim.Optimizer, or it steps"
+        " something else. Use the optimizer that it wraps."
+    )
+
+
+def of_evaluations(optimizer: Any) -> str:
+    """An optimizer that evaluates the loss more than once a step."""
+    return (
+        f"{type(optimizer).__name__} evaluates the loss several times in one step, at weights that are not those of the"
+        " step: elements cannot be held constant to the bit meanwhile. Use an optimizer that evaluates it once."
+    )
 
 
 def of_compact(optimizer: Optimizer, module: nn.Module) -> str | None:
@@ -137,23 +218,22 @@ def of_compact(optimizer: Optimizer, module: nn.Module) -> str | None:
     return None
 
 
-_WHERE_GRADIENTS_ARE_SEEN = ("on_after_backward", "on_before_optimizer_step", "configure_gradient_clipping")
+def of_letting_go(onlookers: Sequence[str]) -> str:
+    """Why nothing is taken away: somebody may look at gradients, or at the optimizer's state by parameter."""
+    return (
+        f"{', '.join(onlookers[:5])}{' and others' * (len(onlookers) > 5)} may look at gradients or at the optimizer's"
+        " state, so all stay where they are, and frozen values are put back after each step: that saves nothing."
+        " `hold='compact'` saves the optimizer's state and work all the same, and takes gradients just before a step."
+    )
 
 
-def of_letting_go(module: Any, callbacks: Sequence[Any]) -> str | None:
-    """Hooks of the user's own in which the gradients of frozen parameters may be looked at."""
-    hooks = [
-        f"{type(owner).__name__}.{name}"
-        for owner in (module, *callbacks)
-        for name in _WHERE_GRADIENTS_ARE_SEEN
-        if (hook := getattr(owner, name, None))
-        and hook.__module__.split(".")[0] not in ("lightning", "pytorch_lightning", __package__)
-    ]
-    if not hooks:
+def of_state_access(onlookers: Sequence[str]) -> str | None:
+    """Code that looks for a parameter's state in the optimizer, where `hold="compact"` keeps that of live elements."""
+    if not onlookers:
         return None
     return (
-        f"{', '.join(hooks)} may look at gradients, so all are computed and kept, and frozen values are put back after"
-        " each step: that saves nothing. If it does not read `p.grad` of frozen parameters, use `hold='compact'`."
+        f"{', '.join(onlookers[:5])} names entries of the optimizer's state, but with `hold='compact'` these"
+        " are of the live elements alone, not of a parameter. Use `hold='restore'` or 'auto'."
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from lightning_gcfreeze import kth
+from lightning_gcfreeze import kth, misconfiguration
 from lightning_gcfreeze._types import Granularity, Named
 from lightning_gcfreeze.distributed import ALONE, EVERYTHING, Ranks, Shards
 
@@ -32,22 +32,29 @@ def eligible(
     Raises:
         ValueError: there are none, or one is complex.
     """
-    optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    trained = {name: p for name, p in module.named_parameters() if p.requires_grad and id(p) in optimized}
+    candidates = trained(module, optimizer)
     chosen = {
         name: p
-        for name, p in trained.items()
+        for name, p in candidates.items()
         if (include is None or any(fnmatchcase(name, pattern) for pattern in include))
         and not any(fnmatchcase(name, pattern) for pattern in exclude or ())
     }
     if not chosen:
+        names = misconfiguration.some(candidates) or "none that belongs to the module and requires a gradient"
+        hint = f" Closest: {misconfiguration.closest(include[0], candidates)}." if include and candidates else ""
         raise ValueError(
             f"No parameter is eligible with `include={include}` and `exclude={exclude}`. The optimizer trains"
-            f" {', '.join(trained) or 'none that belongs to the module and requires a gradient'}."
+            f" {names}.{hint}"
         )
     if wrong := [name for name, p in chosen.items() if p.is_complex()]:
         raise ValueError(f"Complex parameters cannot be ordered: {', '.join(wrong)}. Leave them out by `exclude`.")
     return chosen
+
+
+def trained(module: nn.Module, optimizer: Optimizer) -> dict[str, Parameter]:
+    """The parameters of a module that require a gradient and that the optimizer has."""
+    optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return {name: p for name, p in module.named_parameters() if p.requires_grad and id(p) in optimized}
 
 
 def resolve_count(k: int | float, eligible: int) -> int:

@@ -16,7 +16,8 @@ SOURCE = TESTS.parent / PACKAGE
 LAYERS = (
     ("_types", "_checks"),  # shapes and arguments: no tensors are touched
     # gradients of several samples, the k-th of many numbers; which elements this process has, what it tells the others
-    ("per_sample", "kth", "distributed", "gains"),
+    # who has code in a run, and what is probably not meant
+    ("per_sample", "kth", "distributed", "gains", "gradient_access", "misconfiguration"),
     ("estimators", "orderings", "losses", "schedule"),  # the paper's formulas: tensors in, tensors out
     # what they apply to: modules, batches, layers, names, optimizers
     ("gradients", "samples", "rules", "selection", "settling", "growing"),

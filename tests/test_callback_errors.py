@@ -32,9 +32,9 @@ from tests import cases
         ({"k": "half"}, TypeError, "got 'half' of type str"),
         ({"order": "varience"}, ValueError, "'variance', 'random', 'reverse', .*, got 'varience'"),
         ({"order": 3}, TypeError, "or a callable .*, got 3"),
-        ({"samples": "some"}, ValueError, "`samples` must be one of 'first', 'all', got 'some'"),
+        ({"samples": "some"}, ValueError, "`samples` must be one of 'auto', 'first', 'all', got 'some'"),
         ({"samples": 0}, ValueError, "`samples` must be at least 1, got 0"),
-        ({"samples": 2.0}, TypeError, "`samples` must be an int or one of 'first', 'all', got 2.0"),
+        ({"samples": 2.0}, TypeError, "`samples` must be an int or one of 'auto', 'first', 'all', got 2.0"),
         ({"gradients": "guess"}, ValueError, "`gradients` must be one of 'auto', 'replay', 'capture', got 'guess'"),
         (
             {"granularity": "column"},

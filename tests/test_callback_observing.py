@@ -21,6 +21,9 @@ from tests import cases
 from tests.oracles.recursion import covariance
 from tests.oracles.training import observed_run
 
+# What is observed, or said at the end, is looked at here, so many runs end at t0.
+pytestmark = pytest.mark.filterwarnings("ignore:.*optimizer steps planned")
+
 
 def mse(network: nn.Module, batch: Any) -> Tensor:
     x, y = batch

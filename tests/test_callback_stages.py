@@ -19,6 +19,9 @@ from tests.oracles.recursion import covariance
 from tests.test_callback_freezing import bits
 from tests.test_callback_resume import DropoutByStep, Interrupted, SaveAndStop, interrupted, run
 
+# What is observed, or said at the end, is looked at here, so many runs end at t0.
+pytestmark = pytest.mark.filterwarnings("ignore:.*optimizer steps planned")
+
 
 class Diary(pl.Callback):
     """Notes after each batch: masks, weights, optimizer states. To come after the callback."""

@@ -107,6 +107,11 @@ class Shards:
         """Whether there are any."""
         return bool(self._specs)
 
+    @property
+    def meshes(self) -> list[DeviceMesh]:
+        """The meshes that parameters are sharded over."""
+        return list(dict.fromkeys(spec.mesh for spec in self._specs.values()))
+
     def shape(self, name: str, tensor: Tensor) -> torch.Size:
         """Of the whole parameter, of which `tensor` is the local part."""
         return self._specs[name].shape if name in self._specs else tensor.shape

@@ -1,7 +1,8 @@
 """Holding elements constant to the bit while an optimizer moves their neighbours, and saving what that allows."""
 
 from lightning_gcfreeze.freezing.aside import Aside
-from lightning_gcfreeze.freezing.compact import ELEMENTWISE, Compact
+from lightning_gcfreeze.freezing.base import ELEMENTWISE
+from lightning_gcfreeze.freezing.compact import Compact
 from lightning_gcfreeze.freezing.promotion import Positions, Promotion, blocks_worth_it
 from lightning_gcfreeze.freezing.restore import Restore
 

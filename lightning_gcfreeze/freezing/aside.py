@@ -3,7 +3,8 @@
 A frozen element's state is let go of, or decays. An element that thaws with zeros in its place would leap: Adam
 divides by the root of a second moment that has to be gathered anew, but corrects it by a count of steps that is large
 by now, so its first steps are up to 6.6 times as long as the learning rate. So it goes on with the state that it froze
-with: to the element no time has passed.
+with: to the element no time has passed. Of an optimizer that is not in `ELEMENTWISE` nothing is kept: its state stays
+as the optimizer has it.
 """
 
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lightning_gcfreeze._types import Named
-from lightning_gcfreeze.freezing.base import Places
+from lightning_gcfreeze.freezing.base import Places, state_by_element
 
 
 class Aside:
@@ -35,7 +36,7 @@ class Aside:
         states = {}
         for name, mask in freezing.items():
             p, places = parameters[name], Places(mask.to(parameters[name].device))
-            by_element = _by_element(optimizer, p) if len(places) else {}
+            by_element = state_by_element(optimizer, p) if len(places) else {}
             states[name] = {key: places.take(_strided(value)) for key, value in by_element.items()}
         self._masks.append(dict(freezing))
         self._states.append(states)
@@ -52,7 +53,7 @@ class Aside:
                 p = parameters[name]
                 thaws = (mask & thawing[name])[mask].to(p.device)  # of those that are kept, in their order
                 where, back, still = Places((mask & thawing[name]).to(p.device)), Places(thaws), Places(~thaws)
-                for key, value in _by_element(optimizer, p).items():
+                for key, value in state_by_element(optimizer, p).items():
                     if key in states[name] and len(where):
                         value = optimizer.state[p][key] = _strided(value)
                         where.put_(value, back.take(states[name][key].to(p.device)))
@@ -74,9 +75,3 @@ class Aside:
 
 def _strided(tensor: Tensor) -> Tensor:
     return tensor.to_dense() if tensor.is_sparse else tensor
-
-
-def _by_element(optimizer: Optimizer, p: Parameter) -> dict[str, Tensor]:
-    """The entries of a parameter's state that have a number for each element, unlike Adam's count of steps."""
-    state = optimizer.state.get(p, {})
-    return {k: v for k, v in state.items() if isinstance(v, Tensor) and v.dim() and v.shape == p.shape}

@@ -6,7 +6,15 @@ By sorted indices, never by a boolean mask: on a CPU masks cost several times mo
 import functools
 
 import torch
-from torch import Tensor
+from torch import Tensor, optim
+from torch.optim import Optimizer
+
+ELEMENTWISE: set[type[Optimizer]] = {
+    optim.SGD, optim.Adam, optim.AdamW, optim.NAdam, optim.RAdam, optim.RMSprop, optim.Adagrad, optim.Adadelta,
+    optim.Adamax, optim.ASGD, optim.Rprop,
+}  # fmt: skip
+"""Optimizers, by exact class, whose update of an element depends on that element's value, gradient and state alone.
+Another one that does is added before training: ``ELEMENTWISE.add(Lion)``."""
 
 
 class Places:
@@ -61,6 +69,15 @@ class Places:
             elements.view(-1, self._unit).index_fill_(0, self.index, value)
         if not tensor.is_contiguous():
             tensor.copy_(elements.view_as(tensor))
+
+
+def state_by_element(optimizer: Optimizer, p: Tensor) -> dict[str, Tensor]:
+    """The entries of a parameter's state that have a number for each element, unlike Adam's count of steps.
+
+    None of an optimizer that is not in `ELEMENTWISE`: what has the parameter's shape need not be by element there.
+    """
+    state = optimizer.state.get(p, {}) if type(optimizer) in ELEMENTWISE else {}
+    return {k: v for k, v in state.items() if isinstance(v, Tensor) and v.dim() and v.shape == p.shape}
 
 
 def _in_sixteens(rows: Tensor) -> bool:

@@ -8,6 +8,9 @@ cannot move. Wholly live parameters stay in the optimizer as they are, wholly fr
 This is exact for optimizers that treat every element by itself, see `ELEMENTWISE`. The optimizer stays the same object,
 so that schedulers, clipping and loss scalers find what they know: parameter groups. Its `state_dict` has the ordinary
 shapes, with zeros where frozen.
+
+Where somebody else may look at gradients, all of this happens *late*: the optimizer has its ordinary parameters, and
+these their whole gradients, at all times but during its own steps. That saves no gradients, but state and work.
 """
 
 import itertools
@@ -15,20 +18,13 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor, optim
+from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_gcfreeze._types import Named
 from lightning_gcfreeze.freezing.base import Places
-
-ELEMENTWISE: set[type[Optimizer]] = {
-    optim.SGD, optim.Adam, optim.AdamW, optim.NAdam, optim.RAdam, optim.RMSprop, optim.Adagrad, optim.Adadelta,
-    optim.Adamax, optim.ASGD, optim.Rprop,
-}  # fmt: skip
-"""Optimizers, by exact class, whose update of an element depends on that element's value, gradient and state alone.
-Another one that does is added before training: ``ELEMENTWISE.add(Lion)``."""
 
 SMALL = 2**14
 """Parameters of at most so many elements travel together: copying them costs less than an operation for each."""
@@ -163,6 +159,7 @@ class Compact:
         early: take each parameter's gradient, and let go of it, as soon as a backward pass has it, but for small ones.
             Not with DDP, which averages it later; then `take_gradients_` does it.
         alone: names of those whose `leaf` will be asked for.
+        late: hand the vectors over for the length of each step only, and take gradients right before it.
     """
 
     def __init__(
@@ -172,19 +169,24 @@ class Compact:
         frozen: Named,
         early: bool = True,
         alone: Collection[str] = (),
+        late: bool = False,
     ) -> None:
-        self._optimizer = optimizer
+        self._optimizer, self._late = optimizer, late
         self._frozen = {parameters[name]: mask for name, mask in frozen.items() if mask.any()}
         self._names = {name: parameters[name] for name in frozen}
         self._alone = {p for name, p in self._names.items() if name in alone or p.numel() > SMALL}
         self._left: dict[Parameter, State] = {}  # the state of those that are wholly frozen
         self._compact()
+        self._leave()
         self.drop_gradients_()
+        early = early and not late
         by_themselves = [p for p in self._frozen if early and (p in self._alone or p in self._left) and p.requires_grad]
         self._handles: list[RemovableHandle] = [
             optimizer.register_state_dict_post_hook(self._in_full),
             optimizer.register_load_state_dict_pre_hook(lambda optimizer, state_dict: self._expand()),
-            optimizer.register_load_state_dict_post_hook(lambda optimizer: self._compact()),
+            optimizer.register_load_state_dict_post_hook(lambda optimizer: self._compact_again()),
+            *([optimizer.register_step_pre_hook(self._before_late_step)] if late else []),
+            *([optimizer.register_state_dict_pre_hook(lambda optimizer: self._enter())] if late else []),
             *(p.register_post_accumulate_grad_hook(self._arrived) for p in by_themselves),
         ]
 
@@ -238,12 +240,70 @@ class Compact:
         for vector in self._vectors:
             for part in vector.parts:
                 part.write_(vector.values[part])
+        self._leave()
+
+    @torch.no_grad()
+    def mask_gradients_(self) -> None:
+        """Zero the frozen elements' gradients where they are still there, before they are clipped; a NaN, too."""
+        for p, mask in self._frozen.items():
+            if p.grad is not None:
+                p.grad = _strided(p.grad)
+                p.grad.masked_fill_(mask, 0.0)
 
     def release(self) -> None:
         """Give the optimizer its parameters back, with a state of the ordinary shape."""
         for handle in self._handles:
             handle.remove()
         self._expand()
+
+    def _before_late_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Take the gradients over as late as can be: after the closure that computes them, if the step is given one."""
+        itself, *given = args
+        closure = given[0] if given else kwargs.get("closure")
+        if not callable(closure):
+            self._begin_late_step()
+            return None
+
+        def closed() -> Any:
+            self._leave()  # a second evaluation in one step
+            loss = closure()
+            self._begin_late_step()
+            return loss
+
+        return ((itself, closed, *given[1:]), kwargs) if given else (args, kwargs | {"closure": closed})
+
+    def _begin_late_step(self) -> None:
+        self._enter()
+        for vector in self._vectors:
+            vector.parameter.grad = None
+        self.take_gradients_()
+        self.read_()
+
+    def _enter(self) -> None:
+        """Give the optimizer the vectors in place of the parameters."""
+        if not self._inside:
+            for group, params, names in zip(self._optimizer.param_groups, *self._compacted, strict=False):
+                self._put(group, params, names)
+            self._inside = True
+
+    def _leave(self) -> None:
+        """Give it the parameters back, for the time between its steps."""
+        if self._late and self._inside:
+            groups = self._optimizer.param_groups
+            self._compacted = [list(g["params"]) for g in groups], [g.get("param_names") for g in groups]
+            for group, members, names in zip(groups, self._members, self._member_names, strict=False):
+                self._put(group, members, names)
+            self._inside = False
+
+    def _compact_again(self) -> None:
+        self._compact()
+        self._leave()
+
+    @staticmethod
+    def _put(group: dict[str, Any], params: Sequence[Tensor], names: Any) -> None:
+        group["params"][:] = params
+        if names is not None:
+            group["param_names"] = names
 
     def _arrived(self, p: Tensor) -> None:
         """A backward pass is done with a parameter's gradient."""
@@ -255,6 +315,7 @@ class Compact:
     @torch.no_grad()
     def _compact(self) -> None:
         """Put vectors in the place of what is partly frozen, and leave out what is wholly frozen."""
+        self._inside = True  # the optimizer has the vectors
         groups = self._optimizer.param_groups
         self._members = [list(group["params"]) for group in groups]
         self._member_names = [group.get("param_names") for group in groups]
@@ -295,9 +356,7 @@ class Compact:
             self._optimizer.state.pop(self._nothing, None)
         self._optimizer.state.update(full)
         for group, members, names in zip(self._optimizer.param_groups, self._members, self._member_names, strict=False):
-            group["params"][:] = members
-            if names is not None:
-                group["param_names"] = names
+            self._put(group, members, names)
 
     def _full_states(self) -> dict[Tensor, State]:
         """The states in their ordinary shape of all that is not in the optimizer itself."""
@@ -379,6 +438,7 @@ class Compact:
 
     def _in_full(self, optimizer: Optimizer, packed: dict[str, Any]) -> dict[str, Any]:
         """A `state_dict` as it would be of the parameters themselves."""
+        self._leave()
         full = self._full_states()
         state = {key: value for key, value in packed["state"].items() if not isinstance(key, int)}
         groups, index = [], 0

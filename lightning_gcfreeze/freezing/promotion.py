@@ -157,7 +157,10 @@ def blocks_worth_it(
     partly = {
         name: mask
         for name, mask in frozen.items()
-        if name in positions and mask.any() and not mask.all() and not parameters[name]._backward_hooks
+        if name in positions
+        and mask.any()
+        and not mask.all()
+        and not (parameters[name]._backward_hooks or parameters[name]._post_accumulate_grad_hooks)
     }
     blocks = {name: Block(mask) for name, mask in partly.items()}
     sizes = {name: mask.numel() for name, mask in partly.items()}

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_gcfreeze._types import Named
 from lightning_gcfreeze.distributed import local
-from lightning_gcfreeze.freezing.base import Places
+from lightning_gcfreeze.freezing.base import Places, state_by_element
 
 
 class Restore:
@@ -59,16 +59,15 @@ class Restore:
     def clear_state_(self, optimizer: Optimizer) -> None:
         """Zero what the optimizer remembers of the frozen elements, so that decaying momenta end as 0, not denormals.
 
-        Per-element state has its parameter's shape; scalars such as Adam's step are left alone.
+        Only of an optimizer in `ELEMENTWISE`. Another one's state may have its parameter's shape and yet be a matrix to
+        be inverted, or a second set of weights.
         """
         for p, places, _ in self._held:
-            state = optimizer.state.get(p, {})
-            for key, value in state.items():
-                if isinstance(value, Tensor) and value.dim() and value.shape == p.shape:
-                    if value.is_sparse:
-                        state[key] = _mask_sparse(value, places)
-                    else:
-                        places.fill_(local(value), 0)
+            for key, value in state_by_element(optimizer, p).items():
+                if value.is_sparse:
+                    optimizer.state[p][key] = _mask_sparse(value, places)
+                else:
+                    places.fill_(local(value), 0)
 
 
 def _mask_sparse(grad: Tensor, frozen: Places) -> Tensor:
