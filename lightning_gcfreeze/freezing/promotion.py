@@ -214,15 +214,9 @@ class _Shortened:
         self._layer, self._weight, self._block, self._target = layer, weight, block, target
         self._replaced: dict[str, Parameter] = {}  # by constants, during the forward pass
         self.handles = [
-            layer.register_forward_pre_hook(self.before),
-            layer.register_forward_hook(self.after, prepend=True, with_kwargs=True, always_call=True),
+            layer.register_forward_pre_hook(_LayerHook(self.before)),
+            layer.register_forward_hook(_LayerHook(self.after), prepend=True, with_kwargs=True, always_call=True),
         ]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Shortened":
-        return self
-
-    def __reduce__(self) -> Any:
-        return _Nothing, ()
 
     def before(self, layer: nn.Module, inputs: Any) -> None:
         if layer._parameters["weight"] is self._weight and self._weight.requires_grad and _is_recorded():
@@ -249,9 +243,10 @@ class _Shortened:
 
 
 def _is_recorded() -> bool:
-    """Whether a forward pass is for an ordinary backward pass: not for torch.func, nor for forward-mode derivatives."""
+    """Whether a forward pass is for an ordinary backward pass: not for a trace, nor for torch.func or forward mode."""
     forward_mode = torch.autograd.forward_ad._current_level >= 0
-    return torch.is_grad_enabled() and not forward_mode and not torch._C._are_functorch_transforms_active()
+    other = forward_mode or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
+    return torch.is_grad_enabled() and not other
 
 
 class _Absent(torch.autograd.Function):
@@ -341,9 +336,30 @@ def _has_block(layer: nn.Module) -> bool:
     return type(layer) is nn.Linear
 
 
+class _LayerHook:
+    """One of `_Shortened`. A copy of the module takes it along, where it rests; a pickle does not."""
+
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        self._hook = hook
+
+    def __call__(self, *args: Any) -> Any:
+        return self._hook(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_LayerHook":
+        return self
+
+    def __reduce__(self) -> Any:
+        return _Nothing, ()
+
+    @property
+    def __name__(self) -> str:
+        raise RuntimeError(  # `torch.jit.script` asks for it, to compile the hook
+            "A layer whose weight's gradient is computed in part cannot be scripted during training. Script the module"
+            " after `fit`, use `torch.jit.trace`, or pass GradCovFreezeCallback(..., promote=False)."
+        )
+
+
 class _Nothing:
-    """What a layer's hooks become in a pickled module."""
+    """What a layer's hook becomes in a pickled module."""
 
-    def before(self, *args: Any) -> None: ...
-
-    def after(self, *args: Any) -> None: ...
+    def __call__(self, *args: Any) -> None: ...
