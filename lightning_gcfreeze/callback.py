@@ -145,11 +145,11 @@ class GradCovFreezeCallback(_Callback):
             a filter, a word's embedding); "tensor", a whole parameter. Rows and tensors are ranked by their mean score,
             and as many freeze as fit into `k` elements.
         hold: how constancy is kept: "compact", the optimizer gets the live elements alone, which saves its memory and
-            its work, and leaves no ``p.grad`` after the step; "restore", frozen values are put back after each step,
-            under any optimizer; "auto", compact where the optimizer treats every element by itself and no code but
-            Lightning's may look at gradients, else restore. Where some may, nothing is promoted, and "compact" leaves
-            the gradients where they are until the step. Until the last stage of a `schedule` all gradients are wanted,
-            so values are restored and nothing is promoted, whatever this says.
+            its work, and leaves no ``p.grad``; "restore", frozen values are put back after each step, under any
+            optimizer; "auto", compact where the optimizer is known to treat every element by itself and no code looks
+            its state up by parameter. Where code of other people may look at gradients, "compact" leaves them where
+            they are, and nothing is promoted. Until the last stage of a `schedule` all gradients are wanted, so values
+            are restored and nothing is promoted, whatever this says.
         promote: spare the gradients that whole frozen parameters, rows and columns do not need.
         include: patterns (fnmatch) of the parameter names that are eligible; None: all. Only parameters that require
             a gradient and that the optimizer has are ever eligible.
@@ -901,11 +901,13 @@ class GradCovFreezeCallback(_Callback):
         looking = gradient_access.of_run(*who, run.parameters, optimizer)
         how: Literal["compact", "restore"] = "restore"
         if self.hold != "restore" and not (run.shards or observes or run.in_trial):
-            onlookers = [*looking, *gradient_access.of_optimizer_state(*who)]
-            if self.hold == "auto" and onlookers:
-                rank_zero_info(f"{type(self).__name__}: {refusals.of_letting_go(onlookers)}")
-            elif not refusals.of_compact(optimizer, module):
+            of_state = gradient_access.of_optimizer_state(*who)
+            if not (of_state or refusals.of_compact(optimizer, module)):
                 how = "compact"
+            if looking and how == "compact":
+                rank_zero_info(f"{type(self).__name__}: {refusals.of_letting_go(looking)}")
+            elif of_state:
+                rank_zero_info(f"{type(self).__name__}: values are put back. {refusals.of_state_access(of_state)}")
         promote = self.promote and not (run.shards or observes or run.in_trial or looking)
         where = (run.parameters, phase.frozen, phase.positions)
         late = how == "compact" and bool(looking)

@@ -80,13 +80,22 @@ def of_run(
 
 
 def of_optimizer_state(module: nn.Module, callbacks: Iterable[Any], plugins: Iterable[Any]) -> list[str]:
-    """Methods that name an entry of an optimizer's state: they expect to find it by parameter and of its shape."""
+    """Methods that look an optimizer's state up by parameter, or change it."""
     return [
         f"{type(owner).__name__}.{name}"
         for owner in (module, *callbacks, *plugins)
         for name, function in _foreign_methods(owner)
-        if any(_STATE & _strings(code) for code in _codes(function))
+        if any(map(_looks_for_state, _codes(function)))
     ]
+
+
+def _looks_for_state(code: CodeType) -> bool:
+    names, strings = set(code.co_names), _strings(code)
+    of_optimizer = any("optim" in name or name == "opt" for name in names | set(code.co_varnames))
+    by_parameter = bool((names | strings) & {"parameters", "named_parameters", "params"})
+    changes = any(re.fullmatch(r"[a-z]\w*[a-z]_|clear|pop|popitem", name) for name in names)
+    known = bool(strings & _STATE)
+    return (known and by_parameter) or (changes and (known or (of_optimizer and "state" in names)))
 
 
 def _of_owner(owner: Any) -> Iterator[str]:

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import LBFGS, Optimizer
 
-from lightning_gcfreeze import gradients
+from lightning_gcfreeze import gradients, misconfiguration
 from lightning_gcfreeze._types import Named
 from lightning_gcfreeze.freezing import ELEMENTWISE
 
@@ -219,11 +219,10 @@ def of_compact(optimizer: Optimizer, module: nn.Module) -> str | None:
 
 
 def of_letting_go(onlookers: Sequence[str]) -> str:
-    """Why nothing is taken away: somebody may look at gradients, or at the optimizer's state by parameter."""
+    """Why no gradient is taken away."""
     return (
-        f"{', '.join(onlookers[:5])}{' and others' * (len(onlookers) > 5)} may look at gradients or at the optimizer's"
-        " state, so all stay where they are, and frozen values are put back after each step: that saves nothing."
-        " `hold='compact'` saves the optimizer's state and work all the same, and takes gradients just before a step."
+        f"{misconfiguration.some(onlookers)} may look at gradients, so all are computed and stay where they are until"
+        " the optimizer steps. That saves the optimizer's state and work, but no gradients."
     )
 
 
@@ -232,8 +231,8 @@ def of_state_access(onlookers: Sequence[str]) -> str | None:
     if not onlookers:
         return None
     return (
-        f"{', '.join(onlookers[:5])} names entries of the optimizer's state, but with `hold='compact'` these"
-        " are of the live elements alone, not of a parameter. Use `hold='restore'` or 'auto'."
+        f"{misconfiguration.some(onlookers)} looks for a parameter's entries in the optimizer's state, but with"
+        " `hold='compact'` these are of the live elements alone, not of a parameter. Use `hold='restore'` or 'auto'."
     )
 
 

@@ -9,12 +9,12 @@ This is exact for optimizers that treat every element by itself, see `ELEMENTWIS
 so that schedulers, clipping and loss scalers find what they know: parameter groups. Its `state_dict` has the ordinary
 shapes, with zeros where frozen.
 
-Where somebody else may look at gradients, all of this happens *late*: the optimizer has its ordinary parameters, and
-these their whole gradients, at all times but during its own steps. That saves no gradients, but state and work.
+Where somebody else may look at gradients, all of this happens *late*: the optimizer has its ordinary parameters at all
+times but during its own steps, and gradients stay where they are. That saves state and work alone.
 """
 
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -178,7 +178,8 @@ class Compact:
         self._left: dict[Parameter, State] = {}  # the state of those that are wholly frozen
         self._compact()
         self._leave()
-        self.drop_gradients_()
+        if not late:
+            self.drop_gradients_()
         early = early and not late
         by_themselves = [p for p in self._frozen if early and (p in self._alone or p in self._left) and p.requires_grad]
         self._handles: list[RemovableHandle] = [
@@ -212,9 +213,10 @@ class Compact:
                     return self._part_company()
                 if not missing:
                     vector.take(part)
-                    for p in part.parameters:
-                        p.grad = None
-        self.drop_gradients_()
+                    if not self._late:
+                        self._drop(part.parameters)
+        if not self._late:
+            self.drop_gradients_()
         for vector in self._vectors[:]:
             if vector.parameter.grad is not None and len(vector.filled) < len(vector.parts):
                 self._split(vector)
@@ -224,7 +226,11 @@ class Compact:
 
     def drop_gradients_(self) -> None:
         """Let go of gradients that were not taken: `zero_grad` does not know these parameters."""
-        for p in self._frozen:
+        self._drop(self._frozen)
+
+    @staticmethod
+    def _drop(parameters: Iterable[Tensor]) -> None:
+        for p in parameters:
             p.grad = None
 
     @torch.no_grad()
