@@ -26,8 +26,14 @@ class PlainFreeze(pl.Callback):
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         for name, p in pl_module.named_parameters() if self.values else ():
-            if name in self.frozen and p.grad is not None:
-                p.grad = torch.where(self.frozen[name], 0.0, p.grad.to_dense()).to(p.grad.dtype)
+            if name not in self.frozen or p.grad is None:
+                continue
+            if p.grad.is_sparse:
+                gradient = p.grad.coalesce()
+                live = ~self.frozen[name][gradient.indices()[0]]
+                p.grad = torch.sparse_coo_tensor(gradient.indices(), gradient.values() * live, gradient.shape)
+            else:
+                p.grad.masked_fill_(self.frozen[name], 0.0)  # in place, so that it can be differentiated once more
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
