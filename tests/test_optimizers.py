@@ -18,7 +18,7 @@ from lightning_gcfreeze import Evidence, GradCovFreezeCallback
 from lightning_gcfreeze.freezing import ELEMENTWISE
 from tests import cases
 from tests.optimizers import LEFT_OUT, LIBRARIES, TABLE, Case, find
-from tests.optimizers.case import COULD_BE_COMPACT, SECOND_ORDER, SPARSE
+from tests.optimizers.case import COULD_BE_COMPACT, MIXES, SECOND_ORDER, SPARSE
 from tests.optimizers.page import PAGE, page
 from tests.oracles.freezing import PlainFreeze
 
@@ -170,6 +170,23 @@ def test_refused_optimizer_is_refused_before_the_first_step(path):
     assert "Use " in str(error.value)
     assert not module.used
     assert all(torch.equal(p, q) for p, q in zip(module.network.parameters(), network(case).parameters(), strict=True))
+
+
+class OnTop(torch.optim.Adam):
+    """Goes on after its parent's step."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        with torch.no_grad():
+            for group in self.param_groups:
+                torch._foreach_mul_(group["params"], 0.999)
+        return loss
+
+
+def test_step_that_calls_its_parents_counts_once():
+    """Once an Adam was made, torch runs the step hooks of a subclass twice: in its own step and in its parent's."""
+    torch.optim.Adam([nn.Parameter(torch.zeros(1))])
+    check(f"{__name__}.OnTop", Case("restore", MIXES, {"lr": 0.01}))
 
 
 @pytest.mark.parametrize("module", LIBRARIES)
