@@ -109,6 +109,7 @@ class _Run:
     logged_step: int = 0
     micro_batches: int = 0  # since the last optimizer step
     evaluations: int = 0  # of the loss, since the last optimizer step or batch
+    depth: int = 0  # of steps within the optimizer's step
     looked_through: bool = False  # the graph of a loss
     in_trial: bool = False  # a finder of Lightning's trains with other callbacks than the run's
 
@@ -496,7 +497,7 @@ class GradCovFreezeCallback(_Callback):
     ) -> None:
         """Keep the first sample, before `training_step` can change the batch in place."""
         run = self._running
-        run.evaluations = 0
+        run.evaluations = run.depth = 0
         if run.in_trial:  # that was not rolled back
             self._attach(run)
         if batch_idx % trainer.accumulate_grad_batches == 0:
@@ -577,6 +578,7 @@ class GradCovFreezeCallback(_Callback):
         Runs before the forward pass, but under a loss scaler.
         """
         run = self._running
+        run.depth += 1
         if run.in_trial or any(callback is self for callback in run.trainer.callbacks):  # type: ignore[attr-defined]
             return
         run.in_trial = True
@@ -591,11 +593,14 @@ class GradCovFreezeCallback(_Callback):
         It does not run on a step that a loss scaler leaves out, except with a fused optimizer, which is told to leave
         it out itself.
         """
+        run = self._running
+        run.depth -= 1
+        if run.depth > 0:  # the step of a parent class, within that of its child
+            return
+        run.evaluations = 0
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf):
             return
-        run = self._running
-        run.evaluations = 0
         if run.in_trial:  # its steps count for nothing
             if run.hold:
                 run.hold.after_step()

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_gcfreeze import savings
 from lightning_gcfreeze._types import Named
-from lightning_gcfreeze.freezing import Compact, Promotion, Restore, blocks_worth_it
+from lightning_gcfreeze.freezing import ELEMENTWISE, Compact, Promotion, Restore, blocks_worth_it
 
 How: TypeAlias = Literal["compact", "restore"]
 
@@ -62,7 +62,8 @@ class Hold:
         self._promotion = None
         if promote:
             waits = ddp is not None and not ddp.find_unused_parameters
-            self._promotion = Promotion(module, parameters, on_device, blocks, leaf, waits)
+            lets_go = type(optimizer) in ELEMENTWISE
+            self._promotion = Promotion(module, parameters, on_device, blocks, leaf, waits, lets_go)
         after = savings.Footprint.of(optimizer)  # all gradients, if they are taken late
         self.savings = savings.of_freeze(
             frozen,

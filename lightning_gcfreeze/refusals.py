@@ -163,11 +163,13 @@ def of_optimizers(optimizers: Sequence[Any]) -> str | None:
     optimizer = optimizers[0]
     if not isinstance(optimizer, Optimizer):
         return f"{type(optimizer).__name__} is no torch.optim.Optimizer: no hook runs right after its steps."
-    for methods, why in _TWO_SETS.items():
-        if all(callable(getattr(optimizer, method, None)) for method in methods):
+    signs = {cls.__name__ for cls in type(optimizer).__mro__}.union(*optimizer.param_groups)
+    signs |= {name for name in dir(type(optimizer)) if callable(getattr(type(optimizer), name, None))}
+    for known, why in _TWO_SETS.items():
+        if known <= signs:
             return (
-                f"{type(optimizer).__name__} (`{'`, `'.join(methods)}`) {why}: frozen elements would not be constant in"
-                " both. Use an optimizer with one set of weights."
+                f"{type(optimizer).__name__} {why} ({', '.join(f'`{sign}`' for sign in sorted(known))}): frozen elements"
+                " would not be constant in both. Use an optimizer with one set of weights."
             )
     hooked = getattr(type(optimizer).step, "hooked", not hasattr(Optimizer, "_patch_step_function"))
     if not hooked or not hasattr(optimizer, "_optimizer_step_post_hooks"):
@@ -176,12 +178,14 @@ def of_optimizers(optimizers: Sequence[Any]) -> str | None:
 
 
 _TWO_SETS = {
-    ("train", "eval"): "trains with other weights than it is evaluated with",
-    ("first_step", "second_step"): "takes its gradients at other weights than those that it steps",
-    ("sync_lookahead",): "keeps slow weights beside those that are trained",
-    ("swap_swa_sgd",): "keeps averaged weights beside those that are trained",
+    frozenset({"train", "eval"}): "trains with other weights than it is evaluated with",
+    frozenset({"weight_sum", "weight_lr_power"}): "trains with other weights than it is evaluated with",
+    frozenset({"first_step", "second_step"}): "takes its gradients at other weights than those that it steps",
+    frozenset({"Lookahead"}): "keeps slow weights beside those that are trained",
+    frozenset({"sync_lookahead"}): "keeps slow weights beside those that are trained",
+    frozenset({"swap_swa_sgd"}): "keeps averaged weights beside those that are trained",
 }
-"""Methods by which optimizers with two sets of weights are known."""
+"""Classes, methods and keys of parameter groups by which optimizers with two sets of weights are known."""
 
 
 def of_step_hooks(optimizer: Any) -> str:

@@ -25,7 +25,10 @@ class Footprint:
     @classmethod
     def of(cls, optimizer: Optimizer) -> "Footprint":
         """As it is now."""
-        state = [v for of_p in optimizer.state.values() for v in of_p.values() if isinstance(v, Tensor)]
+        entries = [
+            v for entry in optimizer.state.values() for v in (entry.values() if isinstance(entry, dict) else [entry])
+        ]
+        state = [value for value in entries if isinstance(value, Tensor)]
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         return cls(sum(map(_bytes, state)), sum(map(_bytes, parameters)))
 

@@ -174,6 +174,8 @@ class Compact:
         self._optimizer, self._late = optimizer, late
         self._frozen = {parameters[name]: mask for name, mask in frozen.items() if mask.any()}
         self._names = {name: parameters[name] for name in frozen}
+        self._inside = False  # whether the optimizer has the vectors
+        self._compacted: tuple[list[list[Tensor]], list[Any]] = ([], [])  # its groups, when it has them
         self._alone = {p for name, p in self._names.items() if name in alone or p.numel() > SMALL}
         self._left: dict[Parameter, State] = {}  # the state of those that are wholly frozen
         self._compact()
@@ -321,10 +323,10 @@ class Compact:
     @torch.no_grad()
     def _compact(self) -> None:
         """Put vectors in the place of what is partly frozen, and leave out what is wholly frozen."""
-        self._inside = True  # the optimizer has the vectors
+        self._inside = True
         groups = self._optimizer.param_groups
-        self._members = [list(group["params"]) for group in groups]
-        self._member_names = [group.get("param_names") for group in groups]
+        self._members: list[list[Tensor]] = [list(group["params"]) for group in groups]
+        self._member_names: list[Any] = [group.get("param_names") for group in groups]
         self._vectors: list[_Vector] = []
         self._places: dict[Tensor, tuple[_Vector, _Part]] = {}  # of what is partly frozen
         for group in groups:

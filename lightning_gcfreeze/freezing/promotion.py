@@ -272,6 +272,8 @@ class Promotion:
         leaf: name of a weight -> its live elements, flat, in whose ``grad`` those of its gradient are wanted; None:
             they are wanted in the weight's own ``grad``, in their places.
         reducer_waits: DistributedDataParallel expects to hear of every parameter in every backward pass.
+        lets_go: whether wholly frozen parameters may be without a gradient. To an optimizer that does not treat every
+            element by itself, that may mean something else than a gradient of zeros.
     """
 
     def __init__(
@@ -282,9 +284,11 @@ class Promotion:
         blocks: Mapping[str, Block],
         leaf: Callable[[str], Tensor] | None = None,
         reducer_waits: bool = False,
+        lets_go: bool = True,
     ) -> None:
         self._shortened: list[_Shortened] = []
         self._module = module
+        frozen = frozen if lets_go else {}
         whole = {n: parameters[n] for n, mask in frozen.items() if mask.all() and parameters[n].requires_grad}
         self._stop_gradients(whole, module, reducer_waits)
         layers = [layer for layer in rules.uncompiled(module) if _has_block(layer)]
