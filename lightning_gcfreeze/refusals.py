@@ -167,9 +167,10 @@ def of_optimizers(optimizers: Sequence[Any]) -> str | None:
     signs |= {name for name in dir(type(optimizer)) if callable(getattr(type(optimizer), name, None))}
     for known, why in _TWO_SETS.items():
         if known <= signs:
+            by = ", ".join(f"`{sign}`" for sign in sorted(known))
             return (
-                f"{type(optimizer).__name__} {why} ({', '.join(f'`{sign}`' for sign in sorted(known))}): frozen elements"
-                " would not be constant in both. Use an optimizer with one set of weights."
+                f"{type(optimizer).__name__} {why} ({by}): frozen elements would not be constant in both. Use an"
+                " optimizer with one set of weights."
             )
     hooked = getattr(type(optimizer).step, "hooked", not hasattr(Optimizer, "_patch_step_function"))
     if not hooked or not hasattr(optimizer, "_optimizer_step_post_hooks"):

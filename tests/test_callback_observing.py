@@ -363,7 +363,7 @@ def run_talkative(callbacks: list[pl.Callback]) -> dict[str, Any]:
     return {
         "state": module.state_dict(),
         "optimizer": trainer.optimizers[0].state_dict()["state"],
-        "metrics": trainer.callback_metrics,
+        "metrics": {n: value for n, value in trainer.callback_metrics.items() if n != "gcfreeze/frozen_fraction"},
         "outputs": module.outputs,
         "history": module.history["loss"],
         "calls": module.calls,

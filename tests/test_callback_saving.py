@@ -3,6 +3,7 @@
 import copy
 import itertools
 import warnings
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,12 +47,14 @@ def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
 
 
 def fit(
-    optimizer: Any, *callbacks: pl.Callback, ckpt_path: Path | None = None, **kwargs: Any
+    optimizer: Any, *callbacks: pl.Callback, ckpt_path: Path | None = None, look: Any = None, **kwargs: Any
 ) -> tuple[pl.LightningModule, pl.Trainer]:
     """18 batches."""
     module = cases.Regression(network(), optimizer)
     trainer = cases.trainer(**({"max_epochs": 3} | kwargs), callbacks=list(callbacks))
-    trainer.fit(module, cases.ResumableLoader(), ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
+    loader = look or cases.ResumableLoader()
+    loader.trainer = trainer
+    trainer.fit(module, loader, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
     return module, trainer
 
 
@@ -137,22 +140,29 @@ def test_compact_and_restore_train_alike(optimizer, granularity):
 SIZE = sum(p.numel() for p in network().parameters())
 
 
-class Frozen(pl.Callback):
-    """Looks at the optimizer in the middle of training, ten steps after the freeze."""
+class Look(cases.ResumableLoader):
+    """Looks at the optimizer in the middle of training, ten steps after the freeze.
 
-    def __init__(self, callback: GradCovFreezeCallback) -> None:
-        self.callback = callback
+    From the loader: a callback that reads gradients would keep them where they are.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trainer: Any = None
         self.seen: dict[str, Any] = {}
 
-    def on_before_zero_grad(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Any) -> None:
-        if trainer.global_step == 14:
-            self.seen = {
-                "footprint": Footprint.of(optimizer),
-                "elements": sum(p.numel() for group in optimizer.param_groups for p in group["params"]),
-                "gradients": sum(p.grad.numel() for p in module.parameters() if p.grad is not None),
-                "saved": copy.deepcopy(optimizer.state_dict()),
-                "requires_grad": [name for name, p in module.named_parameters() if p.requires_grad],
-            }
+    def __iter__(self) -> Iterator[list[torch.Tensor]]:
+        for batch in super().__iter__():
+            if self.trainer is not None and self.trainer.global_step == 14:
+                module, (optimizer,) = self.trainer.lightning_module, self.trainer.optimizers
+                self.seen = {
+                    "footprint": Footprint.of(optimizer),
+                    "elements": sum(p.numel() for group in optimizer.param_groups for p in group["params"]),
+                    "gradients": sum(p.grad.numel() for p in module.parameters() if p.grad is not None),
+                    "saved": copy.deepcopy(optimizer.state_dict()),
+                    "requires_grad": [name for name, p in module.named_parameters() if p.requires_grad],
+                }
+            yield batch
 
 
 @pytest.mark.parametrize("hold", ["compact", "auto"])
@@ -160,8 +170,8 @@ class Frozen(pl.Callback):
 def test_the_optimizer_shrinks_to_the_live_fraction(hold, granularity):
     """Its state and the gradients that it steps by are as large as what is live; what is saved is of full shape."""
     callback = GradCovFreezeCallback(t0=4, k=0.9, granularity=granularity, hold=hold)
-    look = Frozen(callback)
-    module, trainer = fit(adamw, look, callback)
+    look = Look()
+    module, trainer = fit(adamw, callback, look=look)
     live = sum(int((~mask).sum()) for mask in callback.frozen.values())
     assert 0 < live < 0.4 * SIZE
     assert look.seen["elements"] == live
@@ -177,8 +187,8 @@ def test_the_optimizer_shrinks_to_the_live_fraction(hold, granularity):
 def test_restore_saves_no_state_and_says_so():
     """The control of the test above."""
     callback = GradCovFreezeCallback(t0=4, k=0.9, hold="restore", promote=False)
-    look = Frozen(callback)
-    fit(adamw, look, callback)
+    look = Look()
+    fit(adamw, callback, look=look)
     assert look.seen["elements"] == SIZE
     assert callback.savings.before == callback.savings.after
     assert callback.savings.weight_gradient_flops_skipped == 0
@@ -187,8 +197,8 @@ def test_restore_saves_no_state_and_says_so():
 def test_savings_are_what_can_be_counted():
     """State, gradients and FLOPs by hand, for whole rows; an element's place needs an index, and activations stay."""
     callback = GradCovFreezeCallback(t0=4, k=0.6, granularity="row")
-    look = Frozen(callback)
-    fit(adamw, look, callback)
+    look = Look()
+    fit(adamw, callback, look=look)
     savings, frozen = callback.savings, callback.frozen
     live = {name: int((~mask).sum()) for name, mask in frozen.items()}
     assert savings.before == Footprint(2 * 4 * SIZE + 4 * len(frozen), 4 * SIZE)
@@ -260,20 +270,21 @@ def test_an_optimizer_that_mixes_elements_is_refused_or_restored():
     with pytest.raises(MisconfigurationException, match=r"Adafactor is not known to treat.*hold='restore'"):
         fit(OPTIMIZERS["Adafactor"], callback)
     callback = GradCovFreezeCallback(t0=4, k=0.5, hold="auto")
-    look = Frozen(callback)
-    fit(OPTIMIZERS["Adafactor"], look, callback)
+    look = Look()
+    fit(OPTIMIZERS["Adafactor"], callback, look=look)
     assert look.seen["elements"] == SIZE
 
 
 def test_a_tensor_that_does_not_fit_freezes_nothing_and_says_so():
     """The first tensor in the order is larger than k: a warning, no silent nothing."""
-    callback = GradCovFreezeCallback(t0=4, k=1, granularity="tensor", order="reverse", exclude="*bias")
+    callback = GradCovFreezeCallback(t0=4, k=3, granularity="tensor", order="reverse", exclude="*bias")
     with pytest.warns(UserWarning, match="the first tensor in the order has more than"):
         fit(adamw, callback)
     assert callback.frozen_fraction == 0
 
 
-def test_clipping_sees_live_elements_alone():
+@pytest.mark.parametrize("hold", HOLDS)
+def test_clipping_sees_live_elements_alone(hold):
     """The norm that clipping computes over the optimizer's groups is that of the live gradients."""
     norms: list[float] = []
 
@@ -291,7 +302,7 @@ def test_clipping_sees_live_elements_alone():
 
     batches: list[Any] = []
     expected: list[float] = []
-    callback = GradCovFreezeCallback(t0=4, k=0.5, order="reverse", promote=False, hold="compact")
+    callback = GradCovFreezeCallback(t0=4, k=0.5, order="reverse", promote=False, hold=hold)
     cases.trainer(callbacks=[callback]).fit(Clipping(cases.mlp(), adamw), cases.loader())
     assert len(norms) == 12
     np.testing.assert_allclose(norms, expected, rtol=1e-5)
@@ -468,17 +479,21 @@ class Watching(cases.Regression):
         self.norm = torch.cat([p.grad.flatten() for p in self.parameters()]).norm()
 
 
-def test_who_may_look_at_gradients_finds_them_all(caplog):
-    """Under "auto" nothing is taken from the user's own hooks, and it is said what that costs; "compact" insists."""
-    callback = GradCovFreezeCallback(t0=4, k=0.9, granularity="tensor")
-    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
-        cases.trainer(callbacks=[callback]).fit(Watching(network(), adamw), cases.ResumableLoader())
-    assert "Watching.on_before_optimizer_step may look at gradients" in caplog.text
-    assert callback.savings.before == callback.savings.after
-    with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'flatten'"):
-        cases.trainer(callbacks=[GradCovFreezeCallback(t0=4, k=0.9, hold="compact")]).fit(
-            Watching(network(), adamw), cases.ResumableLoader()
-        )
+@pytest.mark.parametrize("hold", ["auto", "compact"])
+def test_gradients_stay_where_somebody_may_look_at_them(hold, caplog):
+    """All of them, and it is said what that costs: gradients are not saved, the optimizer's state is."""
+    norms = []
+    for how in (hold, "restore"):
+        callback = GradCovFreezeCallback(t0=4, k=0.9, granularity="tensor", hold=how)
+        module = Watching(network(), adamw)
+        with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+            cases.trainer(callbacks=[callback]).fit(module, cases.ResumableLoader())
+        norms.append(module.norm)
+        if how == hold:
+            assert "Watching.on_before_optimizer_step may look at gradients" in caplog.text
+            assert callback.savings.before.gradients == callback.savings.after.gradients
+            assert callback.savings.after.state < 0.2 * callback.savings.before.state
+    torch.testing.assert_close(norms[0], norms[1], rtol=1e-5, atol=0.0)
 
 
 def test_embeddings_that_rescale_themselves_are_restored():
