@@ -85,13 +85,15 @@ def of_optimizer_state(module: nn.Module, callbacks: Iterable[Any], plugins: Ite
         f"{type(owner).__name__}.{name}"
         for owner in (module, *callbacks, *plugins)
         for name, function in _foreign_methods(owner)
-        if any(map(_looks_for_state, _codes(function)))
+        if _looks_for_state(function)
     ]
 
 
-def _looks_for_state(code: CodeType) -> bool:
-    names, strings = set(code.co_names), _strings(code)
-    of_optimizer = any("optim" in name or name == "opt" for name in names | set(code.co_varnames))
+def _looks_for_state(function: Any) -> bool:
+    codes = [*_codes(function)]
+    names, strings = {name for code in codes for name in code.co_names}, set[str]().union(*map(_strings, codes))
+    variables = {name for code in codes for name in code.co_varnames}
+    of_optimizer = any("optim" in name or name == "opt" for name in names | variables)
     by_parameter = bool((names | strings) & {"parameters", "named_parameters", "params"})
     changes = any(re.fullmatch(r"[a-z]\w*[a-z]_|clear|pop|popitem", name) for name in names)
     known = bool(strings & _STATE)
@@ -107,7 +109,8 @@ def _of_owner(owner: Any) -> Iterator[str]:
 def _foreign_methods(owner: Any) -> Iterator[tuple[str, Any]]:
     """What an object's class, and the object itself where it was patched, has from outside of Lightning and torch."""
     defined = [(name, value) for cls in type(owner).__mro__ if _is_foreign(cls) for name, value in vars(cls).items()]
-    for name, value in [*_own(owner).items(), *defined]:
+    patched = [(name, value) for name, value in _own(owner).items() if hasattr(type(owner), name)]
+    for name, value in [*patched, *defined]:
         if name.startswith(("__", "configure_")) and name not in IN_THE_GRADIENTS_WAY:
             continue  # they run before training
         if isinstance(value, property):
@@ -153,7 +156,8 @@ def _mentions(function: Any, owner: Any = None) -> bool:
             if _is_foreign(type(function)):  # an object that is called
                 left += [value for value in vars(type(function)).values() if isinstance(value, FunctionType)]
             continue
-        names = {name for code in _codes(function) for name in code.co_names} | _strings(function.__code__)
+        codes = [*_codes(function)]
+        names = {name for code in codes for name in code.co_names}.union(*map(_strings, codes))
         if any(_GRADIENT.search(name) and name not in _HARMLESS for name in names):
             return True
         left += [value for value in _reached(function, names, owner) if _is_foreign(value)]
