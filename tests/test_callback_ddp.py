@@ -1,8 +1,12 @@
 """Two gloo processes after the freeze: every way to hold, every setting of the wrapper, against a loop by hand."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
-from tests.processes.launch import SCRIPTS, assert_agreed, launch
+from tests.processes.launch import ROOT, SCRIPTS, assert_agreed, launch
 
 TWO_RANKS = """
 import itertools
@@ -96,3 +100,14 @@ def test_two_ranks_train_the_live_elements_as_one_process_does(tmp_path):
 def test_less_travels_and_ranks_that_differ_are_found(tmp_path):
     """Unequal last batches, parameter groups, hooks of the user's own, bytes in the log."""
     assert_agreed(launch(SCRIPTS / "callback.py", tmp_path, timeout=240), 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["ddp_spawn", "ddp_fork"])
+def test_the_main_process_knows_what_its_spawned_processes_found(method, tmp_path):
+    """Masks, statistics, savings and steps; a copy of the callback goes on knowing nothing."""
+    command = [sys.executable, str(SCRIPTS / "spawned.py"), method]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert "the main process knows" in done.stdout, done.stdout[-2000:] + done.stderr[-6000:]
+    assert not list(tmp_path.glob("lightning_gcfreeze*"))  # nothing is left behind

@@ -4,6 +4,7 @@ import copy
 import itertools
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,35 @@ def observing_adds_no_traffic() -> None:
     assert calls.of_steps[5:] == [2, 2, 2, 2]
 
 
+def a_checkpoint_saved_after_fit_holds_the_statistics_of_all_ranks(directory: Path) -> None:
+    """Before t0: those of one that is saved by all at the same step, and not rank 0's own."""
+
+    class Saves(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+            if trainer.global_step == 3:
+                self.own = callback.variance
+                trainer.save_checkpoint(directory / "during.ckpt")
+
+    states = []
+    for saves, max_steps, file in ((Saves(), -1, "during.ckpt"), (pl.Callback(), 3, "after.ckpt")):
+        callback = GradCovFreezeCallback(t0=5, k=0.9)
+        trainer = cases.trainer(
+            callbacks=[callback, saves], devices=2, strategy="ddp", use_distributed_sampler=False, max_epochs=1,
+            max_steps=max_steps,
+        )  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # t0 is not reached
+            trainer.fit(cases.Regression(network(), groups), DataLoader(batches()[RANK], batch_size=None))  # type: ignore[arg-type]
+        if file == "after.ckpt":
+            trainer.save_checkpoint(directory / file)
+        saved = torch.load(directory / file, weights_only=True)["callbacks"]["GradCovFreezeCallback"]
+        states.append({key: saved[key] for key in ("state", "plan", "steps", "phase")})
+        if file == "during.ckpt":
+            shared = states[0]["state"]["covariance"]["network.0.weight"] * states[0]["state"]["scale"]
+            assert not torch.equal(shared, saves.own["network.0.weight"])  # each rank had seen something else
+    cases.assert_identical(states[1], states[0])
+
+
 def hooks_are_composed() -> None:
     """Half precision halves what travels; what looks at whole gradients goes on getting them."""
     everything = sum(p.numel() for p in network().parameters())
@@ -227,6 +257,7 @@ def ranks_find_out_alike() -> None:
 if __name__ == "__main__":
     the_run_is_that_of_one_process(Path(sys.argv[1]))
     observing_adds_no_traffic()
+    a_checkpoint_saved_after_fit_holds_the_statistics_of_all_ranks(Path(sys.argv[1]))
     hooks_are_composed()
     ranks_that_differ_are_found()
     ranks_find_out_alike()
