@@ -800,6 +800,7 @@ class ClippingSGD(SGD):
 @changes("ClippingSGD")
 def optimizer_of_a_class_of_its_own(setup: Setup) -> None:
     def make(parameters: Any) -> Optimizer:
+        SGD([torch.zeros(1)], lr=0.1)  # torch wraps `SGD.step` now: hooks run in it, and in `ClippingSGD.step` again
         optimizer = ClippingSGD(parameters, lr=0.02, momentum=0.9)
         setup.undo.append(lambda: setattr(optimizer, "bound", 1e9))
         return optimizer
