@@ -241,8 +241,10 @@ def examples(draw: st.DrawFn) -> Example:
     if model == "mlp" and draw(st.integers(0, 4)) == 0:
         arguments["covariance"] = draw(st.sampled_from(["diagonal", "full"]))
     algorithm = draw(st.sampled_from(["norm", "value"]))
-    fused = "fused" in optimizer and algorithm  # Lightning cannot clip what a fused optimizer unscales by itself
     precision = draw(st.sampled_from([*TOLERANCE]))
+    cannot_clip = "fused" in optimizer and precision.endswith("mixed")  # Lightning leaves unscaling to the optimizer
+    if optimizer == "SGD fused" and precision == "16-mixed":
+        optimizer = "Adam fused"  # torch's SGD goes on with a momentum that it never set, if its first step overflows
     clip = draw(st.sampled_from([None, 0.5, 0.05]))
     return Example(
         arguments,
@@ -252,7 +254,7 @@ def examples(draw: st.DrawFn) -> Example:
         draw(st.booleans()),
         "32-true" if precision.endswith("true") and optimizer in ROUNDED_BY_TORCH else precision,
         accumulate,
-        None if fused and precision == "16-mixed" else clip,
+        None if cannot_clip else clip,
         algorithm,
         draw(st.sampled_from(["auto", "auto", "ddp"])),
         # Not at the end of an epoch: Lightning validates there, and a restart leaves that out.
@@ -379,12 +381,13 @@ def check(example: Example) -> str:
         reference = PlainStages(diary.stages)
         plain, _ = _fit(example, reference)
         if diary.loss_scales != reference.loss_scales:
-            # Compact does not see that a frozen element's gradient overflows, and takes a step that others leave out.
-            assert example.arguments.get("hold") != "restore", "other steps overflowed than without us"
+            # A gradient that is not computed, or taken away early, cannot overflow: a step more is taken.
+            spares = example.arguments.get("hold") != "restore" or example.arguments.get("promote", True)
+            assert spares, "other steps overflowed than without us"
             return "resumed, other steps overflowed"
         rtol, atol = TOLERANCE[example.precision]
         weights, expected = module.state_dict(), plain.state_dict()
-        for name, frozen in callback.frozen.items():
+        for name, frozen in next(iter(diary.stages.values())).items():  # what froze later was live before, to rounding
             assert torch.equal(bits(weights[name])[frozen], bits(expected[name])[frozen]), f"frozen bits of {name}"
         for name in weights:
             torch.testing.assert_close(
@@ -434,7 +437,7 @@ def run(count: int, seed: int | None) -> tuple[Counter[str], dict[str, Failure]]
             done[check(example)] += 1
         except Exception as error:
             done["failed"] += 1
-            kind = _kind(error)
+            kind = f"{example.optimizer}: {_kind(error)}"
             known = failures.get(kind)
             if known is None:
                 failures[kind] = Failure(example, _text(error))
