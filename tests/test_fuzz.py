@@ -26,6 +26,9 @@ FOUND = {
     "whole rows of a second moment": fuzz.Example(
         {"t0": 4, "k": 0.5, "order": "magnitude", "granularity": "row"}, optimizer="Adafactor", precision="64-true"
     ),
+    "no gradient is left to clip": fuzz.Example(
+        {"t0": 4, "k": 1.0, "hold": "restore"}, clip=0.5, clip_algorithm="value"
+    ),
     # The eligible gradients are finite and are observed, another one overflows, and the step comes again.
     "a step that is observed and left out comes again after a restart": fuzz.Example(
         {"exclude": "*bias", "t0": 5, "k": 12, "every": 2, "gain": 0.75, "gradients": "replay", "granularity": "row",
