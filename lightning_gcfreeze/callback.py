@@ -106,7 +106,6 @@ class _Run:
     step_hooks: tuple[RemovableHandle, ...] = ()
     hold: Hold | None = None
     tried: bool = False  # whether the optimizer step to come was tried to observe
-    observed_step: int = 0  # the last that was observed
     logged_step: int = 0
     micro_batches: int = 0  # since the last optimizer step
     evaluations: int = 0  # of the loss, since the last optimizer step or batch
@@ -229,6 +228,7 @@ class GradCovFreezeCallback(_Callback):
         self._plan = Plan(self._decisions, self._gain_of_scores)
         self._aside = Aside()
         self._steps = 0  # optimizer steps; Trainer.global_step counts every optimizer's
+        self._observed_step = 0  # the last that was observed; ahead of these, if a loss scaler left it out since
         self._seed = 0  # of the random order; set when a run begins
         self._resumed: dict[str, Any] | None = None  # the arguments that the loaded state was made with
         self._savings: Savings | None = None
@@ -378,6 +378,7 @@ class GradCovFreezeCallback(_Callback):
         self._plan.load_state_dict(state_dict["plan"])
         self._aside.load_state_dict(state_dict["aside"])
         self._steps = state_dict["steps"]
+        self._observed_step = state_dict.get("observed_step", 0)
         self._seed = state_dict["seed"]
         self._resumed = state_dict["arguments"]
         if self._run and self._run.step_hooks:  # a finder of Lightning's puts back what was before its trial
@@ -399,6 +400,7 @@ class GradCovFreezeCallback(_Callback):
             "arguments": self._arguments(),
             "seed": self._seed,
             "steps": self._steps,
+            "observed_step": self._observed_step,
             "phase": self.phase,
             "plan": self._plan.state_dict(),
             "aside": self._aside.state_dict(),
@@ -472,7 +474,7 @@ class GradCovFreezeCallback(_Callback):
         if self._resumed is not None:
             self._phase.to(_local(run.parameters), run.shards)
             self._noise = self._watched.has_noise if self._watched else self._noise
-        run.logged_step, run.observed_step, run.tried, run.in_trial = self._steps, 0, False, False
+        run.logged_step, run.tried, run.in_trial = self._steps, False, False
         run.samples.forget()
         if watched := self._watched:
             if watched.decided is None:
@@ -560,12 +562,12 @@ class GradCovFreezeCallback(_Callback):
                 "No eligible parameter has a gradient after the backward pass: something uses it up before it can be"
                 " observed, as optimizers do that step in the backward pass. Leave the gradients in ``p.grad``."
             )
-        if run.observed_step > self._steps and not watched.settle():
-            run.observed_step = self._steps  # a loss scaler left the optimizer step out, and it comes again
-        if self._due and run.observed_step <= self._steps:
+        if self._observed_step > self._steps and not watched.settle():
+            self._observed_step = self._steps  # a loss scaler left the optimizer step out, and it comes again
+        if self._due and self._observed_step <= self._steps:
             run.tried = True
             if self._observe(watched, run, window, size):
-                run.observed_step = self._steps + 1
+                self._observed_step = self._steps + 1
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -612,7 +614,7 @@ class GradCovFreezeCallback(_Callback):
                 run.hold.after_step()
             return
         watched = self._watched
-        if watched and self._due and not run.tried:
+        if watched and self._due and not run.tried and self._observed_step <= self._steps:
             watched.skipped += 1  # `training_step` returned no loss
         run.tried = False
         run.samples.forget()
