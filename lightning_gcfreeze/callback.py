@@ -112,6 +112,7 @@ class _Run:
     decided: bool = False  # in this batch
     writes: bool = False  # whether other code may write to weights between steps
     holding_accumulators: list[str] = field(default_factory=list)
+    callbacks: list[Any] = field(default_factory=list)  # the Trainer's, when training began
     depth: int = 0  # of steps within the optimizer's step
     looked_through: bool = False  # the graph of a loss
     in_trial: bool = False  # a finder of Lightning's trains with other callbacks than the run's
@@ -463,6 +464,7 @@ class GradCovFreezeCallback(_Callback):
         if not isinstance(trainer.strategy.model, DistributedDataParallel) and not run.shards:  # DDP does so itself
             run.holding_accumulators = gradient_access.of_accumulators(run.parameters)
         self._attach(run)
+        run.callbacks = [*trainer.callbacks]  # type: ignore[attr-defined]
         after_step = optimizer.register_step_post_hook(self._after_step)
         if (hooks := after_step.hooks_dict_ref()) is not None:  # other hooks see the frozen values in their places
             hooks.move_to_end(after_step.id, last=False)
@@ -573,7 +575,7 @@ class GradCovFreezeCallback(_Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Zero the frozen elements' gradients. Runs after averaging and unscaling, before clipping."""
-        if self._run and not _scaler(trainer):
+        if self._run and not _may_skip_steps(trainer):
             self._run.evaluations += 1
             if self._run.evaluations > 1:
                 _refuse(refusals.of_evaluations(optimizer))
@@ -587,7 +589,8 @@ class GradCovFreezeCallback(_Callback):
         """
         run = self._running
         run.depth += 1
-        if run.in_trial or any(callback is self for callback in run.trainer.callbacks):  # type: ignore[attr-defined]
+        now: list[Any] = run.trainer.callbacks  # type: ignore[attr-defined]
+        if run.in_trial or any(callback is known for callback in now for known in run.callbacks):
             return
         run.in_trial = True
         run.samples.forget()
@@ -918,6 +921,8 @@ class GradCovFreezeCallback(_Callback):
             run.hold.release()
         who = _who_has_code(trainer)
         looking = [*gradient_access.of_run(*who, run.parameters, optimizer), *run.holding_accumulators]
+        if not run.in_trial:  # what travels depends on it
+            looking = list(dict.fromkeys(name for found in self._ranks.of_all(looking) for name in found))
         how: Literal["compact", "restore"] = "restore"
         if self.hold != "restore" and not (run.shards or observes or run.in_trial):
             of_state = gradient_access.of_optimizer_state(*who)
@@ -987,6 +992,12 @@ def _in_a_signal_handler() -> bool:
 def _scaler(trainer: pl.Trainer) -> Any:
     """The loss scaler of 16-mixed precision, if there is one."""
     return getattr(trainer.precision_plugin, "scaler", None)
+
+
+def _may_skip_steps(trainer: pl.Trainer) -> bool:
+    """Whether the optimizer's step may be left out after its gradients were made ready."""
+    own = type(trainer.precision_plugin).optimizer_step.__module__.split(".")[0]
+    return _scaler(trainer) is not None or own not in ("lightning", "pytorch_lightning")
 
 
 def _who_has_code(trainer: pl.Trainer) -> tuple[pl.LightningModule, list[Any], list[Any]]:
