@@ -14,10 +14,10 @@ def scalars(of_each: Mapping[str, float], fraction: float, observed: int) -> dic
 
 
 def histograms(frozen: Named, variance: Named) -> dict[str, Tensor]:
-    """log10 of the variance, where it is not 0, and the mask as 0 and 1, of each parameter."""
+    """log10 of the variance, where there is one that is not 0, and the mask as 0 and 1, of each parameter."""
     values = {}
     for name, mask in frozen.items():
         values[f"gcfreeze/frozen/{name}"] = mask.float()
-        if (positive := variance[name][variance[name] > 0]).numel():
+        if name in variance and (positive := variance[name][variance[name] > 0]).numel():
             values[f"gcfreeze/log10_variance/{name}"] = positive.log10()
     return values

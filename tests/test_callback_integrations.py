@@ -40,6 +40,16 @@ def test_tensorboard_shows_what_froze(tmp_path):
         )
 
 
+def test_tensorboard_has_no_variances_of_an_order_that_does_not_read_them(tmp_path):
+    """The masks all the same."""
+    trainer = cases.trainer(
+        callbacks=[GradCovFreezeCallback(t0=6, k=0.5, order="progress")], logger=TensorBoardLogger(tmp_path)
+    )
+    trainer.fit(cases.Regression(cases.mlp()), cases.loader())
+    tags = EventAccumulator(trainer.log_dir).Reload().Tags()["histograms"]
+    assert sorted(tags) == [f"gcfreeze/frozen/network.{name}" for name in ("0.bias", "0.weight", "2.bias", "2.weight")]
+
+
 def test_any_logger_gets_the_scalars_beside_the_modules_own(tmp_path):
     """CSV: on the same step axis as `self.log`, as often as the callback was told."""
 
