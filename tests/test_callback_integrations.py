@@ -43,7 +43,9 @@ def test_tensorboard_shows_what_froze(tmp_path):
 def test_tensorboard_has_no_variances_of_an_order_that_does_not_read_them(tmp_path):
     """The masks all the same."""
     trainer = cases.trainer(
-        callbacks=[GradCovFreezeCallback(t0=6, k=0.5, order="progress")], logger=TensorBoardLogger(tmp_path)
+        callbacks=[GradCovFreezeCallback(t0=6, k=0.5, order="progress")],
+        logger=TensorBoardLogger(tmp_path),
+        log_every_n_steps=4,
     )
     trainer.fit(cases.Regression(cases.mlp()), cases.loader())
     tags = EventAccumulator(trainer.log_dir).Reload().Tags()["histograms"]
