@@ -33,13 +33,19 @@ IN_THE_GRADIENTS_WAY = frozenset(
 """Hooks of modules, callbacks, strategies and precision plugins whose business are gradients. Whoever overrides one
 counts, whatever the code says."""
 
-_KNOWN = ("lightning", "pytorch_lightning", "lightning_fabric", "torch", "builtins", "weakref", __name__.split(".")[0])
+_KNOWN = frozenset(
+    {
+        __name__.split(".")[0], "lightning", "pytorch_lightning", "lightning_fabric", "torch", "torchmetrics",
+        "torchvision", "numpy", "scipy", "pandas", "sklearn", "matplotlib", "PIL", "tqdm", "rich", "builtins", "abc",
+        "collections", "contextlib", "copy", "dataclasses", "functools", "logging", "typing", "warnings", "weakref",
+    }
+)  # fmt: skip
+"""Where code comes from that is known not to look: Lightning and torch, and what has nothing to do with them."""
 _GRADIENT = re.compile(r"(^|_)(auto)?grad(ient)?s?(_|$)|(^|_)backward($|_)|^register_(\w+_)?hook$", re.IGNORECASE)
 _HARMLESS = frozenset(
     {
         "no_grad", "enable_grad", "set_grad_enabled", "is_grad_enabled", "requires_grad", "requires_grad_",
-        "accumulate_grad_batches",
-        "gradient_clip_val", "gradient_clip_algorithm", "gradient_checkpointing", "gradient_checkpointing_enable",
+        "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "gradient_checkpointing", "gradient_checkpointing_enable",
         "gradient_checkpointing_disable", "configure_gradient_clipping", "use_grad_checkpointing",
     }
 )  # fmt: skip
