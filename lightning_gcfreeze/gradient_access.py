@@ -36,7 +36,7 @@ counts, whatever the code says."""
 _KNOWN = frozenset(
     {
         __name__.split(".")[0], "lightning", "pytorch_lightning", "lightning_fabric", "torch", "torchmetrics",
-        "torchvision", "numpy", "scipy", "pandas", "sklearn", "matplotlib", "PIL", "tqdm", "rich", "builtins", "abc",
+        "torchvision", "numpy", "scipy", "pandas", "sklearn", "matplotlib", "PIL", "tqdm", "rich", "builtins",
         "collections", "contextlib", "copy", "dataclasses", "functools", "logging", "typing", "warnings", "weakref",
     }
 )  # fmt: skip
@@ -45,8 +45,8 @@ _GRADIENT = re.compile(r"(^|_)(auto)?grad(ient)?s?(_|$)|(^|_)backward($|_)|^regi
 _HARMLESS = frozenset(
     {
         "no_grad", "enable_grad", "set_grad_enabled", "is_grad_enabled", "requires_grad", "requires_grad_",
-        "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "gradient_checkpointing", "gradient_checkpointing_enable",
-        "gradient_checkpointing_disable", "configure_gradient_clipping", "use_grad_checkpointing",
+        "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "gradient_checkpointing",
+        "gradient_checkpointing_enable", "gradient_checkpointing_disable", "configure_gradient_clipping", "use_grad_checkpointing",
     }
 )  # fmt: skip
 _IN_PLACE = re.compile(r"[a-z]\w*[a-z0-9]_")
