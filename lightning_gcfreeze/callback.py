@@ -475,6 +475,7 @@ class GradCovFreezeCallback(_Callback):
         """Tie the state, which has just begun or was loaded, to the module and the optimizer of this run."""
         if self._resumed is not None:
             self._phase.to(_local(run.parameters), run.shards)
+            self._aside.to(run.parameters)
             self._noise = self._watched.has_noise if self._watched else self._noise
         run.logged_step, run.tried, run.in_trial = self._steps, False, False
         run.samples.forget()
@@ -611,6 +612,8 @@ class GradCovFreezeCallback(_Callback):
         run.evaluations = 0
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf):
+            if run.hold:
+                run.hold.after_step()  # nothing has moved, but the optimizer had what its steps are given
             return
         if run.in_trial:  # its steps count for nothing
             if run.hold:

@@ -46,7 +46,8 @@ _HARMLESS = frozenset(
     {
         "no_grad", "enable_grad", "set_grad_enabled", "is_grad_enabled", "requires_grad", "requires_grad_",
         "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "gradient_checkpointing",
-        "gradient_checkpointing_enable", "gradient_checkpointing_disable", "configure_gradient_clipping", "use_grad_checkpointing",
+        "gradient_checkpointing_enable", "gradient_checkpointing_disable", "use_grad_checkpointing",
+        "configure_gradient_clipping",
     }
 )  # fmt: skip
 _IN_PLACE = re.compile(r"[a-z]\w*[a-z0-9]_")

@@ -403,12 +403,16 @@ class Frozen:
         return cls(**given, counts=counts, shapes=shapes, shards=EVERYTHING)
 
     def to(self, parameters: Named, shards: Shards = EVERYTHING) -> None:
-        """Of what was loaded keep the local parts; what goes on observing, on the devices of the parameters."""
+        """Of what was loaded keep the local parts, on the devices of the parameters."""
         self.shards = shards
         if self.again:
             self.again.to(parameters, shards)
-        self.frozen, self.scores = shards.parts(self.frozen), shards.parts(self.scores)
-        self.variance = self.scores if self.by_variance else shards.parts(self.variance)
+
+        def there(named: Named) -> dict[str, Tensor]:
+            return {n: t.to(parameters[n].device) for n, t in shards.parts(named).items()}
+
+        self.frozen, self.scores = there(self.frozen), there(self.scores)
+        self.variance = self.scores if self.by_variance else there(self.variance)
 
 
 def _never_moved(frozen: Named, scores: Named, activity: Named, ranks: Ranks) -> dict[str, Tensor]:

@@ -60,6 +60,14 @@ class Aside:
                 states[name] = {key: still.take(value.to(p.device)) for key, value in states[name].items()}
                 masks[name] = mask & ~thawing[name]
 
+    def to(self, parameters: Mapping[str, Parameter]) -> None:
+        """Move what was loaded to the devices of the parameters."""
+        self._masks = [{n: m.to(parameters[n].device) for n, m in masks.items()} for masks in self._masks]
+        self._states = [
+            {n: {k: v.to(parameters[n].device) for k, v in by_element.items()} for n, by_element in states.items()}
+            for states in self._states
+        ]
+
     def forget(self) -> None:
         """Nothing will thaw any more."""
         self._masks, self._states = [], []

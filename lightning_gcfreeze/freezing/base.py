@@ -42,21 +42,21 @@ class Places:
     def take(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
         """The marked elements of a tensor, flat; into `out` if it is there."""
         if self._unit == 1:
-            return torch.index_select(tensor.reshape(-1), 0, self.index, out=out)
+            return torch.index_select(tensor.reshape(-1), 0, self._index(tensor), out=out)
         out = None if out is None else out.view(-1, self._unit)
-        return torch.index_select(tensor.reshape(-1, self._unit), 0, self.index, out=out).view(-1)
+        return torch.index_select(tensor.reshape(-1, self._unit), 0, self._index(tensor), out=out).view(-1)
 
     def put_(self, tensor: Tensor, values: Tensor) -> None:
         """Write flat `values` over the marked elements, bit by bit; the others are not touched."""
         elements = tensor.reshape(-1)
         if self._unit == 1:
-            elements.scatter_(0, self.index, values)
+            elements.scatter_(0, self._index(tensor), values)
         else:
             rows, values = elements.view(-1, self._unit), values.view(-1, self._unit)
             if tensor.device.type == "cpu" and _in_sixteens(rows) and _in_sixteens(values):
                 # Rows are copied number by number: four times fewer are four times faster.
                 rows, values = rows.view(torch.complex128), values.view(torch.complex128)
-            rows.index_copy_(0, self.index, values)
+            rows.index_copy_(0, self._index(tensor), values)
         if not tensor.is_contiguous():  # `reshape` had to copy
             tensor.copy_(elements.view_as(tensor))
 
@@ -64,11 +64,18 @@ class Places:
         """Write a number over the marked elements."""
         elements = tensor.reshape(-1)
         if self._unit == 1:
-            elements.scatter_(0, self.index, value)
+            elements.scatter_(0, self._index(tensor), value)
         else:
-            elements.view(-1, self._unit).index_fill_(0, self.index, value)
+            elements.view(-1, self._unit).index_fill_(0, self._index(tensor), value)
         if not tensor.is_contiguous():
             tensor.copy_(elements.view_as(tensor))
+
+    def _index(self, tensor: Tensor) -> Tensor:
+        """Where the tensor is: at the end of a fit Lightning takes the module and the optimizer's state to the CPU."""
+        if self.index.device == tensor.device:
+            return self.index
+        index = self.index.to(tensor.device)
+        return index if index.dtype == torch.int64 or _scatters_int32(tensor.device.type) else index.long()
 
 
 def state_by_element(optimizer: Optimizer, p: Tensor) -> dict[str, Tensor]:
