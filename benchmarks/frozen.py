@@ -115,7 +115,7 @@ class Ours(Plain):
         self()
         positions.stop()
         where = (self.parameters, masks, positions.counts)
-        self.held = Hold(self.how, self.optimizer, self.model, None, *where, self.promote, resumed=False)
+        self.held = Hold(self.how, self.optimizer, self.model, None, *where, self.promote, late=False, resumed=False)
 
     def before_step(self) -> None:
         if self.held:
