@@ -1,0 +1,53 @@
+"""Fifty of the fuzzer's examples, always the same; `python -m tests.fuzz` tries others."""
+
+import dataclasses
+import inspect
+
+import hypothesis
+import pytest
+
+from lightning_gcfreeze import GradCovFreezeCallback
+from tests import fuzz
+
+
+@pytest.mark.slow
+def test_fifty_random_combinations_of_options_keep_what_is_promised():
+    """Frozen bits, live values, and the bits of a resumed run; a failure says the smallest example of its kind."""
+    done, failures = fuzz.run(50, seed=None)
+    assert not failures, "\n\n".join(f"{f.count} x {kind}\n{f.example!r}\n{f.text}" for kind, f in failures.items())
+    assert sum(done.values()) >= 50
+    assert done["resumed, as the plain reference"] > 25
+
+
+def test_fuzzer_draws_every_argument_and_only_valid_ones():
+    """An argument that is added to the callback has to be added to the fuzzer as well."""
+    drawn: set[str] = set()
+
+    @hypothesis.settings(max_examples=300, deadline=None, database=None, derandomize=True)
+    @hypothesis.given(fuzz.examples())
+    def draw(example: fuzz.Example) -> None:
+        GradCovFreezeCallback(**example.arguments)
+        drawn.update(example.arguments)
+
+    draw()
+    assert drawn == set(inspect.signature(GradCovFreezeCallback).parameters)
+
+
+@pytest.mark.parametrize("fault", ["frozen", "live", "resume"])
+def test_fuzzer_notices_a_planted_fault(monkeypatch, fault):
+    """A frozen element that moves, a live one that does not, and a checkpoint without the optimizer's momentum."""
+    example = fuzz.Example(
+        {"t0": 4, "k": 0.5, "hold": "restore", "order": "random", "seed": 1}, optimizer="SGD momentum"
+    )
+    assert fuzz.check(example) == "resumed, as the plain reference"
+    from lightning_gcfreeze.freezing import Restore
+
+    if fault == "frozen":
+        monkeypatch.setattr(Restore, "restore_", lambda self: None)
+    elif fault == "live":
+        monkeypatch.setattr(Restore, "mask_gradients_", lambda self: [p.grad.zero_() for p, *_ in self._held])
+    else:
+        monkeypatch.setattr(Restore, "clear_state_", lambda self, optimizer: optimizer.state.clear())
+        example = dataclasses.replace(example, stop=3)
+    with pytest.raises(AssertionError):
+        fuzz.check(example)
