@@ -22,7 +22,7 @@ import uuid
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,6 +35,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_modu
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.nn import Parameter
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -109,6 +110,9 @@ class _Run:
     logged_step: int = 0
     micro_batches: int = 0  # since the last optimizer step
     evaluations: int = 0  # of the loss, since the last optimizer step or batch
+    decided: bool = False  # in this batch
+    writes: bool = False  # whether other code may write to weights between steps
+    holding_accumulators: list[str] = field(default_factory=list)
     depth: int = 0  # of steps within the optimizer's step
     looked_through: bool = False  # the graph of a loss
     in_trial: bool = False  # a finder of Lightning's trains with other callbacks than the run's
@@ -454,6 +458,8 @@ class GradCovFreezeCallback(_Callback):
         else:
             _refuse(refusals.of_resuming(self._resumed, self._arguments(), self._phase.shapes, run.parameters))
         _refuse(self._plan.begin(lambda: trainer.estimated_stepping_batches))
+        if not isinstance(trainer.strategy.model, DistributedDataParallel) and not run.shards:  # DDP does so itself
+            run.holding_accumulators = gradient_access.of_accumulators(run.parameters)
         self._attach(run)
         after_step = optimizer.register_step_post_hook(self._after_step)
         if (hooks := after_step.hooks_dict_ref()) is not None:  # other hooks see the frozen values in their places
@@ -626,6 +632,11 @@ class GradCovFreezeCallback(_Callback):
         run = self._running
         if run.evaluations:
             _refuse(refusals.of_step_hooks(trainer.optimizers[0]))
+        if run.hold and run.writes and isinstance(self._phase, Frozen):
+            run.hold.after_batch(first=run.decided)
+            if run.decided:
+                self._held = delta.fingerprints(run.parameters, self._phase.frozen)
+        run.decided = False
         every_n: int = self.log_every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
         due = bool(self._plan.news) or (every_n > 0 and self._steps % every_n == 0)
         if due and run.logged_step != self._steps:
@@ -891,6 +902,7 @@ class GradCovFreezeCallback(_Callback):
             if self._plan.unfinished:
                 freezing = {name: mask & ~before[name] for name, mask in phase.frozen.items()}
                 self._aside.keep(optimizer, run.parameters, freezing)
+        run.decided = True
         self._begin_to_hold(run, phase, resumed=False)
         self._publish(run)
         self._tell_savings()
@@ -903,7 +915,7 @@ class GradCovFreezeCallback(_Callback):
         if run.hold:
             run.hold.release()
         who = _who_has_code(trainer)
-        looking = gradient_access.of_run(*who, run.parameters, optimizer)
+        looking = [*gradient_access.of_run(*who, run.parameters, optimizer), *run.holding_accumulators]
         how: Literal["compact", "restore"] = "restore"
         if self.hold != "restore" and not (run.shards or observes or run.in_trial):
             of_state = gradient_access.of_optimizer_state(*who)
@@ -913,10 +925,11 @@ class GradCovFreezeCallback(_Callback):
                 rank_zero_info(f"{type(self).__name__}: {refusals.of_letting_go(looking)}")
             elif of_state:
                 rank_zero_info(f"{type(self).__name__}: values are put back. {refusals.of_state_access(of_state)}")
+        writing = gradient_access.of_weights(*who, optimizer)
         promote = self.promote and not (run.shards or observes or run.in_trial or looking)
         where = (run.parameters, phase.frozen, phase.positions)
-        late = how == "compact" and bool(looking)
-        run.hold = Hold(how, optimizer, module, trainer.strategy.model, *where, promote, late, resumed)
+        late, run.writes = how == "compact" and bool(looking), bool(writing)
+        run.hold = Hold(how, optimizer, module, trainer.strategy.model, *where, promote, late, run.writes, resumed)
         self._held = delta.fingerprints(run.parameters, phase.frozen)
         self._savings = run.hold.savings
         if self._mean and not (observes or looking):

@@ -29,6 +29,7 @@ class Hold:
         positions: by name of a weight, at how many places of a step's batch it is applied.
         promote: spare the work that frozen parameters, rows and columns do not need.
         late: leave all gradients where they are until the step; see `Compact`.
+        puts_back: write frozen values back after each step, though no step moves them: others may write to weights.
         resumed: the optimizer knows of the decision already.
     """
 
@@ -43,6 +44,7 @@ class Hold:
         positions: Mapping[str, int],
         promote: bool,
         late: bool,
+        puts_back: bool,
         resumed: bool,
     ) -> None:
         ddp = wrapper if isinstance(wrapper, DistributedDataParallel) else None
@@ -59,6 +61,7 @@ class Hold:
             if not resumed:
                 self._holder.clear_state_(optimizer)
         self._taken, self._late = False, late
+        self._values = Restore(parameters, on_device) if puts_back and how == "compact" else None
         self._promotion = None
         if promote:
             waits = ddp is not None and not ddp.find_unused_parameters
@@ -72,7 +75,7 @@ class Hold:
             self._promotion.without_gradient if self._promotion else {},
             before,
             replace(after, gradients=before.gradients) if ddp else after,  # its buckets stay
-            self._holder.index_bytes,
+            self._holder.index_bytes + (self._values.index_bytes if self._values else 0),
         )
 
     def begin_step(self) -> None:
@@ -104,6 +107,16 @@ class Hold:
     def after_step(self) -> None:
         """Right after the optimizer's step."""
         self._holder.restore_()
+        if self._values:
+            self._values.restore_()
+
+    def after_batch(self, first: bool) -> None:
+        """After a batch in which others may have written to weights since the step; `first`: that of the decision."""
+        if holder := self._values or (self._holder if isinstance(self._holder, Restore) else None):
+            if first:
+                holder.take_values()
+            else:
+                holder.restore_()
 
     def release(self) -> None:
         """Leave module and optimizer as they were, but for the values."""

@@ -70,11 +70,11 @@ class TakeOut(pl.Callback):
                 self.case.without(self.setup_of_fit)
 
 
-class CountSteppedElements(pl.Callback):
-    """How many elements the optimizer has: fewer than the module when it is compact."""
+class CountState(pl.Callback):
+    """How many elements the optimizer has a momentum of: fewer than the module when it is compact."""
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        self.count = sum(p.numel() for group in trainer.optimizers[0].param_groups for p in group["params"])
+        self.count = sum(v.numel() for of_p in trainer.optimizers[0].state.values() for v in of_p.values())
 
 
 def fit(freeze: pl.Callback, setup: Setup, case: Case, first: bool, *more: pl.Callback) -> Weights:
@@ -198,12 +198,12 @@ def test_code_that_reads_gradients_sees_those_of_live_elements(name, granularity
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("name", HARMLESS)
 def test_code_that_leaves_gradients_alone_keeps_the_hold_compact(name, granularity):
-    """Under "auto" the optimizer has the live elements alone, as an explicit "compact" gives it."""
+    """Under "auto" the optimizer's state is that of the live elements alone, as an explicit "compact" gives it."""
     case = HARMLESS[name]
     expected = reference("harmless", name, granularity, False)
     live = sum(int((~frozen).sum()) for frozen in masks(granularity).values())
     for hold in ("auto", "compact"):
-        count = CountSteppedElements()
+        count = CountState()
         ended = fit(ours(granularity, hold), planted(case), case, False, count)
         assert_ends_alike(ended, expected, granularity)
         assert count.count == live

@@ -50,6 +50,12 @@ class Restore:
                 places.fill_(local(p.grad), 0.0)
 
     @torch.no_grad()
+    def take_values(self) -> None:
+        """Hold the elements from now on at the values that they have now."""
+        for p, places, values in self._held:
+            places.take(local(p), values)
+
+    @torch.no_grad()
     def restore_(self) -> None:
         """Put the frozen values back, bit by bit."""
         for p, places, values in self._held:
