@@ -1,11 +1,12 @@
 """What observing and freezing cost on a GPU: time, memory and the freeze itself, against the plain step.
 
-    uv run python -m benchmarks.gpu [--parts raw,trainer,memory,selection] [--models M2,M4] [--json FILE]
+    uv run python -m benchmarks.gpu [--parts observed,frozen,trainer,memory,selection] [--models M2,M4] [--json FILE]
 
 A GPU works off a queue that the CPU fills, so steps are timed in bursts that end with a synchronization. Each round
 times one burst of every way, in turn; the figure is the median of the rounds' ratios to the plain step with the same
-implementation of Adam. "raw" are steps as those of `benchmarks.observe` and `benchmarks.frozen`; "trainer" are whole
-runs of Lightning's. Frozen is what is lowest in an order after some observed steps on random batches.
+implementation of Adam. "observed" and "frozen" are steps as those of `benchmarks.observe` and `benchmarks.frozen`,
+"trainer" are whole runs of Lightning's. Frozen is what is lowest in an order after some observed steps on random
+batches.
 
 Models M1 to M5 are those of `benchmarks.observe`. M2w is a wide M2, M4L a language model of 151 million parameters
 under bfloat16 autocast.
@@ -381,7 +382,7 @@ def table(results: Results) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="raw,trainer,memory,selection", help="(%(default)s)")
+    parser.add_argument("--parts", default="observed,frozen,trainer,memory,selection", help="(%(default)s)")
     parser.add_argument("--models", default="M4L,M2w,M2,M4,M5", help="(%(default)s)")
     parser.add_argument("--fractions", default="0.5,0.9,0.99", help="of frozen elements (%(default)s)")
     parser.add_argument("--sizes", default="1000000,10000000,100000000", help="of selections (%(default)s)")
@@ -414,8 +415,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "selection" in args.parts:
         everything["selection"] = select(args.device, [int(size) for size in args.sizes.split(",")])
     for name in names:
-        if "raw" in args.parts:
+        if "observed" in args.parts:
             keep("observed", name, lambda name=name: observed(name, args.device))
+        if "frozen" in args.parts:
             keep("of freezes", name, lambda name=name: by_fraction(name))
         if "trainer" in args.parts:
             keep("trainer", name, lambda name=name: in_trainer(name, args.device))

@@ -29,7 +29,10 @@ from tests.test_callback_resume import DropoutByStep, Interrupted, SaveAndStop
 from tests.test_selection import named_scores
 
 DEVICE = os.environ.get("GCFREEZE_TEST_DEVICE", "cuda")
-pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="There is no GPU.")
+pytestmark = [
+    pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="There is no GPU."),
+    pytest.mark.filterwarnings("ignore:GPU available but not used"),  # by the runs that the GPU's are compared with
+]
 of_cuda = pytest.mark.skipif(DEVICE != "cuda", reason="It is about CUDA alone.")
 
 optim = torch.optim
@@ -366,6 +369,7 @@ def test_memory_comes_back_at_the_freeze(optimizer, granularity, most):
 
 @of_cuda
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 @pytest.mark.parametrize("granularity", ["row", "tensor"])
 def test_what_is_compiled_is_held(granularity):
     """By inductor: frozen bits stay, live elements end where they end without a compiler."""
