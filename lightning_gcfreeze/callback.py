@@ -106,13 +106,13 @@ class _Run:
     step_hooks: tuple[RemovableHandle, ...] = ()
     hold: Hold | None = None
     tried: bool = False  # whether the optimizer step to come was tried to observe
-    observed_step: int = 0  # the last that was observed
     logged_step: int = 0
     micro_batches: int = 0  # since the last optimizer step
     evaluations: int = 0  # of the loss, since the last optimizer step or batch
     decided: bool = False  # in this batch
     writes: bool = False  # whether other code may write to weights between steps
     holding_accumulators: list[str] = field(default_factory=list)
+    callbacks: list[Any] = field(default_factory=list)  # the Trainer's, when training began
     depth: int = 0  # of steps within the optimizer's step
     looked_through: bool = False  # the graph of a loss
     in_trial: bool = False  # a finder of Lightning's trains with other callbacks than the run's
@@ -229,6 +229,7 @@ class GradCovFreezeCallback(_Callback):
         self._plan = Plan(self._decisions, self._gain_of_scores)
         self._aside = Aside()
         self._steps = 0  # optimizer steps; Trainer.global_step counts every optimizer's
+        self._observed_step = 0  # the last that was observed; ahead of these, if a loss scaler left it out since
         self._seed = 0  # of the random order; set when a run begins
         self._resumed: dict[str, Any] | None = None  # the arguments that the loaded state was made with
         self._savings: Savings | None = None
@@ -378,6 +379,7 @@ class GradCovFreezeCallback(_Callback):
         self._plan.load_state_dict(state_dict["plan"])
         self._aside.load_state_dict(state_dict["aside"])
         self._steps = state_dict["steps"]
+        self._observed_step = state_dict.get("observed_step", 0)
         self._seed = state_dict["seed"]
         self._resumed = state_dict["arguments"]
         if self._run and self._run.step_hooks:  # a finder of Lightning's puts back what was before its trial
@@ -399,6 +401,7 @@ class GradCovFreezeCallback(_Callback):
             "arguments": self._arguments(),
             "seed": self._seed,
             "steps": self._steps,
+            "observed_step": self._observed_step,
             "phase": self.phase,
             "plan": self._plan.state_dict(),
             "aside": self._aside.state_dict(),
@@ -461,6 +464,7 @@ class GradCovFreezeCallback(_Callback):
         if not isinstance(trainer.strategy.model, DistributedDataParallel) and not run.shards:  # DDP does so itself
             run.holding_accumulators = gradient_access.of_accumulators(run.parameters)
         self._attach(run)
+        run.callbacks = [*trainer.callbacks]  # type: ignore[attr-defined]
         after_step = optimizer.register_step_post_hook(self._after_step)
         if (hooks := after_step.hooks_dict_ref()) is not None:  # other hooks see the frozen values in their places
             hooks.move_to_end(after_step.id, last=False)
@@ -472,7 +476,7 @@ class GradCovFreezeCallback(_Callback):
         if self._resumed is not None:
             self._phase.to(_local(run.parameters), run.shards)
             self._noise = self._watched.has_noise if self._watched else self._noise
-        run.logged_step, run.observed_step, run.tried, run.in_trial = self._steps, 0, False, False
+        run.logged_step, run.tried, run.in_trial = self._steps, False, False
         run.samples.forget()
         if watched := self._watched:
             if watched.decided is None:
@@ -560,18 +564,18 @@ class GradCovFreezeCallback(_Callback):
                 "No eligible parameter has a gradient after the backward pass: something uses it up before it can be"
                 " observed, as optimizers do that step in the backward pass. Leave the gradients in ``p.grad``."
             )
-        if run.observed_step > self._steps and not watched.settle():
-            run.observed_step = self._steps  # a loss scaler left the optimizer step out, and it comes again
-        if self._due and run.observed_step <= self._steps:
+        if self._observed_step > self._steps and not watched.settle():
+            self._observed_step = self._steps  # a loss scaler left the optimizer step out, and it comes again
+        if self._due and self._observed_step <= self._steps:
             run.tried = True
             if self._observe(watched, run, window, size):
-                run.observed_step = self._steps + 1
+                self._observed_step = self._steps + 1
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Zero the frozen elements' gradients. Runs after averaging and unscaling, before clipping."""
-        if self._run and not _scaler(trainer):
+        if self._run and not _may_skip_steps(trainer):
             self._run.evaluations += 1
             if self._run.evaluations > 1:
                 _refuse(refusals.of_evaluations(optimizer))
@@ -585,7 +589,8 @@ class GradCovFreezeCallback(_Callback):
         """
         run = self._running
         run.depth += 1
-        if run.in_trial or any(callback is self for callback in run.trainer.callbacks):  # type: ignore[attr-defined]
+        now: list[Any] = run.trainer.callbacks  # type: ignore[attr-defined]
+        if run.in_trial or any(callback is known for callback in now for known in run.callbacks):
             return
         run.in_trial = True
         run.samples.forget()
@@ -612,7 +617,7 @@ class GradCovFreezeCallback(_Callback):
                 run.hold.after_step()
             return
         watched = self._watched
-        if watched and self._due and not run.tried:
+        if watched and self._due and not run.tried and self._observed_step <= self._steps:
             watched.skipped += 1  # `training_step` returned no loss
         run.tried = False
         run.samples.forget()
@@ -916,6 +921,8 @@ class GradCovFreezeCallback(_Callback):
             run.hold.release()
         who = _who_has_code(trainer)
         looking = [*gradient_access.of_run(*who, run.parameters, optimizer), *run.holding_accumulators]
+        if not run.in_trial:  # what travels depends on it
+            looking = list(dict.fromkeys(name for found in self._ranks.of_all(looking) for name in found))
         how: Literal["compact", "restore"] = "restore"
         if self.hold != "restore" and not (run.shards or observes or run.in_trial):
             of_state = gradient_access.of_optimizer_state(*who)
@@ -985,6 +992,12 @@ def _in_a_signal_handler() -> bool:
 def _scaler(trainer: pl.Trainer) -> Any:
     """The loss scaler of 16-mixed precision, if there is one."""
     return getattr(trainer.precision_plugin, "scaler", None)
+
+
+def _may_skip_steps(trainer: pl.Trainer) -> bool:
+    """Whether the optimizer's step may be left out after its gradients were made ready."""
+    own = type(trainer.precision_plugin).optimizer_step.__module__.split(".")[0]
+    return _scaler(trainer) is not None or own not in ("lightning", "pytorch_lightning")
 
 
 def _who_has_code(trainer: pl.Trainer) -> tuple[pl.LightningModule, list[Any], list[Any]]:

@@ -65,7 +65,10 @@ class Hold:
         self._promotion = None
         if promote:
             waits = ddp is not None and not ddp.find_unused_parameters
-            lets_go = type(optimizer) in ELEMENTWISE
+            stepped = {p for group in optimizer.param_groups for p in group["params"]}
+            whole = {parameters[name] for name, mask in on_device.items() if mask.all()}
+            # What looks at the gradients of all parameters, as clipping does, wants to see some.
+            lets_go = type(optimizer) in ELEMENTWISE and (how == "compact" or not stepped <= whole)
             self._promotion = Promotion(module, parameters, on_device, blocks, leaf, waits, lets_go)
         after = savings.Footprint.of(optimizer)  # all gradients, if they are taken late
         self.savings = savings.of_freeze(

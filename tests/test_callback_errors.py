@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -265,3 +266,74 @@ def test_torchscript_is_refused():
     scripted = torch.jit.script(nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)))
     with pytest.raises(MisconfigurationException, match=r"network.*TorchScript"):
         cases.trainer(callbacks=[GradCovFreezeCallback(t0=3, k=2)]).fit(cases.Regression(scripted), cases.loader())
+
+
+class Twice(torch.optim.SGD):
+    """Looks ahead: evaluates the loss a second time in each step, under no name that is known for it."""
+
+    def step(self, closure: Any = None) -> Any:
+        closure()
+        return super().step(closure)
+
+
+def test_an_optimizer_that_evaluates_the_loss_twice_is_stopped_in_its_first_step():
+    module = cases.Regression(cases.mlp(), lambda p: Twice(p, lr=0.05))
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    trainer = cases.trainer(callbacks=[GradCovFreezeCallback(t0=3, k=0.5, order="progress")])
+    with pytest.raises(MisconfigurationException, match=r"Twice evaluates the loss several times in one step"):
+        trainer.fit(module, cases.loader())
+    cases.assert_identical(dict(module.state_dict()), before)
+
+
+def test_an_optimizer_whose_hooks_stop_running_is_noticed_after_the_step():
+    """Somebody has taken torch's wrapper off `step`: nothing would be counted or held any more."""
+
+    class Bare(torch.optim.SGD):
+        """A class of its own, whose `step` the test replaces."""
+
+    class Unwraps(pl.Callback):
+        def on_train_batch_start(
+            self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int
+        ) -> None:
+            if batch_idx == 2:
+                Bare.step = torch.optim.SGD.step.__wrapped__  # type: ignore[method-assign]
+
+    module = cases.Regression(cases.mlp(), lambda p: Bare(p, lr=0.05))
+    trainer = cases.trainer(callbacks=[Unwraps(), GradCovFreezeCallback(t0=5, k=0.5)])
+    with pytest.raises(MisconfigurationException, match="Bare does not run hooks after its steps"):
+        trainer.fit(module, cases.loader())
+    assert trainer.global_step == 3
+
+
+def test_a_precision_plugin_may_leave_steps_out():
+    """They are not steps, and no error."""
+
+    class SkipsEverySecond(Precision):
+        calls = 0
+
+        def optimizer_step(self, optimizer: Any, model: Any, closure: Any, **kwargs: Any) -> Any:
+            loss = closure()
+            self._after_closure(model, optimizer)
+            self.calls += 1
+            return optimizer.step(**kwargs) if self.calls % 2 else loss
+
+    callback = GradCovFreezeCallback(t0=5, k=0.5)
+    cases.trainer(callbacks=[callback], plugins=[SkipsEverySecond()]).fit(cases.Regression(cases.mlp()), cases.loader())
+    assert (callback.phase, callback.state_dict()["steps"]) == ("frozen", 8)
+
+
+def test_a_callback_inside_another_one_is_no_finders_trial():
+    """Hooks that somebody passes on count as those of a callback that the Trainer knows."""
+    inner = GradCovFreezeCallback(t0=5, k=0.5)
+
+    class PassesOn(pl.Callback):
+        """Every hook of the inner callback."""
+
+    def passed(name: str) -> Any:
+        return lambda self, *args, **kwargs: getattr(inner, name)(*args, **kwargs)
+
+    for name in vars(pl.Callback):
+        if name.startswith(("on_", "setup", "teardown")) and name in dir(GradCovFreezeCallback):
+            setattr(PassesOn, name, passed(name))
+    cases.trainer(callbacks=[PassesOn()]).fit(cases.Regression(cases.mlp()), cases.loader())
+    assert (inner.phase, inner.state_dict()["steps"]) == ("frozen", 16)

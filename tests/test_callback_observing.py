@@ -10,12 +10,13 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 from torchmetrics import MeanSquaredError
 
-from lightning_gcfreeze import GradCovFreezeCallback, capture
+from lightning_gcfreeze import Evidence, GradCovFreezeCallback, capture, orderings
 from lightning_gcfreeze.capture import Capture
 from tests import cases
 from tests.oracles.recursion import covariance
@@ -531,3 +532,114 @@ def test_a_short_last_batch_of_one_may_be_the_first_observed():
     cases.trainer(callbacks=[callback], max_epochs=2).fit(cases.Regression(cases.mlp()), cases.loader(8, 25))
     state = callback.state_dict()["state"]
     assert (state["observed"], state["skipped"]) == (2, 1)
+
+
+# Orders that do not read the variance -------------------------------------------------------------------------------
+
+
+class CountsCalls(cases.Regression):
+    """How often `training_step` ran, and on how many samples; BatchNorm without statistics takes no single sample."""
+
+    def __init__(self) -> None:
+        network = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8, track_running_stats=False), nn.Linear(8, 1))
+        super().__init__(network.double())
+        self.seen: list[int] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.seen.append(len(batch[0]))
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("order", ["progress", "second_moment", "magnitude", "displacement", "random"])
+def test_an_order_without_the_variance_takes_no_single_samples_gradient(order):
+    """Nothing runs but the batches themselves, no layer is watched, and `variance` is empty; masks are as with them."""
+    callback = GradCovFreezeCallback(t0=5, k=0.5, order=order, seed=1)
+    module = CountsCalls()
+    hooks: list[int] = []
+
+    class Hooks(pl.Callback):
+        def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+            hooks.append(sum(len(layer._forward_hooks) for layer in pl_module.modules()))
+
+    cases.trainer(callbacks=[callback, Hooks()], max_epochs=1).fit(module, cases.loader(dtype=torch.float64))
+    assert module.seen == [8] * 8
+    assert max(hooks) == 0
+    assert (callback.variance, callback.covariance, callback.phase) == ({}, None, "frozen")
+    assert callback.ranks["network.0.weight"].shape == (8, 5)
+
+    module = cases.Regression(cases.mlp(torch.float64))
+    cases.trainer(callbacks=[auto := GradCovFreezeCallback(t0=5, k=0.5, order=order, seed=1)]).fit(
+        module, cases.loader(dtype=torch.float64)
+    )
+    first = GradCovFreezeCallback(t0=5, k=0.5, order=order, seed=1, samples="first")
+    module = cases.Regression(cases.mlp(torch.float64))
+    cases.trainer(callbacks=[first]).fit(module, cases.loader(dtype=torch.float64))
+    assert len(first.variance) == 4
+    cases.assert_identical(auto.frozen, first.frozen)
+    cases.assert_identical(auto.ranks, first.ranks)
+
+
+@pytest.mark.parametrize("order", ["variance", "reverse", "snr", "variance_by_tensor", lambda e: e.variance])
+def test_an_order_that_reads_the_variance_has_it_by_default(order):
+    """C of the first samples, as the paper has it; one's own order is taken to read it."""
+    auto, first = (GradCovFreezeCallback(t0=3, k=0.5, order=order, **kw) for kw in ({}, {"samples": "first"}))
+    for callback in (auto, first):
+        fit(callback, samples=32, max_epochs=1)
+    assert first.variance["network.0.weight"].min() > 0
+    cases.assert_identical(auto.variance, first.variance)
+
+
+def test_an_order_of_ones_own_may_say_that_it_does_without_the_variance():
+    @orderings.needs("second_moment", variance=False)
+    def largest_first(evidence: Evidence) -> dict[str, Tensor]:
+        assert evidence.variance == {}
+        return {name: -m for name, m in evidence.second_moment.items()}
+
+    callback = GradCovFreezeCallback(t0=3, k=0.5, order=largest_first)
+    fit(callback, samples=32, max_epochs=1)
+    assert (callback.variance, callback.phase) == ({}, "frozen")
+    assert GradCovFreezeCallback(t0=3, k=0.5, order=largest_first, covariance="full")._noise
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_progress_of_batches_of_one_is_that_of_the_loop_by_hand(accumulate):
+    """m² / sqrt(E g²) over single samples, to rounding; the variance cannot be had of them, and says so."""
+    callback = GradCovFreezeCallback(t0=8, k=0.5, order="second_moment")
+    module = cases.Regression(cases.mlp(torch.float64))
+    trainer = cases.trainer(callbacks=[callback], max_epochs=1, accumulate_grad_batches=accumulate)
+    trainer.fit(module, cases.loader(1, 24, torch.float64))
+    network = cases.mlp(torch.float64)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
+    squares = [torch.zeros_like(p) for p in network.parameters()]
+    batches = [*cases.loader(1, 24, torch.float64)]
+    for step in range(8):
+        optimizer.zero_grad()
+        for x, y in batches[step * accumulate : (step + 1) * accumulate]:
+            (nn.functional.mse_loss(network(x), y) / accumulate).backward()
+        for total, p in zip(squares, network.parameters(), strict=True):
+            total += p.grad.square()
+        optimizer.step()
+    order = np.argsort(np.concatenate([s.numpy().ravel() for s in squares]), kind="stable")
+    expected = np.zeros(57, dtype=bool)
+    expected[order[:28]] = True
+    assert flat(callback.frozen).tolist() == expected.tolist()
+    with pytest.raises(MisconfigurationException, match=r"The batch holds one sample.*order='progress'"):
+        fit(GradCovFreezeCallback(t0=3, k=0.5), batch_size=1)
+
+
+def test_gradients_that_are_used_up_in_the_backward_pass_are_refused():
+    """An optimizer that steps there leaves nothing to observe: an error, not an order of zeros."""
+
+    class StepsInBackward(cases.Regression):
+        def configure_optimizers(self) -> Any:
+            for p in self.parameters():
+                p.register_post_accumulate_grad_hook(self.step)
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+        def step(self, p: Tensor) -> None:
+            p.data.sub_(p.grad, alpha=0.01)
+            p.grad = None
+
+    trainer = cases.trainer(callbacks=[GradCovFreezeCallback(t0=3, k=0.5, order="progress")])
+    with pytest.raises(MisconfigurationException, match="No eligible parameter has a gradient after the backward pass"):
+        trainer.fit(StepsInBackward(cases.mlp()), cases.loader())

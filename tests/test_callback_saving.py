@@ -551,3 +551,66 @@ def test_hidden_parameters_are_refused_however_gradients_are_had():
     callback = GradCovFreezeCallback(t0=3, k=0.5, gradients="capture")
     with pytest.raises(MisconfigurationException, match="use_reentrant"):
         cases.trainer(callbacks=[callback]).fit(Hidden(cases.mlp(), adamw), cases.loader())
+
+
+class ClipsInBackward(cases.Regression):
+    """Clips all gradients together where they come from."""
+
+    def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        super().backward(loss, *args, **kwargs)
+        nn.utils.clip_grad_norm_(self.parameters(), 0.5)
+
+
+@pytest.mark.parametrize("after", [3, 7, 12])
+@pytest.mark.parametrize("hold", ["auto", *HOLDS])
+def test_a_run_whose_code_looks_at_gradients_resumes_to_the_bit(hold, after, tmp_path):
+    """Before the freeze and after it; the state that is saved has the ordinary shapes between steps."""
+
+    def run(*more: pl.Callback, path: Path | None = None) -> dict[str, Any]:
+        callback = GradCovFreezeCallback(t0=5, k=0.6, hold=hold)
+        trainer = cases.trainer(callbacks=[callback, *more], max_epochs=3)
+        module = ClipsInBackward(network(), adamw)
+        trainer.fit(module, cases.ResumableLoader(), ckpt_path=path, weights_only=True if path else None)
+        return {"weights": dict(module.state_dict()), "optimizer": trainer.optimizers[0].state_dict()}
+
+    unbroken = run()
+    path = tmp_path / "run.ckpt"
+    with pytest.raises(Interrupted):
+        run(SaveAndStop(path, after))
+    saved = torch.load(path, weights_only=True)["optimizer_states"][0]["state"]
+    assert [state["exp_avg"].shape for state in saved.values()] == [p.shape for p in network().parameters()]
+    cases.assert_identical(run(path=path), unbroken)
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated")  # both, by torch 2.15
+def test_a_module_can_be_traced_while_blocks_are_computed_and_scripting_says_why_not():
+    """In mid-training, after the freeze: the trace gives what the module gives."""
+    said = []
+
+    class Traces(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
+            if trainer.global_step != 12:
+                return
+            x = torch.randn(3, 5)
+            torch.testing.assert_close(torch.jit.trace(module.network, x)(x), module.network(x))
+            with pytest.raises(RuntimeError, match="cannot be scripted during training") as error:
+                torch.jit.script(module.network)
+            said.append(str(error.value))
+
+    callback = GradCovFreezeCallback(t0=4, k=0.8, granularity="row")
+    module = cases.Regression(cases.mlp())
+    cases.trainer(callbacks=[callback, Traces()]).fit(module, cases.loader())
+    assert callback.savings.weight_gradient_flops_skipped > 0
+    assert len(said) == 1
+    torch.jit.script(module.network)  # after the fit
+
+
+def test_two_callbacks_in_one_trainer_are_refused():
+    """A subclass, whose state Lightning could keep apart: one optimizer serves one callback."""
+
+    class Mine(GradCovFreezeCallback):
+        """Another key in checkpoints."""
+
+    callbacks = [GradCovFreezeCallback(t0=4, k=0.5, include="*.weight"), Mine(t0=4, k=0.5, include="*.bias")]
+    with pytest.raises(MisconfigurationException, match=r"serves one only.*FreezeSchedule"):
+        fit(adamw, *callbacks)

@@ -19,6 +19,31 @@ def test_fifty_random_combinations_of_options_keep_what_is_promised():
     assert done["resumed, as the plain reference"] > 25
 
 
+FOUND = {
+    "state that is not by element is cleared": fuzz.Example(
+        {"t0": 4, "k": 0.5, "order": "magnitude"}, optimizer="Muon", precision="64-true"
+    ),
+    "whole rows of a second moment": fuzz.Example(
+        {"t0": 4, "k": 0.5, "order": "magnitude", "granularity": "row"}, optimizer="Adafactor", precision="64-true"
+    ),
+    "no gradient is left to clip": fuzz.Example(
+        {"t0": 4, "k": 1.0, "hold": "restore"}, clip=0.5, clip_algorithm="value"
+    ),
+    # The eligible gradients are finite and are observed, another one overflows, and the step comes again.
+    "a step that is observed and left out comes again after a restart": fuzz.Example(
+        {"exclude": "*bias", "t0": 5, "k": 12, "every": 2, "gain": 0.75, "gradients": "replay", "granularity": "row",
+         "promote": False}, "convnet", "RAdam", True, True, "16-mixed", 2, 0.5, stop=14,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("example", FOUND.values(), ids=FOUND.keys())
+@pytest.mark.filterwarnings("ignore")
+def test_examples_that_the_fuzzer_has_found_keep_what_is_promised(example):
+    """Whatever seed comes next."""
+    fuzz.check(example)
+
+
 def test_fuzzer_draws_every_argument_and_only_valid_ones():
     """An argument that is added to the callback has to be added to the fuzzer as well."""
     drawn: set[str] = set()

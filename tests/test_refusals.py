@@ -1,5 +1,7 @@
 """What is refused, with which words, and what is not."""
 
+import types
+
 import pytest
 import torch
 from lightning.pytorch.strategies import (
@@ -75,6 +77,21 @@ class TestOfModule:
         reason = refusals.of_module(nn.Linear(2, 2), lambda dataloader_iter: None, automatic_optimization=True)
         assert_says(reason, "dataloader_iter", "Take a `batch` instead")
 
+    def test_lazy_modules(self):
+        """Their parameters have no elements yet."""
+        module = nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 1))
+        for replays in (True, False):
+            reason = refusals.of_module(module, self.training_step, True, replays)
+            assert_says(reason, "0.weight, 0.bias", "Run the module on one batch")
+        module(torch.zeros(1, 2))
+        assert refusals.of_module(module, self.training_step, True) is None
+
+    def test_without_a_replay_only_manual_optimization_is_in_the_way(self):
+        """An order that does not read the variance needs no single sample."""
+        untracked = nn.BatchNorm1d(3, track_running_stats=False)
+        assert refusals.of_module(untracked, lambda dataloader_iter: None, True, replays=False) is None
+        assert_says(refusals.of_module(untracked, self.training_step, False, replays=False), "Manual optimization")
+
     def test_batch_norm_without_statistics(self):
         """Every such layer is named."""
         module = nn.ModuleDict({name: nn.BatchNorm1d(3, track_running_stats=name == "c") for name in "abc"})
@@ -111,6 +128,70 @@ class TestOfOptimizers:
             pass
 
         assert_says(refusals.of_optimizers([Wrapper()]), "Wrapper is no torch.optim.Optimizer")
+
+
+class TestOfTwoSetsOfWeights:
+    """Optimizers whose frozen elements would not be constant in both, by what they are known by."""
+
+    @staticmethod
+    def optimizer(name="Mine", methods=(), **group):
+        cls = type(name, (SGD,), {method: lambda self: None for method in methods})
+        return cls([{"params": [nn.Parameter(torch.zeros(2))], **group}], lr=0.1)
+
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            ({"methods": ("train", "eval")}, "evaluated with (`eval`, `train`)"),
+            ({"methods": ("first_step", "second_step")}, "at other weights than those that it steps"),
+            ({"methods": ("sync_lookahead",)}, "slow weights"),
+            ({"methods": ("swap_swa_sgd",)}, "averaged weights"),
+            ({"name": "Lookahead"}, "slow weights"),
+            ({"weight_sum": 0.0, "weight_lr_power": 2.0}, "evaluated with"),
+        ],
+        ids=str,
+    )
+    def test_they_are_refused_by_name(self, arguments, said):
+        assert_says(refusals.of_optimizers([self.optimizer(**arguments)]), arguments.get("name", "Mine"), said)
+
+    @pytest.mark.parametrize("arguments", [{}, {"methods": ("train",)}, {"methods": ("step_all",)}, {"weight_sum": 0}])
+    def test_half_a_sign_is_none(self, arguments):
+        assert refusals.of_optimizers([self.optimizer(**arguments)]) is None
+
+    def test_one_that_does_not_call_torchs_init(self):
+        """Its steps run no hooks."""
+
+        class Bare(SGD):
+            def __init__(self, inner):
+                self.inner, self.param_groups, self.state, self.defaults = inner, inner.param_groups, {}, {}
+
+        assert_says(refusals.of_optimizers([Bare(self.optimizer())]), "Bare does not run hooks after its steps")
+
+
+class TestOfMesh:
+    """Dimensions along which processes see other layers or parts of samples, by name and size."""
+
+    @pytest.fixture(autouse=True)
+    def _meshes(self, monkeypatch):
+        monkeypatch.setattr(
+            refusals,
+            "DeviceMesh",
+            type("FakeMesh", (), {"__init__": lambda self, names, shape: self.__dict__.update(
+                mesh_dim_names=names, shape=shape
+            )}),
+        )  # fmt: skip
+
+    def refused(self, **sizes):
+        mesh = refusals.DeviceMesh(tuple(sizes), tuple(sizes.values()))
+        return refusals.of_mesh(types.SimpleNamespace(_device_mesh=mesh), [])
+
+    @pytest.mark.parametrize("name", ["pp", "pipeline_parallel", "cp", "context", "ep", "expert_parallel", "strange"])
+    def test_others_than_data_and_tensor_parallelism_are_refused(self, name):
+        assert_says(self.refused(data_parallel=2, **{name: 2}), "SimpleNamespace", f"{name} (2)", "have size 1")
+        assert self.refused(data_parallel=2, **{name: 1}) is None
+
+    def test_lightnings_own_and_common_names_are_served(self):
+        assert self.refused(data_parallel=4, tensor_parallel=2) is None
+        assert self.refused(dp_replicate=2, dp_shard=2, tp=2) is None
 
 
 class TestOfResuming:

@@ -6,6 +6,7 @@ those of the frozen sets.
 """
 
 import tempfile
+import warnings
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -215,7 +216,9 @@ def _fit(
         enable_model_summary=False,
     )
     try:
-        trainer.fit(members, DataLoader(experiment.train, sampler=batches, batch_size=None), ckpt_path=checkpoint)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*optimizer steps planned")  # a warm-up ends at t0
+            trainer.fit(members, DataLoader(experiment.train, sampler=batches, batch_size=None), ckpt_path=checkpoint)
     except SystemExit as error:  # so Lightning passes Ctrl-C on
         raise KeyboardInterrupt from error
     if trainer.interrupted:  # and so did versions before 2.5: without a word, half of the training done
