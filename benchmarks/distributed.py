@@ -100,7 +100,8 @@ class Parallel(Plain):
         self()
         positions.stop()
         where = (self.parameters, masks, positions.counts)
-        self.held = Hold("compact", self.optimizer, self.model, self.ddp, *where, promote=True, resumed=False)
+        held = {"promote": True, "late": False, "puts_back": False, "resumed": False}
+        self.held = Hold("compact", self.optimizer, self.model, self.ddp, *where, **held)
         self.mean.leave_out({self.parameters[name]: mask for name, mask in masks.items()})
 
     def sent(self) -> int:

@@ -115,7 +115,8 @@ class Ours(Plain):
         self()
         positions.stop()
         where = (self.parameters, masks, positions.counts)
-        self.held = Hold(self.how, self.optimizer, self.model, None, *where, self.promote, resumed=False)
+        alone = {"late": False, "puts_back": False, "resumed": False}  # nobody else looks at gradients, or writes
+        self.held = Hold(self.how, self.optimizer, self.model, None, *where, self.promote, **alone)
 
     def before_step(self) -> None:
         if self.held:
