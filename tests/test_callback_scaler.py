@@ -42,6 +42,12 @@ class Overflowing(cases.Regression):
         return loss * float("inf") if self.current_epoch * 8 + batch_idx in self.overflowing else loss
 
 
+class Looking(Overflowing):
+    """Has a hook that may look at gradients, so that they stay where they are until the step."""
+
+    def on_after_backward(self) -> None: ...
+
+
 class Moves(pl.Callback):
     """After which batches the weights have moved, and after which the callback has frozen."""
 
@@ -67,7 +73,7 @@ def train(module: pl.LightningModule, *callbacks: pl.Callback) -> None:
 
 
 @pytest.mark.parametrize("asks", ["at once", "later"])
-@pytest.mark.parametrize("hold", ["auto", "restore"])
+@pytest.mark.parametrize("hold", ["auto", "auto, looking", "restore"])
 @pytest.mark.parametrize("overflows", OVERFLOWS.values(), ids=OVERFLOWS.keys())
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
 def test_step_that_overflows_is_neither_counted_nor_observed(monkeypatch, optimizer, overflows, hold, asks):
@@ -77,8 +83,9 @@ def test_step_that_overflows_is_neither_counted_nor_observed(monkeypatch, optimi
     """
     if asks == "later":
         monkeypatch.setattr(phases, "_costs_nothing_to_ask", lambda total: False)
-    callback = GradCovFreezeCallback(t0=T0, k=0.5, hold=hold)
-    module, moves = Overflowing(optimizer, overflows), Moves(callback)
+    kind: type[Overflowing] = Looking if hold == "auto, looking" else Overflowing
+    callback = GradCovFreezeCallback(t0=T0, k=0.5, hold=hold.split(",")[0])  # type: ignore[arg-type]
+    module, moves = kind(optimizer, overflows), Moves(callback)
     train(module, callback, moves)
 
     successful = [batch for batch in range(BATCHES) if batch not in overflows]
@@ -89,7 +96,7 @@ def test_step_that_overflows_is_neither_counted_nor_observed(monkeypatch, optimi
     assert state["state"]["observed"] == T0
     assert state["state"]["skipped"] == len([batch for batch in overflows if batch < successful[T0 - 1]])
 
-    plain = Overflowing(optimizer, overflows)
+    plain = kind(optimizer, overflows)
     train(plain, PlainFreeze(moves.frozen_after + 1, callback.frozen))  # Lightning counts what the scaler leaves out
     for name, p in module.named_parameters():
         frozen, expected = callback.frozen[name], plain.get_parameter(name)
