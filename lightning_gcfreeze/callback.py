@@ -50,6 +50,7 @@ from lightning_gcfreeze import (
     plan,
     refusals,
     reporting,
+    rules,
     selection,
 )
 from lightning_gcfreeze._types import Granularity
@@ -113,6 +114,9 @@ class _Run:
     writes: bool = False  # whether other code may write to weights between steps
     holding_accumulators: list[str] = field(default_factory=list)
     callbacks: list[Any] = field(default_factory=list)  # the Trainer's, when training began
+    watch: gradient_access.GradientWatch | None = None
+    compiled: bool = False
+    held_since: int = 0  # the step
     depth: int = 0  # of steps within the optimizer's step
     looked_through: bool = False  # the graph of a loss
     in_trial: bool = False  # a finder of Lightning's trains with other callbacks than the run's
@@ -236,6 +240,7 @@ class GradCovFreezeCallback(_Callback):
         self._ranks = ALONE
         self._mean: GradientMean | None = None  # DDP's communication hook
         self._module: Callable[[], pl.LightningModule | None] = _gone  # of the last fit
+        self._readers: list[str] = []  # who was seen to ask for gradients
         self._held: dict[str, int] = {}  # fingerprints of the frozen elements' bits
         # Whether single samples' gradients are taken.
         self._noise = self.samples != "auto" or self._full or orderings.reads_variance(self._ordering)
@@ -339,11 +344,11 @@ class GradCovFreezeCallback(_Callback):
             raise RuntimeError(f"There is no delta before step t0={self._t0}: nothing is frozen yet.")
         if (module := self._module()) is None:
             raise RuntimeError(
-                "This callback is a copy and knows no module, or the last fit's is gone. Use"
+                "This callback knows no module: it is a copy, its fit ran in processes of its own (ddp_spawn,"
+                " ddp_fork), or the last fit's module is gone. Use"
                 " `lightning_gcfreeze.delta.of(module, callback.frozen)`."
             )
-        held = delta.fingerprints(dict(module.named_parameters()), phase.frozen)
-        if moved := [name for name, fingerprint in self._held.items() if held[name] != fingerprint]:
+        if moved := self._moved(module):
             raise RuntimeError(
                 f"{misconfiguration.some(moved)}: frozen elements do not have the values any more that they froze with,"
                 " so the weights of step t0 and the live elements would not give this model. Averages of weights (EMA,"
@@ -379,7 +384,7 @@ class GradCovFreezeCallback(_Callback):
         self._plan.load_state_dict(state_dict["plan"])
         self._aside.load_state_dict(state_dict["aside"])
         self._steps = state_dict["steps"]
-        self._observed_step = state_dict.get("observed_step", 0)
+        self._observed_step, self._readers = state_dict.get("observed_step", 0), list(state_dict.get("readers", []))
         self._seed = state_dict["seed"]
         self._resumed = state_dict["arguments"]
         if self._run and self._run.step_hooks:  # a finder of Lightning's puts back what was before its trial
@@ -402,6 +407,7 @@ class GradCovFreezeCallback(_Callback):
             "seed": self._seed,
             "steps": self._steps,
             "observed_step": self._observed_step,
+            "readers": self._readers,
             "phase": self.phase,
             "plan": self._plan.state_dict(),
             "aside": self._aside.state_dict(),
@@ -416,7 +422,7 @@ class GradCovFreezeCallback(_Callback):
         _refuse(refusals.of_optimizers(trainer.optimizers))
         if self.hold == "compact":
             _refuse(refusals.of_compact(trainer.optimizers[0], pl_module))
-            _refuse(refusals.of_state_access(gradient_access.of_optimizer_state(*_who_has_code(trainer))))
+            _refuse(refusals.of_state_access(gradient_access.of_optimizer_state(_owners(trainer))))
         if self._noise:
             _refuse(refusals.of_samples(pl_module, self._count))
         parameters = selection.eligible(pl_module, trainer.optimizers[0], self.include, self.exclude)
@@ -464,11 +470,10 @@ class GradCovFreezeCallback(_Callback):
         if not isinstance(trainer.strategy.model, DistributedDataParallel) and not run.shards:  # DDP does so itself
             run.holding_accumulators = gradient_access.of_accumulators(run.parameters)
         self._attach(run)
+        run.compiled = rules.has_compiled(pl_module)
         run.callbacks = [*trainer.callbacks]  # type: ignore[attr-defined]
-        after_step = optimizer.register_step_post_hook(self._after_step)
-        if (hooks := after_step.hooks_dict_ref()) is not None:  # other hooks see the frozen values in their places
-            hooks.move_to_end(after_step.id, last=False)
-        run.step_hooks = (after_step, optimizer.register_step_pre_hook(self._before_step))
+        before_step = optimizer.register_step_pre_hook(self._before_step)
+        run.step_hooks = (before_step, optimizer.register_step_post_hook(self._after_step))
         self._warn(trainer, run)
 
     def _attach(self, run: _Run) -> None:
@@ -491,12 +496,12 @@ class GradCovFreezeCallback(_Callback):
 
     def _warn(self, trainer: pl.Trainer, run: _Run) -> None:
         """Say, before the first step, what is probably not meant."""
-        trained = [name for name, p in trainer.lightning_module.named_parameters() if p.requires_grad]
+        names = [name for name, _ in trainer.lightning_module.named_parameters()]
         stages = [t for t, _ in self._decisions if isinstance(t, int)][self._plan.made :]
         for sentence in (
             misconfiguration.of_planned_steps(stages, _planned_steps(trainer)),
-            misconfiguration.of_patterns("include", self.include, trained),
-            misconfiguration.of_patterns("exclude", self.exclude, trained),
+            misconfiguration.of_patterns("include", self.include, names),
+            misconfiguration.of_patterns("exclude", self.exclude, names),
             *(misconfiguration.of_small_count(k, run.count) for _, k in self._decisions),
             misconfiguration.of_averages(trainer.callbacks),  # type: ignore[attr-defined]
         ):
@@ -508,6 +513,11 @@ class GradCovFreezeCallback(_Callback):
     ) -> None:
         """Keep the first sample, before `training_step` can change the batch in place."""
         run = self._running
+        if pl_module.trainer is not trainer:
+            raise MisconfigurationException(
+                "Another Trainer was used on this module in the middle of the fit, and Lightning sends hooks there from"
+                " now on. Give that Trainer a copy of the module (`copy.deepcopy`)."
+            )
         run.evaluations = run.depth = 0
         if run.in_trial:  # that was not rolled back
             self._attach(run)
@@ -515,6 +525,11 @@ class GradCovFreezeCallback(_Callback):
             run.samples.forget()  # Lightning zeroes the gradients here, also of a window that was broken off
             run.positions.clear()
             run.micro_batches = 0
+            self._watch_gradients(run)
+            # Between our two hooks on the step lies what the optimizer does, and nobody else's hook.
+            for hook, last in zip(run.step_hooks, (True, False), strict=True):
+                if (hooks := hook.hooks_dict_ref()) is not None:
+                    hooks.move_to_end(hook.id, last=last)
         if self._plan.may_decide_after(self._steps + 1):
             run.positions.listen()
         if self._watched and self._noise and (self._due or self._steps == 0):
@@ -534,7 +549,7 @@ class GradCovFreezeCallback(_Callback):
             self._plan.hear(loss.detach() * (trainer.accumulate_grad_batches / self._loss_scale(trainer)))
         if self._watched:
             run.positions.stop()
-            if not run.looked_through and (self.gradients == "capture" or not self._noise):
+            if not run.looked_through and (self.gradients == "capture" if self._noise else self.promote):
                 _refuse(refusals.of_graph(loss))
             run.looked_through = True
             run.samples.begin_backward()
@@ -557,8 +572,8 @@ class GradCovFreezeCallback(_Callback):
         if size == 1 and self._steps == 0:  # at the first step it is no short last batch
             raise MisconfigurationException(
                 "The batch holds one sample: its gradient is the batch's, and there is no noise to see. Use batches of"
-                " at least 2 samples, accumulate gradients, or use an order that does not read the variance, such as"
-                " `order='progress'`, with `samples='auto'`."
+                " at least 2 samples, accumulate gradients, or take no single sample's gradient: use an order that does"
+                " not read the variance, such as `order='progress'`, with `samples='auto'` and `covariance='diagonal'`."
             )
         if self._steps == 0 and all(p.grad is None for p in run.parameters.values()):
             raise MisconfigurationException(
@@ -583,21 +598,21 @@ class GradCovFreezeCallback(_Callback):
         if self._run and self._run.hold:
             self._run.hold.before_step()
 
-    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Find out whether a finder of Lightning's is trying something: it trains with other callbacks than the run's.
 
-        Runs before the forward pass, but under a loss scaler.
+        And hand the live elements over, where that is done late. Runs before the forward pass, but under a loss scaler.
         """
         run = self._running
         run.depth += 1
         now: list[Any] = run.trainer.callbacks  # type: ignore[attr-defined]
-        if run.in_trial or any(callback is known for callback in now for known in run.callbacks):
-            return
-        run.in_trial = True
-        run.samples.forget()
-        run.positions.stop()
-        if isinstance(self._phase, Frozen):
-            self._begin_to_hold(run, self._phase, resumed=True)
+        if not run.in_trial and not any(callback is known for callback in now for known in run.callbacks):
+            run.in_trial = True
+            run.samples.forget()
+            run.positions.stop()
+            if isinstance(self._phase, Frozen):
+                self._begin_to_hold(run, self._phase, resumed=True)
+        return run.hold.before_late_step(args, kwargs) if run.hold else None
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Count the step; freeze at t0; put frozen values back. Runs right after the parameters have moved.
@@ -626,6 +641,7 @@ class GradCovFreezeCallback(_Callback):
         run.samples.forget()
         self._steps += 1
         if run.hold:
+            self._check_held(run)
             run.hold.after_step()
         if watched and self._plan.may_decide_after(self._steps):
             if self._is_time(watched, run):
@@ -685,9 +701,12 @@ class GradCovFreezeCallback(_Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let go of module and optimizer; what was found stays, also in the process that launched this one."""
+        if stage != "fit":
+            return
+        if self._run and isinstance(self._phase, Frozen):
+            self._say_if_moved(pl_module)
         self._unbind(trainer)
-        launcher = type(trainer.strategy.launcher).__name__
-        if stage == "fit" and launcher == "_MultiProcessingLauncher" and trainer.is_global_zero:
+        if type(trainer.strategy.launcher).__name__ == "_MultiProcessingLauncher" and trainer.is_global_zero:
             self._send_home()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -751,6 +770,46 @@ class GradCovFreezeCallback(_Callback):
     def _mail(self) -> Path:
         return Path(tempfile.gettempdir()) / f"lightning_gcfreeze-{self._mailbox}.pickle"
 
+    def _moved(self, module: pl.LightningModule) -> list[str]:
+        """Names of parameters whose frozen elements do not have the bits that they are held at."""
+        parameters = dict(module.named_parameters())
+        masks = self._phase.frozen if isinstance(self._phase, Frozen) else {}
+        now = delta.fingerprints(parameters, {name: masks[name] for name in self._held if name in parameters})
+        return [name for name, fingerprint in now.items() if fingerprint != self._held[name]]
+
+    def _check_held(self, run: _Run) -> None:
+        """Do frozen elements have their values, where nothing puts them back? Asked now and then, and each epoch.
+
+        Right after a step: what others swap for a while (averages, for a validation) is in its place again.
+        """
+        age = self._steps - run.held_since
+        looks = age & (age - 1) == 0 or run.trainer.is_last_batch
+        if run.hold is None or run.hold.puts_back or not looks:
+            return
+        if moved := self._moved(run.trainer.lightning_module):
+            raise RuntimeError(
+                f"{misconfiguration.some(moved)}: frozen elements were written to between steps, by code that was not"
+                " found. Use `hold='restore'`, which puts them back after each step."
+            )
+
+    def _say_if_moved(self, module: pl.LightningModule) -> None:
+        if moved := self._moved(module):
+            rank_zero_warn(
+                f"{type(self).__name__}: the fit ends with other values of frozen elements in"
+                f" {misconfiguration.some(moved)} than they froze with: something replaced them after the last step,"
+                " as averages of weights do, in a callback or within the optimizer."
+            )
+
+    def _watch_gradients(self, run: _Run) -> None:
+        """Note who asks for gradients, in the 1st, 2nd, 8th, 64th, … observed step; until the next one begins."""
+        if run.watch is not None:
+            run.watch.disarm()
+            self._readers += [name for name in run.watch.seen if name not in self._readers]
+            run.watch = None
+        if self._watched and self._steps + 1 in (1, 2, 8, 64, 512, 4096) and not (run.shards or run.compiled):
+            run.watch = gradient_access.GradientWatch(run.parameters.values())
+            run.watch.arm()
+
     def _share(self, run: _Run) -> None:
         """Become the same on all processes."""
         if self._watched:
@@ -768,6 +827,8 @@ class GradCovFreezeCallback(_Callback):
         if self._run:
             self._run.samples.forget()
             self._run.positions.stop()
+            if self._run.watch is not None:
+                self._run.watch.disarm()
             if self._run.hold:
                 self._run.hold.release()
             for hook in self._run.step_hooks:
@@ -922,25 +983,26 @@ class GradCovFreezeCallback(_Callback):
         module, optimizer = trainer.lightning_module, trainer.optimizers[0]
         if run.hold:
             run.hold.release()
-        who = _who_has_code(trainer)
-        looking = [*gradient_access.of_run(*who, run.parameters, optimizer), *run.holding_accumulators]
+        who = _owners(trainer)
+        looking = [*gradient_access.of_run(who, run.parameters, optimizer), *run.holding_accumulators]
+        looking = looking or [*self._readers, *(run.watch.seen if run.watch else ())]
         if not run.in_trial:  # what travels depends on it
             looking = list(dict.fromkeys(name for found in self._ranks.of_all(looking) for name in found))
         how: Literal["compact", "restore"] = "restore"
         if self.hold != "restore" and not (run.shards or observes or run.in_trial):
-            of_state = gradient_access.of_optimizer_state(*who)
+            of_state = gradient_access.of_optimizer_state(who)
             if not (of_state or refusals.of_compact(optimizer, module)):
                 how = "compact"
             if looking and how == "compact":
                 rank_zero_info(f"{type(self).__name__}: {refusals.of_letting_go(looking)}")
             elif of_state:
                 rank_zero_info(f"{type(self).__name__}: values are put back. {refusals.of_state_access(of_state)}")
-        writing = gradient_access.of_weights(*who, optimizer)
+        writing = gradient_access.of_weights(who, run.parameters, optimizer)
         promote = self.promote and not (run.shards or observes or run.in_trial or looking)
         where = (run.parameters, phase.frozen, phase.positions)
         late, run.writes = how == "compact" and bool(looking), bool(writing)
         run.hold = Hold(how, optimizer, module, trainer.strategy.model, *where, promote, late, run.writes, resumed)
-        self._held = delta.fingerprints(run.parameters, phase.frozen)
+        self._held, run.held_since = delta.fingerprints(run.parameters, phase.frozen), self._steps
         self._savings = run.hold.savings
         if self._mean and not (observes or looking):
             self._mean.leave_out({run.parameters[name]: mask for name, mask in phase.frozen.items()})
@@ -1003,9 +1065,13 @@ def _may_skip_steps(trainer: pl.Trainer) -> bool:
     return _scaler(trainer) is not None or own not in ("lightning", "pytorch_lightning")
 
 
-def _who_has_code(trainer: pl.Trainer) -> tuple[pl.LightningModule, list[Any], list[Any]]:
-    """The module, the callbacks, and the strategy with its precision plugin: where a user may have overridden hooks."""
-    return trainer.lightning_module, trainer.callbacks, [trainer.strategy, trainer.precision_plugin]  # type: ignore[attr-defined]
+def _owners(trainer: pl.Trainer) -> gradient_access.Owners:
+    """Whatever of a run may have code of the user's."""
+    schedulers: list[Any] = [config.scheduler for config in trainer.lr_scheduler_configs]
+    lambdas = [function for scheduler in schedulers for function in getattr(scheduler, "lr_lambdas", ())]
+    others: list[Any] = [trainer.strategy, trainer.precision_plugin, trainer, *trainer.loggers, *schedulers, *lambdas]
+    others += [] if (data := getattr(trainer, "datamodule", None)) is None else [data]
+    return gradient_access.Owners(trainer.lightning_module, [*trainer.callbacks, *others])  # type: ignore[attr-defined]
 
 
 def _planned_steps(trainer: pl.Trainer) -> float:

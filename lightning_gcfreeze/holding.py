@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 from torch.nn import Parameter
@@ -61,6 +61,8 @@ class Hold:
             if not resumed:
                 self._holder.clear_state_(optimizer)
         self._taken, self._late = False, late
+        self.puts_back = puts_back or how == "restore"
+        """Whether frozen values are put back after each step."""
         self._values = Restore(parameters, on_device) if puts_back and how == "compact" else None
         self._promotion = None
         if promote:
@@ -106,6 +108,10 @@ class Hold:
             if not self._taken:  # the last batch of the step had no loss
                 self._holder.take_gradients_()
             self._holder.read_()
+
+    def before_late_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """In a hook on the optimizer's step, after all others; see `Compact`."""
+        return self._holder.before_late_step(args, kwargs) if self._late and isinstance(self._holder, Compact) else None
 
     def after_step(self) -> None:
         """Right after the optimizer's step."""

@@ -51,22 +51,22 @@ def of_mesh(strategy: Any, meshes: Iterable[DeviceMesh]) -> str | None:
         meshes: those of the parameters.
     """
     own = [value for value in vars(strategy).values() if isinstance(value, DeviceMesh)]
-    unknown = [
+    other = [
         f"{name} ({size})"
         for mesh in dict.fromkeys([*own, *meshes])
         for name, size in zip(mesh.mesh_dim_names or (), mesh.shape, strict=False)
-        if size > 1 and not set(name.lower().split("_")) <= _KNOWN_DIMENSIONS
+        if size > 1 and set(name.lower().split("_")) & _OTHER_DIMENSIONS
     ]
-    if not unknown:
+    if not other:
         return None
     return (
-        f"{type(strategy).__name__} has a mesh with {', '.join(dict.fromkeys(unknown))}: processes along"
-        " pipeline, context, expert or unknown dimensions do not see the same samples through the same layers."
+        f"{type(strategy).__name__} has a mesh with {', '.join(dict.fromkeys(other))}: processes along"
+        " pipeline, context and expert dimensions do not see the same samples through the same layers."
         " Supported are data and tensor parallelism; let the other dimensions have size 1."
     )
 
 
-_KNOWN_DIMENSIONS = {"data", "dp", "ddp", "fsdp", "hsdp", "parallel", "tensor", "tp", "replicate", "replica", "shard"}
+_OTHER_DIMENSIONS = {"pp", "pipe", "pipeline", "cp", "context", "ep", "expert", "experts", "sp", "sequence"}
 
 
 def of_callbacks(callbacks: Sequence[Any]) -> str | None:
@@ -138,7 +138,10 @@ def of_graph(loss: Tensor) -> str | None:
     """Parts of the graph without their parameters: behind a wholly frozen layer they would have no gradient."""
     if not gradients.has_reentrant_checkpoint(loss):
         return None
-    return "Activation checkpointing with `use_reentrant=True` hides parameters from the graph; set it to False."
+    return (
+        "Activation checkpointing with `use_reentrant=True` hides parameters from the graph; set it to False, or pass"
+        " `promote=False` with an order that does not read the variance."
+    )
 
 
 def of_samples(module: nn.Module, count: int | None) -> str | None:
@@ -245,6 +248,8 @@ def of_resuming(
     saved: Mapping[str, Any], now: Mapping[str, Any], saved_shapes: Mapping[str, torch.Size], parameters: Named
 ) -> str | None:
     """A checkpoint of a run with other arguments or other eligible parameters."""
+    if (saved.get("samples"), now.get("samples")) == ("first", "auto"):  # what was the default; the state says it
+        saved = {**saved, "samples": "auto"}
     if different := [name for name in now if (type(saved.get(name)), saved.get(name)) != (type(now[name]), now[name])]:
         listing = ", ".join(f"{name}={saved.get(name)!r} (now {now[name]!r})" for name in different)
         return (

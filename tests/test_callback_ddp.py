@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_gcfreeze import GradCovFreezeCallback
 from lightning_gcfreeze.freezing import promotion
+from lightning_gcfreeze.savings import Footprint
 from tests import cases
 
 warnings.simplefilter("ignore")  # find_unused_parameters=True finds none before the freeze
@@ -36,7 +37,7 @@ class Keep(pl.Callback):
     def on_train_batch_end(self, trainer, module, *args):
         if callback.phase == "frozen" and not start:
             start.update({n: p.detach().clone() for n, p in module.named_parameters()})
-            shapes.append(sum(p.numel() for g in trainer.optimizers[0].param_groups for p in g["params"]))
+            shapes.append(Footprint.of(trainer.optimizers[0]).gradients // 8)  # bytes; of what it steps
 
 
 options = [{}, {"find_unused_parameters": True}, {"static_graph": True}, {"gradient_as_bucket_view": True}]

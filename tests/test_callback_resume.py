@@ -289,3 +289,23 @@ def test_finders_that_try_before_the_run_do_not_disturb_it(finder, tmp_path, mon
     cases.trainer(callbacks=[finder(), callback], max_epochs=2).fit(Tuned())
     assert callback.phase == "frozen"
     assert callback.state_dict()["state"]["observed"] == 5
+
+
+@pytest.mark.parametrize("order", ["variance", "progress"])
+@pytest.mark.parametrize("after", [4, 12])
+def test_a_checkpoint_of_0_1_goes_on_with_the_default_samples(tmp_path, order, after):
+    """It was saved with samples="first", the default then, and lacks what is saved today: to the bit all the same."""
+    arguments = {"t0": T0, "k": 0.5, "order": order}
+    unbroken = run(GradCovFreezeCallback(**arguments, samples="first"), DropoutByStep())
+    path = tmp_path / "run.ckpt"
+    with pytest.raises(Interrupted):
+        run(GradCovFreezeCallback(**arguments, samples="first"), DropoutByStep(), SaveAndStop(path, after))
+    checkpoint = torch.load(path, weights_only=True)
+    for key in ("observed_step", "readers"):
+        del checkpoint["callbacks"]["GradCovFreezeCallback"][key]
+    torch.save(checkpoint, path)
+    resumed = run(GradCovFreezeCallback(**arguments), DropoutByStep(), ckpt=path)
+    for one in (resumed, unbroken):
+        del one["callback"]["arguments"]["samples"], one["callback"]["observed_step"]
+    cases.assert_identical(resumed, unbroken)
+    assert resumed["callback"]["state"]["observed"] == T0

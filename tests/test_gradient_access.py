@@ -1,6 +1,8 @@
 """Who may look at gradients: everybody whose code could, by name, and nobody else."""
 
+import copy
 import functools
+import pickle
 import types
 from typing import Any
 
@@ -19,7 +21,8 @@ from tests import cases
 
 def found(module: pl.LightningModule, *others: Any, plugins: Any = (), optimizer: Any = None) -> list[str]:
     optimizer = optimizer or torch.optim.SGD(module.parameters(), lr=0.1)
-    return gradient_access.of_run(module, others, plugins, dict(module.named_parameters()), optimizer)
+    owners = gradient_access.Owners(module, [*others, *plugins])
+    return gradient_access.of_run(owners, dict(module.named_parameters()), optimizer)
 
 
 def halve(module: nn.Module) -> None:
@@ -45,11 +48,26 @@ class Clipper:
     def _clip(self, module: nn.Module) -> None:
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
 
+    @staticmethod
+    def static(module: nn.Module) -> None:
+        halve(module)
+
+
+class Tuned(nn.Sequential):
+    """A network that looks at its own gradients when it is asked to, as AdaLoRA does."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(5, 1))
+
+    def tune(self) -> None:
+        self.importance = [p.grad.abs() for p in self.parameters()]
+
 
 class Base(cases.Regression):
     def __init__(self) -> None:
         super().__init__(cases.mlp())
         self.clipper = Clipper()
+        self.steps = {"tidy": lambda module: halve(module)}
 
 
 class Looks:
@@ -98,6 +116,28 @@ class Looks:
         @torch.no_grad()
         def on_train_batch_end(self, *args: Any) -> None:
             halve(self)
+
+    class ByAMethodOfALayer(Base):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = Tuned()
+
+        def on_train_batch_end(self, *args: Any) -> None:
+            self.network.tune()
+
+    class ByAClass(Base):
+        def on_train_batch_end(self, *args: Any) -> None:
+            Clipper.static(self)
+
+    class ByAnImport(Base):
+        def on_train_batch_end(self, *args: Any) -> None:
+            from tests.test_gradient_access import halve as imported
+
+            imported(self)
+
+    class ByAContainer(Base):
+        def on_train_batch_end(self, *args: Any) -> None:
+            self.steps["tidy"](self)
 
     class InAParentsMethod(Directly):
         def on_train_batch_end(self, *args: Any) -> None:
@@ -231,7 +271,7 @@ class TestOfOptimizerState:
 
     @pytest.mark.parametrize(("cls", "looks"), [(ByParameter, True), (Resets, True), (Counts, False)])
     def test_of_modules(self, cls, looks):
-        assert bool(gradient_access.of_optimizer_state(cls(), [], [])) is looks
+        assert bool(gradient_access.of_optimizer_state(gradient_access.Owners(cls()))) is looks
 
     @pytest.mark.parametrize(("cls", "compact"), [(ByParameter, False), (Resets, False), (Counts, True)])
     def test_under_auto_its_values_are_put_back(self, cls, compact):
@@ -249,3 +289,106 @@ class TestOfOptimizerState:
         else:
             with pytest.raises(pl.utilities.exceptions.MisconfigurationException, match=f"{cls.__name__}.on_train_epo"):
                 trainer.fit(cls(), cases.loader())
+
+
+def test_data_modules_loggers_schedulers_and_trainers_are_looked_through():
+    """Whatever has code of the user's that runs between two steps."""
+
+    class Data(pl.LightningDataModule):
+        def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            halve(self.trainer.lightning_module)
+            return batch
+
+        def train_dataloader(self) -> Any:
+            return cases.loader()
+
+    class Scheduled(cases.Regression):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.05)
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 + 0.0 * len(norms(self)))
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def norms(module: nn.Module) -> list[Tensor]:
+        return [p.grad.norm() for p in module.parameters() if p.grad is not None]
+
+    for module, data in ((cases.Regression(cases.mlp()), Data()), (Scheduled(cases.mlp()), cases.loader())):
+        callback = GradCovFreezeCallback(t0=3, k=0.5)
+        cases.trainer(callbacks=[callback]).fit(module, data)
+        assert callback.savings.after.gradients == callback.savings.before.gradients
+    cases.trainer(callbacks=[callback]).fit(cases.Regression(cases.mlp()), cases.loader())
+    assert callback.savings.after.gradients < callback.savings.before.gradients
+
+
+class Hidden(cases.Regression):
+    """Does something by a name that no reading of its code leads to."""
+
+    def __init__(self, act: Any) -> None:
+        super().__init__(cases.mlp())
+        self.__dict__["_act"] = act
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        vars(self)["_" + "act"](self)
+
+
+class TestWatch:
+    """Who asks for gradients while observing is noted, whatever the way."""
+
+    def test_code_that_no_reading_finds_is_seen_when_it_asks(self):
+        """Gradients stay, also in a run that goes on from a checkpoint after the freeze."""
+        norms: list[float] = []
+
+        def measure(module: nn.Module) -> None:
+            norms.append(sum(float(p.grad.norm()) for p in module.parameters()))
+
+        module = Hidden(measure)
+        assert found(module) == []
+        callback = GradCovFreezeCallback(t0=3, k=0.8)
+        trainer = cases.trainer(callbacks=[callback])
+        trainer.fit(module, cases.loader())
+        assert len(norms) == 16
+        assert callback.savings.after.gradients == callback.savings.before.gradients
+        (reader,) = callback.state_dict()["readers"]
+        assert "test_gradient_access.py:" in reader
+        assert all(type(p) is nn.Parameter for p in module.parameters())
+
+    def test_what_lightning_torch_and_the_callback_do_is_known(self):
+        """Clipping, accumulation, stepping and observing ask for gradients all the time."""
+        callback = GradCovFreezeCallback(t0=9, k=0.8, samples="all")
+        cases.trainer(callbacks=[callback], gradient_clip_val=0.5, max_epochs=4).fit(
+            cases.Regression(cases.mlp()), cases.loader()
+        )
+        assert callback.state_dict()["readers"] == []
+        assert callback.savings.after.gradients < callback.savings.before.gradients
+
+    def test_watched_parameters_are_copied_and_pickled_as_plain_ones(self):
+        parameter = nn.Parameter(torch.ones(2))
+        parameter.grad = torch.ones(2)
+        watch = gradient_access.GradientWatch([parameter])
+        watch.arm()
+        try:
+            copied = copy.deepcopy(parameter), pickle.loads(pickle.dumps(parameter))
+            assert parameter.grad.tolist() == [1.0, 1.0]
+            del parameter.grad
+            assert parameter.grad is None
+        finally:
+            watch.disarm()
+        assert [type(p) for p in (*copied, parameter)] == [nn.Parameter] * 3
+        assert len(watch.seen) == 3
+
+
+def test_frozen_values_that_hidden_code_writes_to_are_an_error():
+    """Within two steps, by name; what is put back anyhow is none."""
+
+    def decay(module: nn.Module) -> None:
+        for p in module.parameters():
+            p.detach().mul_(0.99)
+
+    for hold, wrong in (("auto", True), ("compact", True), ("restore", False)):
+        trainer = cases.trainer(callbacks=[GradCovFreezeCallback(t0=3, k=0.8, hold=hold)])
+        if wrong:
+            with pytest.raises(RuntimeError, match=r"network.*frozen elements were written to.*hold='restore'"):
+                trainer.fit(Hidden(decay), cases.loader())
+            assert trainer.global_step <= 5
+        else:
+            with pytest.warns(UserWarning, match="the fit ends with other values of frozen elements"):
+                trainer.fit(Hidden(decay), cases.loader())

@@ -184,7 +184,7 @@ class TestOfMesh:
         mesh = refusals.DeviceMesh(tuple(sizes), tuple(sizes.values()))
         return refusals.of_mesh(types.SimpleNamespace(_device_mesh=mesh), [])
 
-    @pytest.mark.parametrize("name", ["pp", "pipeline_parallel", "cp", "context", "ep", "expert_parallel", "strange"])
+    @pytest.mark.parametrize("name", ["pp", "pipeline_parallel", "cp", "context", "ep", "expert_parallel"])
     def test_others_than_data_and_tensor_parallelism_are_refused(self, name):
         assert_says(self.refused(data_parallel=2, **{name: 2}), "SimpleNamespace", f"{name} (2)", "have size 1")
         assert self.refused(data_parallel=2, **{name: 1}) is None
@@ -192,6 +192,7 @@ class TestOfMesh:
     def test_lightnings_own_and_common_names_are_served(self):
         assert self.refused(data_parallel=4, tensor_parallel=2) is None
         assert self.refused(dp_replicate=2, dp_shard=2, tp=2) is None
+        assert self.refused(copy=2, shard=2) is None  # of a mesh of one's own
 
 
 class TestOfResuming:
@@ -209,6 +210,13 @@ class TestOfResuming:
         reversed_shapes = dict(reversed(self.shapes.items()))
         assert refusals.of_resuming(dict(self.ARGUMENTS), self.ARGUMENTS, self.shapes, self.PARAMETERS) is None
         assert refusals.of_resuming(self.ARGUMENTS, self.ARGUMENTS, reversed_shapes, self.PARAMETERS) is None
+
+    def test_the_first_sample_may_have_been_the_default(self):
+        """As it was in 0.1: the state says whether there is a covariance. Not the other way round."""
+        auto, first, everything = ({**self.ARGUMENTS, "samples": samples} for samples in ("auto", "first", "all"))
+        assert refusals.of_resuming(first, auto, self.shapes, self.PARAMETERS) is None
+        assert "samples='auto'" in refusals.of_resuming(auto, first, self.shapes, self.PARAMETERS)
+        assert "samples='all'" in refusals.of_resuming(everything, auto, self.shapes, self.PARAMETERS)
 
     def test_other_arguments(self):
         """Each that differs is named with its saved value and its present one; those that agree are not."""

@@ -188,7 +188,6 @@ class Compact:
             optimizer.register_state_dict_post_hook(self._in_full),
             optimizer.register_load_state_dict_pre_hook(lambda optimizer, state_dict: self._expand()),
             optimizer.register_load_state_dict_post_hook(lambda optimizer: self._compact_again()),
-            *([optimizer.register_step_pre_hook(self._before_late_step)] if late else []),
             *([optimizer.register_state_dict_pre_hook(lambda optimizer: self._enter())] if late else []),
             *(p.register_post_accumulate_grad_hook(self._arrived) for p in by_themselves),
         ]
@@ -264,8 +263,16 @@ class Compact:
             handle.remove()
         self._expand()
 
-    def _before_late_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Take the gradients over as late as can be: after the closure that computes them, if the step is given one."""
+    def before_late_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Take the gradients over as late as can be: after the closure that computes them, if the step is given one.
+
+        Args:
+            args: of a hook that runs before the optimizer's step.
+            kwargs: likewise.
+
+        Returns:
+            What the step is to be given in their place, or None.
+        """
         itself, *given = args
         closure = given[0] if given else kwargs.get("closure")
         if not callable(closure):
@@ -406,7 +413,8 @@ class Compact:
     def _part_company(self) -> None:
         """Small parameters travel alone from now on, since of some that were together a few have no gradient."""
         for vector in self._vectors:
-            for part in vector.filled if vector.parameter.grad is not None else ():
+            # Taken late, their gradients are still in their places.
+            for part in vector.filled if vector.parameter.grad is not None and not self._late else ():
                 full = [torch.zeros_like(p) for p in part.parameters]
                 part.put_(full, vector.slots[part])
                 for p, gradient in zip(part.parameters, full, strict=True):
