@@ -344,8 +344,8 @@ class GradCovFreezeCallback(_Callback):
             raise RuntimeError(f"There is no delta before step t0={self._t0}: nothing is frozen yet.")
         if (module := self._module()) is None:
             raise RuntimeError(
-                "This callback is a copy and knows no module, its fit ran in processes of its own (ddp_spawn, ddp_fork),"
-                " or the last fit's module is gone. Use"
+                "This callback is a copy and knows no module, its fit ran in processes of its own (ddp_spawn,"
+                " ddp_fork), or the last fit's is gone. Use"
                 " `lightning_gcfreeze.delta.of(module, callback.frozen)`."
             )
         if moved := self._moved(module):
