@@ -1,6 +1,7 @@
 """What every test shares: one seed, and a quiet Lightning."""
 
 import logging
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -9,6 +10,14 @@ import torch
 @pytest.fixture(autouse=True)
 def _one_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_process_group_is_left() -> Iterator[None]:
+    """A DDPStrategy of one process leaves one, and the next test would run as a part of it."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(autouse=True, scope="session")
