@@ -241,6 +241,8 @@ IN_TRAINER: dict[str, Callable[[], list[pl.Callback]]] = {
     "a callback with empty hooks": lambda: [Empty()],
     "first sample": lambda: [GradCovFreezeCallback(t0=10**6, k=0.5)],
     "all samples, every 16th step": lambda: [GradCovFreezeCallback(t0=10**6, k=0.5, samples="all", every=16)],
+    "for progress, no single samples": lambda: [GradCovFreezeCallback(t0=10**6, k=0.5, order="progress")],
+    "for progress, first sample": lambda: [GradCovFreezeCallback(t0=10**6, k=0.5, order="progress", samples="first")],
 }
 
 
