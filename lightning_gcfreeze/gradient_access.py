@@ -240,9 +240,8 @@ def _may_write_weights(code: CodeType) -> bool:
         return True
     in_place = {name for name in names if _IN_PLACE.fullmatch(name)} - _OF_GRADIENTS
     stores = any(i.opname == "STORE_SUBSCR" for i in instructions)
-    arrays = names & {"numpy", "state_dict"} and any(
-        "INPLACE" in i.opname or i.argrepr.endswith("=") for i in instructions
-    )
+    augmented = any(i.opname.startswith(("INPLACE", "BINARY_OP")) and i.argrepr[-1:] in ("=", "") for i in instructions)
+    arrays = augmented and names & {"numpy", "state_dict"}
     return bool(names & _WEIGHTS) and bool(in_place or stores or arrays)
 
 
@@ -285,8 +284,9 @@ def _reached(code: Code) -> Iterator[tuple[Any, Any]]:
             holder = _NOTHING
             if i.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
                 here = function.__globals__.get(i.argval, _NOTHING)
-            elif i.opname in ("LOAD_FAST", "LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FAST_BORROW"):
-                here = roots.get(i.argval, _NOTHING)
+            elif i.opname.startswith(("LOAD_FAST", "LOAD_DEREF", "LOAD_CLASSDEREF")):
+                name = i.argval[-1] if isinstance(i.argval, tuple) else i.argval  # Python 3.13 loads two at once
+                here = roots.get(name, _NOTHING)
             elif i.opname == "IMPORT_NAME":
                 here = sys.modules.get(i.argval, _NOTHING)
             elif i.opname in ("LOAD_ATTR", "LOAD_METHOD", "IMPORT_FROM"):
