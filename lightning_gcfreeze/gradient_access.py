@@ -46,6 +46,7 @@ _KNOWN = frozenset(
 """Where code comes from that is known not to look: Lightning and torch, and what has nothing to do with them."""
 _LIGHTNING = frozenset({"lightning", "pytorch_lightning", "lightning_fabric"})
 _NOTHING: Any = object()
+_REGISTRY = 64  # items
 _BETWEEN = frozenset({"PRECALL", "CACHE", "PUSH_NULL", "COPY", "SWAP", "NOP", "RESUME"})
 _GRADIENT = re.compile(r"(^|_)(auto)?grad(ient)?s?(_|$)|(^|_)backward($|_)|^register_(\w+_)?hook$", re.IGNORECASE)
 _HARMLESS = frozenset(
@@ -284,8 +285,8 @@ def _reached(code: Code) -> Iterator[tuple[Any, Any]]:
             holder = _NOTHING
             if i.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
                 here = function.__globals__.get(i.argval, _NOTHING)
-            elif i.opname.startswith(("LOAD_FAST", "LOAD_DEREF", "LOAD_CLASSDEREF")):
-                name = i.argval[-1] if isinstance(i.argval, tuple) else i.argval  # Python 3.13 loads two at once
+            elif "LOAD_FAST" in i.opname or i.opname in ("LOAD_DEREF", "LOAD_CLASSDEREF"):
+                name = i.argval[-1] if isinstance(i.argval, tuple) else i.argval  # Python 3.13 does two at once
                 here = roots.get(name, _NOTHING)
             elif i.opname == "IMPORT_NAME":
                 here = sys.modules.get(i.argval, _NOTHING)
@@ -313,14 +314,16 @@ def _attribute(value: Any, name: str) -> Any:
     return found.fget if isinstance(found, property) else found
 
 
-def _callables(value: Any, holder: Any) -> Iterator[tuple[Any, Any]]:
-    """What can be called of a value, or of what a container holds."""
-    values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else [value]
-    for v in values:
-        if v is not _NOTHING and callable(v) and not isinstance(v, type | nn.Module | Tensor | ModuleType):
-            yield v, None if holder is _NOTHING or isinstance(holder, ModuleType | type) else holder
-        elif isinstance(v, nn.Module) and "forward" in vars(v):
-            yield v.forward, v
+def _callables(value: Any, holder: Any, depth: int = 3) -> Iterator[tuple[Any, Any]]:
+    """What can be called of a value, or of what a small container holds: a registry, not a data set."""
+    if isinstance(value, dict | list | tuple | set):
+        if depth and len(value) <= _REGISTRY:
+            for item in value.values() if isinstance(value, dict) else value:
+                yield from _callables(item, holder, depth - 1)
+    elif value is not _NOTHING and callable(value) and not isinstance(value, type | nn.Module | Tensor | ModuleType):
+        yield value, None if holder is _NOTHING or isinstance(holder, ModuleType | type) else holder
+    elif isinstance(value, nn.Module) and "forward" in vars(value):
+        yield value.forward, value
 
 
 def _is_filled(cell: Any) -> bool:
