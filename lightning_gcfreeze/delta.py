@@ -83,12 +83,13 @@ def fingerprints(parameters: Mapping[str, Tensor], frozen: Named) -> dict[str, i
     found = {}
     for name, mask in frozen.items():
         p = local(parameters[name]).contiguous()
-        bits, marks, total = p.view(_BITS[p.element_size()]).flatten(), mask.to(p.device).flatten(), 0
+        bits, marks = p.view(_BITS[p.element_size()]).flatten(), mask.to(p.device).flatten()
+        total = torch.zeros((), dtype=torch.int64, device=p.device)  # asked for once: a GPU would wait each time
         for start in range(0, len(bits), _AT_ONCE):
             some = bits[start : start + _AT_ONCE].to(torch.int64, copy=True)
             odd = torch.arange(start, start + len(some), device=p.device).mul_(2).add_(1)
-            total += int(some.mul_(odd).mul_(marks[start : start + len(some)]).sum())
-        found[name] = total % 2**64
+            total += some.mul_(odd).mul_(marks[start : start + len(some)]).sum()
+        found[name] = int(total) % 2**64
     return found
 
 

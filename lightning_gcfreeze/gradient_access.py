@@ -190,10 +190,11 @@ def _foreign_methods(owner: Any) -> Iterator[tuple[str, Any]]:
             continue  # they run before training
         if isinstance(value, property):
             value = value.fget
-        for code in _layers(value)[:1]:
-            is_code = isinstance(code, FunctionType) or (callable(code) and not _is_known(type(code)))
-            if is_code and _is_foreign(value) and not isinstance(code, nn.Module | type):
-                yield name, value
+        outermost = next(iter(_layers(value)), None)
+        if isinstance(outermost, nn.Module | type) or not callable(outermost) or not _is_foreign(value):
+            continue
+        if isinstance(outermost, FunctionType) or not _is_known(type(outermost)):
+            yield name, value
 
 
 def _own(owner: Any) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from lightning_gcfreeze._types import Named
 from lightning_gcfreeze.capture import Capture
 from lightning_gcfreeze.distributed import Ranks
 from lightning_gcfreeze.estimators.base import finite_batch_correction
+from lightning_gcfreeze.misconfiguration import some
 from lightning_gcfreeze.per_sample import PerSample, Stacked, one_by_one
 from lightning_gcfreeze.replay import Replay, Window
 
@@ -309,7 +310,7 @@ class SampleGradients:
             "the two differ": replayed,
             "not seen by capture, or zero so far": [name for name in others if name not in replayed],
         }
-        listing = "; ".join(f"{why}: {_some(names)}" for why, names in reasons.items() if names)
+        listing = "; ".join(f"{why}: {some(names)}" for why, names in reasons.items() if names)
         return (
             f"g_1 is captured from the batch's own pass for {len(captured)} of {len(self._parameters)} parameters, and"
             f" had by replay for the others ({listing})."
@@ -326,7 +327,3 @@ class SampleGradients:
 
 class _NoLossError(Exception):
     """`training_step` returned no loss on a sample."""
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
