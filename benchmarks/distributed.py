@@ -43,10 +43,10 @@ from benchmarks.frozen import Decision, Plain, most_from_now
 from benchmarks.observe import MODELS, Batch, Step, alternated, built, keep_freed_memory
 from lightning_gcfreeze import orderings, selection
 from lightning_gcfreeze._types import Granularity, Named
-from lightning_gcfreeze.comm_hook import GradientMean, Hook
-from lightning_gcfreeze.distributed import Ranks, Shards, local
-from lightning_gcfreeze.freezing import Positions
-from lightning_gcfreeze.holding import Hold
+from lightning_gcfreeze.distributed import Shards, World, local
+from lightning_gcfreeze.distributed.comm_hook import Hook, LiveAllReduce
+from lightning_gcfreeze.freezing import WeightUses
+from lightning_gcfreeze.freezing.hold import Holder
 
 PROCESSES = 2
 
@@ -54,7 +54,7 @@ PROCESSES = 2
 class Parallel(Plain):
     """A training step with DDP; with a `granularity` as the callback has it at t0 and after it, without the Trainer."""
 
-    held: Hold | None = None
+    held: Holder | None = None
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class Parallel(Plain):
         granularity: Granularity | None = None,
         hook: Hook | None = None,
     ) -> None:
-        self.granularity, self.hook, self.mean = granularity, hook, GradientMean(hook)
+        self.granularity, self.hook, self.mean = granularity, hook, LiveAllReduce(hook)
         super().__init__(model, batch, decision, fused=False)
 
     def adapted(self, model: nn.Module) -> nn.Module:
@@ -94,14 +94,14 @@ class Parallel(Plain):
         if not self.granularity:
             return
         masks = self.decision.masks(self.granularity)
-        Shards().check_agreement(masks, Ranks(PROCESSES))
-        positions = Positions(self.model, self.parameters)
+        Shards().check_agreement(masks, World(PROCESSES))
+        positions = WeightUses(self.model, self.parameters)
         positions.listen()
         self()
         positions.stop()
         where = (self.parameters, masks, positions.counts)
         held = {"promote": True, "late": False, "puts_back": False, "resumed": False}
-        self.held = Hold("compact", self.optimizer, self.model, self.ddp, *where, **held)
+        self.held = Holder("compact", self.optimizer, self.model, self.ddp, *where, **held)
         self.mean.leave_out({self.parameters[name]: mask for name, mask in masks.items()})
 
     def sent(self) -> int:
@@ -148,7 +148,7 @@ def traffic(name: str, fractions: Sequence[float], rounds: int) -> dict[str, dic
             start = time.perf_counter()
             step()
             of_way[i] = time.perf_counter() - start
-    times = Ranks(PROCESSES).largest(times)
+    times = World(PROCESSES).all_reduce_max(times)
     ratios, one = (times / times[0]).quantile(0.5, dim=1).tolist(), steps["plain"].sent()
     found = {w: {"step": r, "bytes": s.sent() / one} for r, (w, s) in zip(ratios, steps.items(), strict=True)}
     return found | {"plain": {"step": 1000 * float(times[0].quantile(0.5)), "bytes": one}}
@@ -174,14 +174,14 @@ def partitioned(flat: Tensor, k: int) -> Tensor:
 
 SELECT: dict[str, Callable[[Named, int], dict[str, Tensor]]] = {
     "plain": partial(up_to, lambda flat, k: flat.sort().values[k - 1]),
-    "selection.lowest": selection.lowest,
+    "selection.lowest": selection.lowest_k,
     "torch.kthvalue": partial(up_to, lambda flat, k: flat.kthvalue(k).values),
     "numpy.partition": partial(up_to, partitioned),
 }
-TWO = "selection.lowest, two processes"
+TWO = "selection.lowest_k, two processes"
 
 
-class Counting(Ranks):
+class Counting(World):
     """Counts the bytes that a process gives to be added up."""
 
     sent = 0
@@ -223,14 +223,14 @@ def select_together(p: int, equal: bool, rounds: int) -> tuple[float, int]:
     parameters = {name: distribute_tensor(score, mesh, [Shard(0)]) for name, score in scores_of(p, equal).items()}
     scores, shards = {name: local(p) for name, p in parameters.items()}, Shards(parameters)
     for _ in range(rounds):
-        ranks = Counting(PROCESSES)
+        world = Counting(PROCESSES)
         dist.barrier()
         start = time.perf_counter()
-        masks = selection.lowest(scores, p // 2, shards=shards, ranks=ranks)
+        masks = selection.lowest_k(scores, p // 2, shards=shards, world=world)
         times.append(time.perf_counter() - start)
-        assert ranks.total(torch.tensor(sum(int(mask.sum()) for mask in masks.values()))) == p // 2
-    slower = Ranks(PROCESSES).largest(torch.tensor(times, dtype=torch.float64))
-    return 1000 * float(slower.quantile(0.5)), ranks.sent - 8
+        assert world.all_reduce_sum(torch.tensor(sum(int(mask.sum()) for mask in masks.values()))) == p // 2
+    slower = World(PROCESSES).all_reduce_max(torch.tensor(times, dtype=torch.float64))
+    return 1000 * float(slower.quantile(0.5)), world.sent - 8
 
 
 def in_processes(work: Callable[..., Any], *args: Any) -> Any:

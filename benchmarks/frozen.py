@@ -38,8 +38,8 @@ from torch import Tensor, nn
 from benchmarks.observe import MODELS, Batch, Step, alternated, built, keep_freed_memory
 from lightning_gcfreeze import orderings, selection
 from lightning_gcfreeze._types import Granularity, Named
-from lightning_gcfreeze.freezing import Positions
-from lightning_gcfreeze.holding import Hold, How
+from lightning_gcfreeze.freezing import WeightUses
+from lightning_gcfreeze.freezing.hold import Holder, How
 
 warnings.filterwarnings("ignore", "Sparse invariant checks")  # SHiRA's
 
@@ -53,7 +53,7 @@ class Decision:
         self.live = total - self.k
 
     def masks(self, granularity: Granularity = "element") -> dict[str, Tensor]:
-        return selection.lowest(selection.pooled(self.scores, granularity), self.k, granularity)
+        return selection.lowest_k(selection.pooled(self.scores, granularity), self.k, granularity)
 
 
 class Plain:
@@ -103,20 +103,20 @@ class Ours(Plain):
     """What the callback does at t0 and after it, without the Trainer."""
 
     def __init__(self, granularity: Granularity, how: How, promote: bool, *args: Any, **kwargs: Any) -> None:
-        self.held: Hold | None = None
+        self.held: Holder | None = None
         self.granularity, self.how, self.promote = granularity, how, promote
         super().__init__(*args, **kwargs)
 
     def freeze(self) -> None:
         masks = self.decision.masks(self.granularity)
         self.trained = sum(int((~mask).sum()) for mask in masks.values())
-        positions = Positions(self.model, self.parameters)
+        positions = WeightUses(self.model, self.parameters)
         positions.listen()
         self()
         positions.stop()
         where = (self.parameters, masks, positions.counts)
         alone = {"late": False, "puts_back": False, "resumed": False}  # nobody else looks at gradients, or writes
-        self.held = Hold(self.how, self.optimizer, self.model, None, *where, self.promote, **alone)
+        self.held = Holder(self.how, self.optimizer, self.model, None, *where, self.promote, **alone)
 
     def before_step(self) -> None:
         if self.held:

@@ -33,8 +33,9 @@ from torch.utils.data import DataLoader
 
 from benchmarks.frozen import Decision, GradientMask, LoRA, NoOptimizer, Ours, Plain
 from benchmarks.observe import MODELS, Batch, Empty, LanguageModel, Step, Watched, built
-from lightning_gcfreeze import GradCovFreezeCallback, gradients, orderings, selection
+from lightning_gcfreeze import GradCovFreezeCallback, orderings, selection
 from lightning_gcfreeze._types import Named
+from lightning_gcfreeze.gradients import isolation
 from lightning_gcfreeze.phases import Observing
 
 warnings.filterwarnings("ignore")
@@ -82,7 +83,7 @@ class Observed(Step):
         if self.noise:
             return super().__call__()
         self.training_step(self.batch, 0).backward()
-        self.phase.observe({}, gradients.of_batch(self.parameters), "1/t")
+        self.phase.observe({}, isolation.of_batch(self.parameters), "1/t")
         self.optimizer.step()
         self.optimizer.zero_grad()
         return None
@@ -341,7 +342,7 @@ def select(device: str, sizes: Sequence[int]) -> Results:
         scores = {f"w{i}": torch.rand(size // 10, device=device) for i in range(10)}
         k = round(0.9 * size)
         ways: dict[str, Callable[[], Any]] = {
-            "selection.lowest": lambda s=scores, k=k: selection.lowest(s, k),
+            "selection.lowest": lambda s=scores, k=k: selection.lowest_k(s, k),
             "torch.sort": lambda s=scores: torch.cat([*s.values()]).sort(stable=True),
             "torch.kthvalue": lambda s=scores, k=k: torch.cat([*s.values()]).kthvalue(k),
         }

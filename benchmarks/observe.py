@@ -34,9 +34,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.models import resnet18
 
-from lightning_gcfreeze import GradCovFreezeCallback, gradients
+from lightning_gcfreeze import GradCovFreezeCallback
+from lightning_gcfreeze.gradients import isolation
+from lightning_gcfreeze.gradients.source import SampleGradients
 from lightning_gcfreeze.phases import Observing
-from lightning_gcfreeze.sample_gradients import SampleGradients
 
 Batch = tuple[Tensor, Tensor]
 
@@ -134,7 +135,7 @@ class Step:
         loss.backward()
         if self.samples is not None:
             self.samples.join()
-            g_batch, size = gradients.of_batch(self.parameters), len(self.batch[1])
+            g_batch, size = isolation.of_batch(self.parameters), len(self.batch[1])
             found = self.samples.gradients(self.samples.take(), 1.0, g_batch, size)
             assert found is not None
             self.phase.observe(found.by_name, g_batch, "1/t", size, found.centred)

@@ -17,10 +17,10 @@ import torch
 
 from benchmarks.observe import MODELS, Step, keep_freed_memory
 from lightning_gcfreeze import Settled, orderings, selection
-from lightning_gcfreeze.distributed import ALONE
+from lightning_gcfreeze.distributed import SINGLE_PROCESS
 from lightning_gcfreeze.phases import Observing
-from lightning_gcfreeze.plan import Plan
-from lightning_gcfreeze.settling import SAMPLE
+from lightning_gcfreeze.planning.plan import Plan
+from lightning_gcfreeze.planning.settling import SAMPLE
 
 T0 = (100, 1000, 10_000)
 
@@ -66,7 +66,7 @@ def measure(name: str, rounds: int) -> tuple[list[float], ...]:
         weights = {n: p.detach() for n, p in plain.parameters.items()}
         scores = phase.scores(ordering, weights, 0)
         sample, moved = selection.sampled(scores, SAMPLE), selection.sampled(phase.variance, SAMPLE) > 0
-        plan.look(sample, moved, phase.observed, 0.8, ALONE)
+        plan.look(sample, moved, phase.observed, 0.8, SINGLE_PROCESS)
         phase._observed += 20
 
     found: tuple[list[float], ...] = ([], [], [])

@@ -32,8 +32,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.observe import MODELS, Batch, Step, keep_freed_memory
 from examples.data import MNIST
-from lightning_gcfreeze import gradients, orderings, selection
+from lightning_gcfreeze import orderings, selection
 from lightning_gcfreeze._types import Named
+from lightning_gcfreeze.gradients import isolation
 from lightning_gcfreeze.phases import Observing
 
 PAPER = "first/1"
@@ -105,7 +106,7 @@ class Watched(Step):
         loss.backward()
         if due:
             self.samples.join()
-            g_batch, size = gradients.of_batch(self.parameters), len(batch[1])
+            g_batch, size = isolation.of_batch(self.parameters), len(batch[1])
             found = self.samples.gradients(self.samples.take(), 1.0, g_batch, size)
             assert found is not None
             for key in due:
@@ -186,7 +187,7 @@ class Truth:
 
 
 def ranked(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Ranks that equal values share, and those by which elements freeze."""
+    """World that equal values share, and those by which elements freeze."""
     return torch.as_tensor(rankdata(values.numpy())), selection.ranks({"": values})[""]
 
 

@@ -2,10 +2,10 @@
 
 from lightning_gcfreeze.callback import GradCovFreezeCallback
 from lightning_gcfreeze.delta import apply_delta
-from lightning_gcfreeze.growing import Growth
 from lightning_gcfreeze.orderings import Evidence, Ordering
-from lightning_gcfreeze.schedule import FreezeSchedule
-from lightning_gcfreeze.settling import Settled
+from lightning_gcfreeze.planning.growing import Growth
+from lightning_gcfreeze.planning.schedule import FreezeSchedule
+from lightning_gcfreeze.planning.settling import Settled
 
 __all__ = ["Evidence", "FreezeSchedule", "GradCovFreezeCallback", "Growth", "Ordering", "Settled", "apply_delta"]
 __version__ = "0.1.0"

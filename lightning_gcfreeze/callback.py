@@ -39,34 +39,24 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_gcfreeze import (
-    _checks,
-    delta,
-    gains,
-    gradient_access,
-    gradients,
-    misconfiguration,
-    orderings,
-    plan,
-    refusals,
-    reporting,
-    rules,
-    selection,
-)
+from lightning_gcfreeze import _checks, _modules, delta, misconfiguration, orderings, refusals, reporting, selection
 from lightning_gcfreeze._types import Granularity
-from lightning_gcfreeze.comm_hook import GradientMean
-from lightning_gcfreeze.distributed import ALONE, Ranks, Shards, local
-from lightning_gcfreeze.estimators import FullCovariance
-from lightning_gcfreeze.freezing import Aside, Positions
-from lightning_gcfreeze.growing import Growth
-from lightning_gcfreeze.holding import Hold
+from lightning_gcfreeze.distributed import SINGLE_PROCESS, Shards, World, local
+from lightning_gcfreeze.distributed.comm_hook import LiveAllReduce
+from lightning_gcfreeze.estimators import FullCovariance, gains
+from lightning_gcfreeze.freezing import ThawStates, WeightUses
+from lightning_gcfreeze.freezing.hold import Holder
+from lightning_gcfreeze.freezing.savings import Savings
+from lightning_gcfreeze.gradients import isolation
+from lightning_gcfreeze.gradients.replay import Window
+from lightning_gcfreeze.gradients.source import How, SampleGradients
 from lightning_gcfreeze.phases import Frozen, Observing
-from lightning_gcfreeze.plan import Plan
-from lightning_gcfreeze.replay import Window
-from lightning_gcfreeze.sample_gradients import How, SampleGradients
-from lightning_gcfreeze.savings import Savings
-from lightning_gcfreeze.schedule import FreezeSchedule
-from lightning_gcfreeze.settling import SAMPLE, Settled
+from lightning_gcfreeze.planning import plan
+from lightning_gcfreeze.planning.growing import Growth
+from lightning_gcfreeze.planning.plan import Plan
+from lightning_gcfreeze.planning.schedule import FreezeSchedule
+from lightning_gcfreeze.planning.settling import SAMPLE, Settled
+from lightning_gcfreeze.user_code import readers
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback as _Callback
@@ -101,11 +91,11 @@ class _Run:
     observable: dict[str, Parameter]  # those, and what `include` and `exclude` leave out
     count: int  # of their elements
     samples: SampleGradients
-    positions: Positions
+    positions: WeightUses
     shards: Shards
     replicas: int  # processes whose batches differ
     step_hooks: tuple[RemovableHandle, ...] = ()
-    hold: Hold | None = None
+    hold: Holder | None = None
     tried: bool = False  # whether the optimizer step to come was tried to observe
     logged_step: int = 0
     micro_batches: int = 0  # since the last optimizer step
@@ -114,7 +104,7 @@ class _Run:
     writes: bool = False  # whether other code may write to weights between steps
     holding_accumulators: list[str] = field(default_factory=list)
     callbacks: list[Any] = field(default_factory=list)  # the Trainer's, when training began
-    watch: gradient_access.GradientWatch | None = None
+    watch: readers.GradientWatch | None = None
     compiled: bool = False
     held_since: int = 0  # the step
     depth: int = 0  # of steps within the optimizer's step
@@ -231,14 +221,14 @@ class GradCovFreezeCallback(_Callback):
     def _start_afresh(self) -> None:
         self._phase: Observing | Frozen = Observing({})
         self._plan = Plan(self._decisions, self._gain_of_scores)
-        self._aside = Aside()
+        self._aside = ThawStates()
         self._steps = 0  # optimizer steps; Trainer.global_step counts every optimizer's
         self._observed_step = 0  # the last that was observed; ahead of these, if a loss scaler left it out since
         self._seed = 0  # of the random order; set when a run begins
         self._resumed: dict[str, Any] | None = None  # the arguments that the loaded state was made with
         self._savings: Savings | None = None
-        self._ranks = ALONE
-        self._mean: GradientMean | None = None  # DDP's communication hook
+        self._world = SINGLE_PROCESS
+        self._mean: LiveAllReduce | None = None  # DDP's communication hook
         self._module: Callable[[], pl.LightningModule | None] = _gone  # of the last fit
         self._readers: list[str] = []  # who was seen to ask for gradients
         self._held: dict[str, int] = {}  # fingerprints of the frozen elements' bits
@@ -311,7 +301,7 @@ class GradCovFreezeCallback(_Callback):
         """
         phase = self._found()
         if phase.shards:
-            raise RuntimeError("Ranks need all scores in one place, and these are sharded. See `frozen` or `variance`.")
+            raise RuntimeError("World need all scores in one place, and these are sharded. See `frozen` or `variance`.")
         if isinstance(phase, Frozen):
             return selection.ranks(phase.scores)
         if self._run is None or not phase.observed:
@@ -377,7 +367,7 @@ class GradCovFreezeCallback(_Callback):
             callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
             _refuse(refusals.of_callbacks([c for c in callbacks if isinstance(c, GradCovFreezeCallback)]))
             self._start_afresh()
-            self._mean = GradientMean.in_place_of_hook(trainer.strategy)
+            self._mean = LiveAllReduce.in_place_of_hook(trainer.strategy)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a saved state. Runs between `setup` and `on_fit_start`, under some strategies after it."""
@@ -420,7 +410,7 @@ class GradCovFreezeCallback(_Callback):
             "phase": self.phase,
             "plan": self._plan.state_dict(),
             "aside": self._aside.state_dict(),
-            "state": self._phase.state_dict(self._ranks),
+            "state": self._phase.state_dict(self._world),
         }
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -431,7 +421,7 @@ class GradCovFreezeCallback(_Callback):
         _refuse(refusals.of_optimizers(trainer.optimizers))
         if self.hold == "compact":
             _refuse(refusals.of_compact(trainer.optimizers[0], pl_module))
-            _refuse(refusals.of_state_access(gradient_access.of_optimizer_state(_owners(trainer))))
+            _refuse(refusals.of_state_access(readers.of_optimizer_state(_owners(trainer))))
         if self._noise:
             _refuse(refusals.of_samples(pl_module, self._count))
         parameters = selection.eligible(pl_module, trainer.optimizers[0], self.include, self.exclude)
@@ -445,7 +435,7 @@ class GradCovFreezeCallback(_Callback):
             _refuse(refusals.of_sharding(self._full, self.hold, self._may_thaw))
         if self._full:
             FullCovariance({name: p.to("meta") for name, p in parameters.items()})  # refuses one that is too large
-        self._ranks = Ranks(trainer.world_size, trainer.strategy.root_device)
+        self._world = World(trainer.world_size, trainer.strategy.root_device)
         if self._mean and (why := self._mean.install(trainer.strategy)):
             rank_zero_info(f"{type(self).__name__}: all gradients go on being sent, since {why}.")
         samples = SampleGradients(
@@ -457,13 +447,13 @@ class GradCovFreezeCallback(_Callback):
             lambda sentence: rank_zero_info(f"{type(self).__name__}: {sentence}"),
             count=self._count,
             singly=self._full,
-            total=self._ranks.total if shards else None,
+            total=self._world.all_reduce_sum if shards else None,
         )
         data = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
         replicas = data.get("num_replicas", 1)
         everything = selection.trained(pl_module, trainer.optimizers[0])
         self._run = _Run(
-            trainer, parameters, everything, count, samples, Positions(pl_module, parameters), shards, replicas
+            trainer, parameters, everything, count, samples, WeightUses(pl_module, parameters), shards, replicas
         )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -471,15 +461,15 @@ class GradCovFreezeCallback(_Callback):
         run, optimizer = self._running, trainer.optimizers[0]
         if self._resumed is None:
             seed = torch.initial_seed() % 2**63 if self.seed is None else self.seed
-            self._seed = self._ranks.of_first(seed)
+            self._seed = self._world.broadcast_object(seed)
             self._phase = self._observing(run)
         else:
             _refuse(refusals.of_resuming(self._resumed, self._arguments(), self._phase.shapes, run.parameters))
         _refuse(self._plan.begin(lambda: trainer.estimated_stepping_batches))
         if not isinstance(trainer.strategy.model, DistributedDataParallel) and not run.shards:  # DDP does so itself
-            run.holding_accumulators = gradient_access.of_accumulators(run.parameters)
+            run.holding_accumulators = readers.of_accumulators(run.parameters)
         self._attach(run)
-        run.compiled = rules.has_compiled(pl_module)
+        run.compiled = _modules.has_compiled(pl_module)
         run.callbacks = [*trainer.callbacks]  # type: ignore[attr-defined]
         before_step = optimizer.register_step_pre_hook(self._before_step)
         run.step_hooks = (before_step, optimizer.register_step_post_hook(self._after_step))
@@ -499,7 +489,7 @@ class GradCovFreezeCallback(_Callback):
             else:
                 run.samples.decided = watched.decided
         if isinstance(self._phase, Frozen):
-            run.shards.check_agreement(self._phase.frozen, self._ranks)
+            run.shards.check_agreement(self._phase.frozen, self._world)
             self._begin_to_hold(run, self._phase, resumed=True)
         self._publish(run)
 
@@ -689,7 +679,7 @@ class GradCovFreezeCallback(_Callback):
                 f" {', '.join(sorted(trainer.callback_metrics)) or 'nothing'} was. Log it with `self.log`, or leave"
                 " `monitor` out, to watch the training loss."
             )
-        of_all = self._ranks.of_all(float(trainer.callback_metrics[growth.monitor]))
+        of_all = self._world.all_gather_object(float(trainer.callback_metrics[growth.monitor]))
         self._plan.hear_of_validation(sum(of_all) / len(of_all))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -816,15 +806,15 @@ class GradCovFreezeCallback(_Callback):
             self._readers += [name for name in run.watch.seen if name not in self._readers]
             run.watch = None
         if self._watched and self._steps + 1 in (1, 2, 8, 64, 512, 4096) and not (run.shards or run.compiled):
-            run.watch = gradient_access.GradientWatch(run.parameters.values())
+            run.watch = readers.GradientWatch(run.parameters.values())
             run.watch.arm()
 
     def _share(self, run: _Run) -> None:
         """Become the same on all processes."""
         if self._watched:
-            self._watched.share(self._ranks)
-            run.samples.share(self._ranks)
-        self._plan.share(self._ranks)
+            self._watched.share(self._world)
+            run.samples.share(self._world)
+        self._plan.share(self._world)
 
     def _publish(self, run: _Run) -> None:
         """Let other callbacks read the frozen fraction: EarlyStopping, ModelCheckpoint's file names, progress bars."""
@@ -860,7 +850,7 @@ class GradCovFreezeCallback(_Callback):
         # Lightning divides each loss by the full number of micro-batches, also in the short last window of an epoch.
         share = run.micro_batches / run.trainer.accumulate_grad_batches
         loss_scale = self._loss_scale(run.trainer)
-        g_batch = gradients.of_batch(run.parameters if phase.reads_gradients else {}, share * loss_scale)
+        g_batch = isolation.of_batch(run.parameters if phase.reads_gradients else {}, share * loss_scale)
         if window is None:
             return phase.observe({}, g_batch, self.gain)
         scale = loss_scale / run.trainer.accumulate_grad_batches
@@ -884,18 +874,18 @@ class GradCovFreezeCallback(_Callback):
         if self._plan.settling is None:
             return True
         last = self._steps >= self._plan.latest
-        observed = -int(self._ranks.largest(torch.tensor(-phase.observed)))
+        observed = -int(self._world.all_reduce_max(torch.tensor(-phase.observed)))
         if not observed:
             if not last:
                 self._plan.settling.skip()
             return last
-        scores = phase.scores(self._ordering, _local(run.parameters), self._seed, self.granularity, self._ranks)
+        scores = phase.scores(self._ordering, _local(run.parameters), self._seed, self.granularity, self._world)
         look = self._plan.look(
-            selection.sampled(scores, SAMPLE, run.shards, self._ranks),
-            selection.sampled(phase.activity(_local(run.parameters)), SAMPLE, run.shards, self._ranks) > 0,
+            selection.sampled(scores, SAMPLE, run.shards, self._world),
+            selection.sampled(phase.activity(_local(run.parameters)), SAMPLE, run.shards, self._world) > 0,
             observed,
             selection.resolve_count(self._plan.k, run.count) / run.count,
-            self._ranks,
+            self._world,
         )
         if look.settled or last:
             why = "the order and the loss have settled" if look.settled else "`max_t0` is reached"
@@ -904,23 +894,23 @@ class GradCovFreezeCallback(_Callback):
 
     def _decide(self, phase: Observing, run: _Run) -> Frozen:
         """Rank and mark, the same on all ranks: their statistics are averaged first."""
-        if self._ranks.total(torch.tensor(int(not phase.observed))):
+        if self._world.all_reduce_sum(torch.tensor(int(not phase.observed))):
             since = "among the first" if self._plan.t0 is None else "since the last stage, until"
             raise RuntimeError(
                 f"No step could be observed {since} `t0={self._steps}`: {phase.skipped} were left out because a"
                 " gradient was not finite, there was no loss, or the batch had one sample."
             )
-        phase.share(self._ranks)
+        phase.share(self._world)
         if late := misconfiguration.of_late_parameters(
             run.trainer.lightning_module, run.trainer.optimizers[0], run.observable
         ):
             rank_zero_warn(f"{type(self).__name__}: {late}")
         weights = _local(run.parameters)
         keep = self._phase.frozen if isinstance(self._phase, Frozen) and self._monotone else None
-        self._plan.decided(self._steps, self._ranks)
+        self._plan.decided(self._steps, self._world)
         k = selection.resolve_count(self._plan.k, run.count)
         frozen = phase.freeze(
-            self._ordering, weights, self._seed, k, self.granularity, run.positions.counts, self._ranks, keep
+            self._ordering, weights, self._seed, k, self.granularity, run.positions.counts, self._world, keep
         )
         if self._plan.observes:
             frozen.again = self._observing(run)
@@ -946,13 +936,13 @@ class GradCovFreezeCallback(_Callback):
 
     def _judge(self, run: _Run, phase: Frozen) -> None:
         """Freeze the next stage, or thaw the last, where k grows."""
-        verdict = self._plan.judge(self._steps, self._ranks)
+        verdict = self._plan.judge(self._steps, self._world)
         if verdict == "stay":
             self._aside.forget()
             self._tell_savings()
         elif verdict in ("grow", "thaw"):
             k = selection.resolve_count(self._plan.k, run.count)
-            self._change(run, phase.of_count(k, self.granularity, self._ranks))
+            self._change(run, phase.of_count(k, self.granularity, self._world))
         if self._plan.growing and verdict != "wait":
             rank_zero_info(
                 f"{type(self).__name__}: after {self._steps} optimizer steps {self._plan.growing.sentence(verdict)}"
@@ -993,24 +983,24 @@ class GradCovFreezeCallback(_Callback):
         if run.hold:
             run.hold.release()
         who = _owners(trainer)
-        looking = [*gradient_access.of_run(who, run.parameters, optimizer), *run.holding_accumulators]
+        looking = [*readers.of_run(who, run.parameters, optimizer), *run.holding_accumulators]
         looking = looking or [*self._readers, *(run.watch.seen if run.watch else ())]
         if not run.in_trial:  # what travels depends on it
-            looking = list(dict.fromkeys(name for found in self._ranks.of_all(looking) for name in found))
+            looking = list(dict.fromkeys(name for found in self._world.all_gather_object(looking) for name in found))
         how: Literal["compact", "restore"] = "restore"
         if self.hold != "restore" and not (run.shards or observes or run.in_trial):
-            of_state = gradient_access.of_optimizer_state(who)
+            of_state = readers.of_optimizer_state(who)
             if not (of_state or refusals.of_compact(optimizer, module)):
                 how = "compact"
             if looking and how == "compact":
                 rank_zero_info(f"{type(self).__name__}: {refusals.of_letting_go(looking)}")
             elif of_state:
                 rank_zero_info(f"{type(self).__name__}: values are put back. {refusals.of_state_access(of_state)}")
-        writing = gradient_access.of_weights(who, run.parameters, optimizer)
+        writing = readers.of_weights(who, run.parameters, optimizer)
         promote = self.promote and not (run.shards or observes or run.in_trial or looking)
         where = (run.parameters, phase.frozen, phase.positions)
         late, run.writes = how == "compact" and bool(looking), bool(writing)
-        run.hold = Hold(how, optimizer, module, trainer.strategy.model, *where, promote, late, run.writes, resumed)
+        run.hold = Holder(how, optimizer, module, trainer.strategy.model, *where, promote, late, run.writes, resumed)
         self._held, run.held_since = delta.fingerprints(run.parameters, phase.frozen), self._steps
         self._savings = run.hold.savings
         if self._mean and not (observes or looking):
@@ -1074,13 +1064,13 @@ def _may_skip_steps(trainer: pl.Trainer) -> bool:
     return _scaler(trainer) is not None or own not in ("lightning", "pytorch_lightning")
 
 
-def _owners(trainer: pl.Trainer) -> gradient_access.Owners:
+def _owners(trainer: pl.Trainer) -> readers.Owners:
     """Whatever of a run may have code of the user's."""
     schedulers: list[Any] = [config.scheduler for config in trainer.lr_scheduler_configs]
     lambdas = [function for scheduler in schedulers for function in getattr(scheduler, "lr_lambdas", ())]
     others: list[Any] = [trainer.strategy, trainer.precision_plugin, trainer, *trainer.loggers, *schedulers, *lambdas]
     others += [] if (data := getattr(trainer, "datamodule", None)) is None else [data]
-    return gradient_access.Owners(trainer.lightning_module, [*trainer.callbacks, *others])  # type: ignore[attr-defined]
+    return readers.Owners(trainer.lightning_module, [*trainer.callbacks, *others])  # type: ignore[attr-defined]
 
 
 def _planned_steps(trainer: pl.Trainer) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_gcfreeze import _checks
 from lightning_gcfreeze._types import Granularity, Named
-from lightning_gcfreeze.distributed import EVERYTHING, Shards, whole
+from lightning_gcfreeze.distributed import UNSHARDED, Shards, whole
 
 Name: TypeAlias = Literal[
     "variance", "random", "reverse", "magnitude", "second_moment", "snr", "displacement", "progress",
@@ -45,7 +45,7 @@ class Evidence:
     """The parameters when observing began; for orderings whose ``needs`` has "start"."""
     granularity: Granularity = "element"
     """What freezes together; scores are averaged over it afterwards."""
-    shards: Shards = EVERYTHING
+    shards: Shards = UNSHARDED
     """How the parameters lie on the processes: of sharded ones all tensors are the local parts, plain tensors."""
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gcfreeze import gains, orderings, selection
+from lightning_gcfreeze import orderings, selection
 from lightning_gcfreeze._types import Granularity, Named
-from lightning_gcfreeze.distributed import ALONE, EVERYTHING, Ranks, Shards
+from lightning_gcfreeze.distributed import SINGLE_PROCESS, UNSHARDED, Shards, World
 from lightning_gcfreeze.estimators import (
     BatchMean,
     BatchSecondMoment,
@@ -22,9 +22,10 @@ from lightning_gcfreeze.estimators import (
     Estimator,
     FullCovariance,
     RecentBatchMean,
+    gains,
 )
 from lightning_gcfreeze.estimators.base import Step, decayed_, finite_batch_correction
-from lightning_gcfreeze.per_sample import PerSample
+from lightning_gcfreeze.estimators.per_sample import PerSample
 
 _MOMENTS: dict[str, Callable[[Named], Estimator]] = {
     "mean": BatchMean,
@@ -51,7 +52,7 @@ class Observing:
         parameters: Named,
         full: bool = False,
         needs: frozenset[str] = frozenset(),
-        shards: Shards = EVERYTHING,
+        shards: Shards = UNSHARDED,
         noise: bool = True,
     ) -> None:
         self.shards = shards
@@ -164,20 +165,20 @@ class Observing:
             return False
         return True
 
-    def share(self, ranks: Ranks) -> None:
+    def share(self, world: World) -> None:
         """Become the same on all processes: every statistic its mean over those that have the element.
 
         Of their counts of observed steps the least is taken, so that one that has seen nothing is not forgotten.
         """
         self.settle()
-        if ranks.count == 1:
+        if world.size == 1:
             return
         for estimator in self._estimators:
             estimator.tensors = self._read(estimator.tensors)
-            self.shards.mean_over_replicas_(estimator.tensors, ranks)
+            self.shards.mean_over_replicas_(estimator.tensors, world)
         self._scale = 1.0
-        self._observed = -int(ranks.largest(torch.tensor(-self._observed)))
-        self.skipped, self.batch_size = ranks.of_first((self.skipped, self.batch_size))
+        self._observed = -int(world.all_reduce_max(torch.tensor(-self._observed)))
+        self.skipped, self.batch_size = world.broadcast_object((self.skipped, self.batch_size))
 
     def scores(
         self,
@@ -185,7 +186,7 @@ class Observing:
         weights: Named,
         seed: int,
         granularity: Granularity = "element",
-        ranks: Ranks = ALONE,
+        world: World = SINGLE_PROCESS,
     ) -> dict[str, Tensor]:
         """What the ordering makes of the evidence so far, in the order of the parameters, which decides ties.
 
@@ -194,7 +195,7 @@ class Observing:
         Raises:
             ValueError: the ordering did not score every element, or with NaN.
         """
-        return self._scores(ordering, self._evidence(weights, seed, granularity), ranks)
+        return self._scores(ordering, self._evidence(weights, seed, granularity), world)
 
     def freeze(
         self,
@@ -204,7 +205,7 @@ class Observing:
         k: int,
         granularity: Granularity = "element",
         positions: Mapping[str, int] | None = None,
-        ranks: Ranks = ALONE,
+        world: World = SINGLE_PROCESS,
         keep: Named | None = None,
     ) -> "Frozen":
         """Rank the elements and mark the k lowest, Eq. (2.7); the same on all processes, which is checked.
@@ -217,15 +218,15 @@ class Observing:
             RuntimeError: processes would freeze different elements.
         """
         evidence, active = self._evidence(weights, seed, granularity), self.activity(weights)
-        scores = self._scores(ordering, evidence, ranks)
+        scores = self._scores(ordering, evidence, world)
         given = scores
         if keep is not None:
             scores = {name: score.double().masked_fill(keep[name], -math.inf) for name, score in scores.items()}
-        among = ranks if self.shards else ALONE
-        frozen = selection.lowest(scores, k, granularity, self.shards, among)
-        self.shards.check_agreement(frozen, ranks)
+        among = world if self.shards else SINGLE_PROCESS
+        frozen = selection.lowest_k(scores, k, granularity, self.shards, among)
+        self.shards.check_agreement(frozen, world)
         apart = any(v.numel() and v.data_ptr() != scores[name].data_ptr() for name, v in evidence.variance.items())
-        by_variance = self.has_noise and not among.total(torch.tensor(int(apart)))
+        by_variance = self.has_noise and not among.all_reduce_sum(torch.tensor(int(apart)))
         return Frozen(
             frozen=frozen,
             scores=scores,
@@ -249,28 +250,28 @@ class Observing:
             self._variance(), now, seed, start=self.start, granularity=granularity, shards=self.shards, **moments
         )
 
-    def _scores(self, ordering: orderings.Ordering, evidence: orderings.Evidence, ranks: Ranks) -> dict[str, Tensor]:
+    def _scores(self, ordering: orderings.Ordering, evidence: orderings.Evidence, world: World) -> dict[str, Tensor]:
         failure = None
         try:
             scores = ordering(evidence)
             selection.check_scores(scores, evidence.weights)
         except Exception as error:
             failure = error
-        if ranks.total(torch.tensor(int(failure is not None))):  # else the others would wait
+        if world.all_reduce_sum(torch.tensor(int(failure is not None))):  # else the others would wait
             raise failure or RuntimeError("`order` failed on another process; see its error.")
         by_element = {name: scores[name].detach() for name in evidence.weights}
-        return selection.pooled(by_element, evidence.granularity, self.shards, ranks if self.shards else ALONE)
+        return selection.pooled(by_element, evidence.granularity, self.shards, world if self.shards else SINGLE_PROCESS)
 
-    def state_dict(self, ranks: Ranks = ALONE) -> dict[str, Any]:
+    def state_dict(self, world: World = SINGLE_PROCESS) -> dict[str, Any]:
         """Tensors, numbers and strings alone; tensors are whole, those of sharded parameters on rank 0 only."""
         self.settle()
         return {
             "begun": bool(self.shapes),
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "full": isinstance(self.covariance, FullCovariance),
-            "covariance": self.shards.whole(self.covariance.tensors, ranks),
-            "moments": {name: self.shards.whole(estimator.tensors, ranks) for name, estimator in self.moments.items()},
-            "start": None if self.start is None else self.shards.whole(self.start, ranks),
+            "covariance": self.shards.whole(self.covariance.tensors, world),
+            "moments": {name: self.shards.whole(estimator.tensors, world) for name, estimator in self.moments.items()},
+            "start": None if self.start is None else self.shards.whole(self.start, world),
             "scale": self._scale,
             "observed": self._observed,
             "skipped": self.skipped,
@@ -291,7 +292,7 @@ class Observing:
         phase._scale, phase.decided = state["scale"], copy.deepcopy(state["decided"])
         return phase
 
-    def to(self, parameters: Named, shards: Shards = EVERYTHING) -> None:
+    def to(self, parameters: Named, shards: Shards = UNSHARDED) -> None:
         """Of what was loaded keep the local parts, on the devices of the parameters."""
         self.shards = shards
         default = next(iter(parameters.values()))
@@ -379,30 +380,30 @@ class Frozen:
         """Frozen elements / eligible elements."""
         return self.count / sum(shape.numel() for shape in self.shapes.values())
 
-    def of_count(self, k: int, granularity: Granularity, ranks: Ranks) -> "Frozen":
+    def of_count(self, k: int, granularity: Granularity, world: World) -> "Frozen":
         """The decision for another k, along the same order."""
-        frozen = selection.lowest(self.scores, k, granularity, self.shards, ranks if self.shards else ALONE)
-        return replace(self, frozen=frozen, counts=self.shards.count(frozen, ranks if self.shards else ALONE))
+        frozen = selection.lowest_k(self.scores, k, granularity, self.shards, world if self.shards else SINGLE_PROCESS)
+        return replace(self, frozen=frozen, counts=self.shards.count(frozen, world if self.shards else SINGLE_PROCESS))
 
-    def state_dict(self, ranks: Ranks = ALONE) -> dict[str, Any]:
+    def state_dict(self, world: World = SINGLE_PROCESS) -> dict[str, Any]:
         """Tensors and numbers alone; tensors are whole, those of sharded parameters on rank 0 only."""
         state = {name: value for name, value in vars(self).items() if name not in ("counts", "shapes", "shards")}
-        state["again"] = self.again and self.again.state_dict(ranks)
-        state["frozen"] = self.shards.whole(self.frozen, ranks)
-        state["scores"] = self.shards.whole(self.scores, ranks)
-        state["variance"] = state["scores"] if self.by_variance else self.shards.whole(self.variance, ranks)
+        state["again"] = self.again and self.again.state_dict(world)
+        state["frozen"] = self.shards.whole(self.frozen, world)
+        state["scores"] = self.shards.whole(self.scores, world)
+        state["variance"] = state["scores"] if self.by_variance else self.shards.whole(self.variance, world)
         return {"begun": True} | state
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> "Frozen":
         """The phase that `state_dict` was taken of, not sharded yet: see `to`."""
-        counts = EVERYTHING.count(state["frozen"], ALONE)
+        counts = UNSHARDED.count(state["frozen"], SINGLE_PROCESS)
         shapes = {name: mask.shape for name, mask in state["frozen"].items()}
         given = {name: value for name, value in state.items() if name != "begun"}
         given["again"] = state["again"] and Observing.from_state_dict(state["again"])
-        return cls(**given, counts=counts, shapes=shapes, shards=EVERYTHING)
+        return cls(**given, counts=counts, shapes=shapes, shards=UNSHARDED)
 
-    def to(self, parameters: Named, shards: Shards = EVERYTHING) -> None:
+    def to(self, parameters: Named, shards: Shards = UNSHARDED) -> None:
         """Of what was loaded keep the local parts, on the devices of the parameters."""
         self.shards = shards
         if self.again:
@@ -415,7 +416,7 @@ class Frozen:
         self.variance = self.scores if self.by_variance else there(self.variance)
 
 
-def _never_moved(frozen: Named, scores: Named, activity: Named, ranks: Ranks) -> dict[str, Tensor]:
+def _never_moved(frozen: Named, scores: Named, activity: Named, world: World) -> dict[str, Tensor]:
     own = min((float(score.min()) for score in scores.values() if score.numel()), default=math.inf)
-    least = -float(ranks.largest(torch.tensor(-own, dtype=torch.float64)))
+    least = -float(world.all_reduce_max(torch.tensor(-own, dtype=torch.float64)))
     return {name: mask & (activity[name] == 0) & (scores[name] == least) for name, mask in frozen.items()}

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import LBFGS, Optimizer
 
-from lightning_gcfreeze import gradients, misconfiguration
+from lightning_gcfreeze import _modules, misconfiguration
 from lightning_gcfreeze._types import Named
 from lightning_gcfreeze.freezing import ELEMENTWISE
 
@@ -126,7 +126,7 @@ def of_module(module: nn.Module, training_step: Any, automatic_optimization: boo
             f"{', '.join(scripted)}: the state of TorchScript modules cannot be put back after a replay. Use the module"
             " that was scripted, or `torch.compile`."
         )
-    if layers := gradients.batch_norms_without_statistics(module):
+    if layers := _modules.batch_norms_without_statistics(module):
         return (
             f"{', '.join(layers)}: BatchNorm with `track_running_stats=False` cannot take a single sample. Let it track"
             " running statistics, or use GroupNorm or LayerNorm."
@@ -136,7 +136,7 @@ def of_module(module: nn.Module, training_step: Any, automatic_optimization: boo
 
 def of_graph(loss: Tensor) -> str | None:
     """Parts of the graph without their parameters: behind a wholly frozen layer they would have no gradient."""
-    if not gradients.has_reentrant_checkpoint(loss):
+    if not _modules.has_reentrant_checkpoint(loss):
         return None
     return (
         "Activation checkpointing with `use_reentrant=True` hides parameters from the graph; set it to False, or pass"

@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lightning_gcfreeze.estimators.base import Step, decayed_
-from lightning_gcfreeze.per_sample import PerSample, Stacked
+from lightning_gcfreeze.estimators.per_sample import PerSample, Stacked
 from tests.oracles import recursion
 
 GAINS: dict[str, tuple[Any, Callable[[int], float]]] = {  # for the package, for the oracle

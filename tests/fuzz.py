@@ -36,9 +36,9 @@ from torch.optim import Optimizer
 
 from lightning_gcfreeze import Evidence, FreezeSchedule, GradCovFreezeCallback, Growth, Settled
 from tests import cases
+from tests.callback.test_freezing import OPTIMIZERS, bits
+from tests.callback.test_resume import DropoutByStep, Interrupted, SaveAndStop
 from tests.oracles.freezing import PlainFreeze
-from tests.test_callback_freezing import OPTIMIZERS, bits
-from tests.test_callback_resume import DropoutByStep, Interrupted, SaveAndStop
 
 Named = dict[str, Tensor]
 BATCHES = 18  # in three epochs of six

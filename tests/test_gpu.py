@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from lightning_gcfreeze import FreezeSchedule, GradCovFreezeCallback, Growth, Settled, apply_delta, selection
-from lightning_gcfreeze.freezing import promotion
+from lightning_gcfreeze.freezing import skipping
 from tests import cases
+from tests.callback.test_freezing import Witness
+from tests.callback.test_resume import DropoutByStep, Interrupted, SaveAndStop
 from tests.oracles.freezing import PlainFreeze
 from tests.processes.launch import ROOT
-from tests.test_callback_freezing import Witness
-from tests.test_callback_resume import DropoutByStep, Interrupted, SaveAndStop
-from tests.test_selection import named_scores
+from tests.selection.test_lowest import named_scores
 
 DEVICE = os.environ.get("GCFREEZE_TEST_DEVICE", "cuda")
 pytestmark = [
@@ -48,8 +48,8 @@ T0 = 6
 @pytest.fixture(autouse=True)
 def _small_is_large_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     """Promote blocks of any size, and keep convolutions in float32."""
-    monkeypatch.setattr(promotion, "WORTH", 1)
-    monkeypatch.setattr(promotion, "MOST", 1.0)
+    monkeypatch.setattr(skipping, "WORTH", 1)
+    monkeypatch.setattr(skipping, "MOST", 1.0)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
@@ -168,7 +168,7 @@ def test_selection_is_the_cpus_exactly(case):
     """Ties, both zeros, infinities, neighbours in the last bit, empty tensors."""
     scores, k = case
     there = {name: score.to(DEVICE) for name, score in scores.items()}
-    cases.assert_identical(home(selection.lowest(there, k)), selection.lowest(scores, k))
+    cases.assert_identical(home(selection.lowest_k(there, k)), selection.lowest_k(scores, k))
     cases.assert_identical(home(selection.ranks(there)), selection.ranks(scores))
 
 
@@ -187,16 +187,16 @@ def test_selection_among_ten_million_scores_is_the_cpus(dtype):
     }  # fmt: skip
     there = {name: score.to(DEVICE) for name, score in scores.items()}
     for k in (1, size // 100, size // 2, size // 2 + 12345, size - 1, size):
-        here = selection.lowest(scores, k)
+        here = selection.lowest_k(scores, k)
         assert sum(int(mask.sum()) for mask in here.values()) == k
-        cases.assert_identical(home(selection.lowest(there, k)), here)
+        cases.assert_identical(home(selection.lowest_k(there, k)), here)
     if dtype == torch.float32:
         cases.assert_identical(home(selection.ranks(there)), selection.ranks(scores))
     for granularity in ("row", "tensor"):
         pooled = selection.pooled(scores, granularity)
         on_device = {name: score.to(DEVICE) for name, score in pooled.items()}
-        here = selection.lowest(pooled, size // 2, granularity)
-        cases.assert_identical(home(selection.lowest(on_device, size // 2, granularity)), here)
+        here = selection.lowest_k(pooled, size // 2, granularity)
+        cases.assert_identical(home(selection.lowest_k(on_device, size // 2, granularity)), here)
 
 
 RESUMED: dict[str, dict[str, Any]] = {
@@ -413,15 +413,15 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 
 from lightning_gcfreeze import GradCovFreezeCallback
-from lightning_gcfreeze.distributed import Ranks
-from lightning_gcfreeze.freezing import promotion
+from lightning_gcfreeze.distributed import World
+from lightning_gcfreeze.freezing import skipping
 from tests import cases, test_gpu
 from tests.oracles.freezing import PlainFreeze
-from tests.test_callback_freezing import Witness
-from tests.test_callback_resume import Interrupted, SaveAndStop
+from tests.callback.test_freezing import Witness
+from tests.callback.test_resume import Interrupted, SaveAndStop
 
 warnings.simplefilter("ignore")
-promotion.WORTH, promotion.MOST = 1, 1.0
+skipping.WORTH, skipping.MOST = 1, 1.0
 folder, backend, nodes = Path(sys.argv[1]), os.environ["BACKEND"], int(os.environ["NODES"])
 
 
@@ -491,9 +491,9 @@ for arguments, after in itertools.product([{"k": 0.6}, {"k": 0.6, "granularity":
 
 if dist.get_world_size() == 1:
     for name in ("total", "largest"):
-        ranks = Ranks(2, test_gpu.DEVICE)  # so that it does send
-        assert getattr(ranks, name)(torch.arange(3)).tolist() == [0, 1, 2]
-    assert Ranks(2, test_gpu.DEVICE).of_first(("a", 1)) == ("a", 1)
+        world = World(2, test_gpu.DEVICE)  # so that it does send
+        assert getattr(world, name)(torch.arange(3)).tolist() == [0, 1, 2]
+    assert World(2, test_gpu.DEVICE).of_first(("a", 1)) == ("a", 1)
     if test_gpu.DEVICE == "cuda":
         try:
             callback = GradCovFreezeCallback(t0=6, k=0.6, granularity="row")
@@ -509,7 +509,7 @@ dist.destroy_process_group()
 
 
 def alone(folder: Path, backend: str, nodes: int, port: int) -> list[Any]:
-    """Ranks of DDP as nodes of one process, so that several of them may have the same GPU."""
+    """World of DDP as nodes of one process, so that several of them may have the same GPU."""
     script = folder / "ranks.py"
     script.write_text(RANKS_ON_A_GPU)
     processes = []

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_gcfreeze import orderings, phases
-from lightning_gcfreeze.distributed import Ranks
+from lightning_gcfreeze.distributed import World
 from lightning_gcfreeze.phases import Frozen, Observing
 from tests.conformance import pairs, samples, vector
 from tests.oracles import recursion
@@ -66,7 +66,7 @@ def assert_same_bits(one, other):
     assert counts[0] == counts[1]
 
 
-class Other(Ranks):
+class Other(World):
     """One of two processes, the other of which is played by the test."""
 
     def __init__(self, mean_):

@@ -107,7 +107,7 @@ def run(task: Task, seed: int, found: Figures, save: Callable[[Figures], None]) 
             if order != last:
                 last, scores = order, ORDERS[order](record)
                 selection.check_scores(scores, start.weights)
-            yield selection.lowest(scores, selection.resolve_count(fraction, p))
+            yield selection.lowest_k(scores, selection.resolve_count(fraction, p))
 
     to_train, to_judge = tee(masks())
     for (order, fraction), (figures, _), mask in zip(missing, go_on(start, to_train), to_judge, strict=True):

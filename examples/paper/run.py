@@ -166,7 +166,7 @@ def frozen_sets(evidence: Evidence, orders: Sequence[str], fractions: Sequence[f
     """α(k) of every order and fraction, Eq. (2.7), (O, F, p)."""
     p = sum(w.numel() for w in evidence.weights.values())
     scores = [orderings.resolve(order)(evidence) for order in orders]
-    sets = [[selection.lowest(s, selection.resolve_count(f, p)) for f in fractions] for s in scores]
+    sets = [[selection.lowest_k(s, selection.resolve_count(f, p)) for f in fractions] for s in scores]
     return np.array([[torch.cat([mask.flatten() for mask in masks.values()]).numpy() for masks in row] for row in sets])
 
 

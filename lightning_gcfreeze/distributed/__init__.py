@@ -1,6 +1,6 @@
 """Several processes: one decision on all of them, whatever part of the parameters each has."""
 
-from lightning_gcfreeze.distributed.base import ALONE, Ranks
-from lightning_gcfreeze.distributed.shards import EVERYTHING, Shards, local, part, whole
+from lightning_gcfreeze.distributed.collectives import SINGLE_PROCESS, World
+from lightning_gcfreeze.distributed.shards import UNSHARDED, Shards, local, part, whole
 
-__all__ = ["ALONE", "EVERYTHING", "Ranks", "Shards", "local", "part", "whole"]
+__all__ = ["SINGLE_PROCESS", "UNSHARDED", "Shards", "World", "local", "part", "whole"]

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.placement_types import Placement
 
 from lightning_gcfreeze._types import Named
-from lightning_gcfreeze.distributed.base import Ranks
+from lightning_gcfreeze.distributed.collectives import World
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -147,16 +147,16 @@ class Shards:
             return torch.arange(len(tensor) if tensor.dim() else 1, device=tensor.device)
         return self._specs[name].places(0).to(tensor.device)
 
-    def mean_over_replicas_(self, named: Named, ranks: Ranks) -> None:
+    def mean_over_replicas_(self, named: Named, world: World) -> None:
         """Replace what several processes have of a parameter by its mean over them."""
         for name, tensor in named.items():
             if name not in self._specs:
-                ranks.mean_(tensor)
+                world.all_reduce_mean_(tensor)
             else:
                 mesh, placements = self._specs[name].mesh, self._specs[name].placements
                 for axis, placement in enumerate(placements):
                     if placement.is_replicate():
-                        ranks.mean_(tensor, mesh.get_group(axis))
+                        world.all_reduce_mean_(tensor, mesh.get_group(axis))
 
     def wrapped(self, named: Named) -> dict[str, Tensor]:
         """DTensors in place of the local parts of such, laid out as the parameters are."""
@@ -166,32 +166,32 @@ class Shards:
         """The local parts of whole tensors."""
         return {n: self._specs[n].part(t) if n in self._specs else t for n, t in named.items()}
 
-    def whole(self, named: Named, ranks: Ranks) -> dict[str, Tensor]:
+    def whole(self, named: Named, world: World) -> dict[str, Tensor]:
         """Whole tensors. If there are shards, on the CPU of rank 0 and nowhere else, gathered one after the other."""
         if not self:
             return dict(named)
         found = {}
         for name, tensor in named.items():
             full = whole(self._wrap(name, tensor))
-            if ranks.own == 0:
+            if world.rank == 0:
                 found[name] = full.cpu()
         return found
 
-    def count(self, masks: Named, ranks: Ranks) -> dict[str, int]:
+    def count(self, masks: Named, world: World) -> dict[str, int]:
         """By name, how many elements are marked, on all processes."""
         counts = torch.tensor([int(mask.sum()) if self.counts(name) else 0 for name, mask in masks.items()])
-        return dict(zip(masks, ranks.total(counts).tolist(), strict=True))
+        return dict(zip(masks, world.all_reduce_sum(counts).tolist(), strict=True))
 
-    def check_agreement(self, masks: Named, ranks: Ranks) -> None:
+    def check_agreement(self, masks: Named, world: World) -> None:
         """Make sure that processes with the same elements have the same masks.
 
         Raises:
             RuntimeError: they have not; on all processes.
         """
-        if ranks.count == 1:
+        if world.size == 1:
             return
         own = [(self._fingerprint_of_places(name), _fingerprint(mask)) for name, mask in masks.items()]
-        of_all = ranks.gathered(torch.tensor(own)).tolist()
+        of_all = world.all_gather(torch.tensor(own)).tolist()
         apart: dict[str, list[int]] = {}
         for i, name in enumerate(masks):
             first: dict[int, int] = {}  # places -> the mask of the first process that has them
@@ -240,5 +240,5 @@ def _fingerprint(tensor: Tensor) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-EVERYTHING = Shards()
+UNSHARDED = Shards()
 """Of parameters that are not sharded."""

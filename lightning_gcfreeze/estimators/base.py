@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_gcfreeze._types import Named
-from lightning_gcfreeze.per_sample import PerSample, wide
+from lightning_gcfreeze.estimators.per_sample import PerSample, wide
 
 
 class Step(NamedTuple):
@@ -35,7 +35,7 @@ class Estimator(Protocol):
     """A sum over the observed steps, Σ_t w_t x_t; the recursion's X_t is s_t times that, see `decayed_`."""
 
     tensors: dict[str, Tensor]
-    """The state, all of it: it is averaged over ranks, moved between devices and saved as it stands."""
+    """The state, all of it: it is averaged over world, moved between devices and saved as it stands."""
 
     def add(self, step: Step) -> None:
         """Add the term of one step, in place."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_gcfreeze._types import Named
 from lightning_gcfreeze.estimators.base import Step
-from lightning_gcfreeze.per_sample import gated
+from lightning_gcfreeze.estimators.per_sample import gated
 
 MAX_BYTES = 4 * 2**30
 """The largest matrix that is allocated without asking: 4 GiB, p = 32,768 in float32."""

@@ -8,10 +8,9 @@ gradient: E[g_S²] = (E g)² + Σ_ii / S.
 
 import torch
 
-from lightning_gcfreeze import gains
 from lightning_gcfreeze._types import Named
-from lightning_gcfreeze.estimators import base
-from lightning_gcfreeze.per_sample import gated
+from lightning_gcfreeze.estimators import base, gains
+from lightning_gcfreeze.estimators.per_sample import gated
 
 
 class BatchMean:

@@ -1,9 +1,9 @@
 """Holding elements constant to the bit while an optimizer moves their neighbours, and saving what that allows."""
 
-from lightning_gcfreeze.freezing.aside import Aside
-from lightning_gcfreeze.freezing.base import ELEMENTWISE
+from lightning_gcfreeze._masks import ELEMENTWISE
 from lightning_gcfreeze.freezing.compact import Compact
-from lightning_gcfreeze.freezing.promotion import Positions, Promotion, blocks_worth_it
 from lightning_gcfreeze.freezing.restore import Restore
+from lightning_gcfreeze.freezing.skipping import GradientSkipper, WeightUses, blocks_worth_it
+from lightning_gcfreeze.freezing.thawing import ThawStates
 
-__all__ = ["ELEMENTWISE", "Aside", "Compact", "Positions", "Promotion", "Restore", "blocks_worth_it"]
+__all__ = ["ELEMENTWISE", "Compact", "GradientSkipper", "Restore", "ThawStates", "WeightUses", "blocks_worth_it"]

@@ -23,8 +23,8 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_gcfreeze._masks import MaskIndex
 from lightning_gcfreeze._types import Named
-from lightning_gcfreeze.freezing.base import Places
 
 SMALL = 2**14
 """Parameters of at most so many elements travel together: copying them costs less than an operation for each."""
@@ -38,7 +38,7 @@ class _Part:
     def __init__(self, parameters: list[Parameter], frozen: Sequence[Tensor]) -> None:
         self.parameters: list[Tensor] = [*parameters]
         masks = [mask.to(p.device) for p, mask in zip(parameters, frozen, strict=True)]
-        self.live = Places(~masks[0] if len(masks) == 1 else ~_joined(masks))
+        self.live = MaskIndex(~masks[0] if len(masks) == 1 else ~_joined(masks))
         self.piece = slice(0)
         if len(parameters) > 1:
             self._together = _joined(parameters).detach()

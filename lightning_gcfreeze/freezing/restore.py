@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from lightning_gcfreeze._masks import MaskIndex, state_by_element
 from lightning_gcfreeze._types import Named
 from lightning_gcfreeze.distributed import local
-from lightning_gcfreeze.freezing.base import Places, state_by_element
 
 
 class Restore:
@@ -27,9 +27,9 @@ class Restore:
     """
 
     def __init__(self, parameters: Mapping[str, Parameter], frozen: Named) -> None:
-        self._held: list[tuple[Parameter, Places, Tensor]] = []
+        self._held: list[tuple[Parameter, MaskIndex, Tensor]] = []
         for name, mask in frozen.items():
-            p, places = parameters[name], Places(mask.to(parameters[name].device))
+            p, places = parameters[name], MaskIndex(mask.to(parameters[name].device))
             if len(places):
                 self._held.append((p, places, places.take(local(p.detach()))))
 
@@ -76,7 +76,7 @@ class Restore:
                     places.fill_(local(value), 0)
 
 
-def _mask_sparse(grad: Tensor, frozen: Places) -> Tensor:
+def _mask_sparse(grad: Tensor, frozen: MaskIndex) -> Tensor:
     """A sparse gradient that is zero at the frozen places of its dense shape."""
     grad = grad.coalesce()
     live = torch.ones(grad.shape, dtype=torch.bool, device=grad.device)

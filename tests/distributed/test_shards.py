@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from lightning_gcfreeze.distributed import EVERYTHING, Ranks, Shards, local, part, whole
+from lightning_gcfreeze.distributed import UNSHARDED, Shards, World, local, part, whole
 from tests.processes.launch import SCRIPTS, assert_agreed, launch
 
 
@@ -93,15 +93,15 @@ def test_a_sum_that_was_not_taken_yet_is_taken():
 def test_without_shards_everything_is_as_it_is():
     """Also in a process that knows of no others."""
     w = torch.randn(3, 2)
-    assert not EVERYTHING
-    assert EVERYTHING.counts("w")
-    assert EVERYTHING.flat_index("w", torch.tensor([4, 1]), w).tolist() == [4, 1]
-    assert EVERYTHING.rows("w", w).tolist() == [0, 1, 2]
-    assert EVERYTHING.rows("w", torch.tensor(1.0)).tolist() == [0]
-    assert EVERYTHING.count({"w": w > 0}, Ranks()) == {"w": int((w > 0).sum())}
+    assert not UNSHARDED
+    assert UNSHARDED.counts("w")
+    assert UNSHARDED.flat_index("w", torch.tensor([4, 1]), w).tolist() == [4, 1]
+    assert UNSHARDED.rows("w", w).tolist() == [0, 1, 2]
+    assert UNSHARDED.rows("w", torch.tensor(1.0)).tolist() == [0]
+    assert UNSHARDED.count({"w": w > 0}, World()) == {"w": int((w > 0).sum())}
     for same in (local(w), part(w, w), whole(w)):
         assert same is w
-    EVERYTHING.check_agreement({"w": w > 0}, Ranks())
+    UNSHARDED.check_agreement({"w": w > 0}, World())
 
 
 @pytest.mark.slow

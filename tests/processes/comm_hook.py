@@ -10,7 +10,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_gcfreeze.comm_hook import GradientMean
+from lightning_gcfreeze.distributed.comm_hook import LiveAllReduce
 
 
 class Network(nn.Module):
@@ -55,7 +55,7 @@ def of_all(ddp: nn.Module, batches: list[Tensor]) -> dict[str, Tensor]:
 
 
 def check(
-    ddp: DistributedDataParallel, mean: GradientMean, batches: list[Tensor], masks: dict[str, Tensor], compressed: bool
+    ddp: DistributedDataParallel, mean: LiveAllReduce, batches: list[Tensor], masks: dict[str, Tensor], compressed: bool
 ) -> None:
     """One step of several backward passes, the last of which is averaged."""
     ddp.zero_grad()
@@ -107,10 +107,10 @@ def main() -> None:
         module = Network()
         # What is never used has to be looked for, or to be known from the first pass.
         ddp = DistributedDataParallel(module, find_unused_parameters="static_graph" not in option, **option)
-        mean = GradientMean(*hook)
+        mean = LiveAllReduce(*hook)
         why = mean.register(ddp)
         assert (why is None) == mean.packs == (name != "low rank"), why
-        assert GradientMean().register(ddp) == "DDP has another communication hook"
+        assert LiveAllReduce().register(ddp) == "DDP has another communication hook"
         compressed = name in ("half", "brain", "wrapped")
         batches = [torch.randn(4, 3, 6, 6, generator=generator) for _ in range(2)]
         whole = {n: torch.zeros(p.shape, dtype=torch.bool) for n, p in module.named_parameters()}
@@ -123,7 +123,7 @@ def main() -> None:
             for count in (1, 2) if "static_graph" not in option else (1,):  # torch: no_sync comes with a fixed graph
                 check(ddp, mean, batches[:count], masks, compressed)
     words = Words()
-    ddp, mean = DistributedDataParallel(words), GradientMean()
+    ddp, mean = DistributedDataParallel(words), LiveAllReduce()
     assert mean.register(ddp) is None
     tokens = [torch.randint(7, (5,), generator=generator)]
     masks = {

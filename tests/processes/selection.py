@@ -13,17 +13,17 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from lightning_gcfreeze import orderings, selection
-from lightning_gcfreeze.distributed import Ranks, Shards, local, part, whole
+from lightning_gcfreeze.distributed import Shards, World, local, part, whole
 
 
-def sums(ranks: Ranks, rank: int) -> None:
+def sums(world: World, rank: int) -> None:
     """Over all, of each, of rank 0."""
-    assert ranks.own == rank
-    assert ranks.total(torch.tensor([rank, 1])).tolist() == [6, 4]
-    assert ranks.largest(torch.tensor([rank, -rank])).tolist() == [3, 0]
-    assert ranks.gathered(torch.tensor(rank)).tolist() == [0, 1, 2, 3]
-    assert ranks.of_first({"rank": rank}) == {"rank": 0}
-    ranks.mean_(mean := torch.tensor([float(rank)]))
+    assert world.rank == rank
+    assert world.all_reduce_sum(torch.tensor([rank, 1])).tolist() == [6, 4]
+    assert world.all_reduce_max(torch.tensor([rank, -rank])).tolist() == [3, 0]
+    assert world.all_gather(torch.tensor(rank)).tolist() == [0, 1, 2, 3]
+    assert world.broadcast_object({"rank": rank}) == {"rank": 0}
+    world.all_reduce_mean_(mean := torch.tensor([float(rank)]))
     assert mean.item() == 1.5
 
 
@@ -32,7 +32,7 @@ def numbered(shape: torch.Size) -> Tensor:
     return torch.arange(float(math.prod(shape))).view(shape)
 
 
-def fsdp2_over_tensor_parallelism(ranks: Ranks, mesh: DeviceMesh) -> None:
+def fsdp2_over_tensor_parallelism(world: World, mesh: DeviceMesh) -> None:
     """Its shards along an axis that is sharded already are cut in another order; some meshes lack some ranks."""
     module = nn.Sequential(nn.Linear(5, 10), nn.Linear(10, 3), nn.LayerNorm(3))
     for p in module.parameters():
@@ -49,7 +49,7 @@ def fsdp2_over_tensor_parallelism(ranks: Ranks, mesh: DeviceMesh) -> None:
         assert torch.equal(part(p, of_tensor_parallelism[name]), own), name  # as FSDP2 hands gradients out
         counts = torch.zeros(p.numel(), dtype=torch.int64)
         counts[own.flatten().long()] = int(shards.counts(name))
-        assert ranks.total(counts).tolist() == [1] * p.numel(), name
+        assert world.all_reduce_sum(counts).tolist() == [1] * p.numel(), name
 
 
 def by_numpy(scores: dict[str, np.ndarray], k: int, granularity: str) -> np.ndarray:
@@ -66,7 +66,7 @@ def by_numpy(scores: dict[str, np.ndarray], k: int, granularity: str) -> np.ndar
     return np.concatenate([np.full(np.size(unit), c) for unit, c in zip(units, chosen, strict=True)])
 
 
-def select(ranks: Ranks, mesh: DeviceMesh) -> None:
+def select(world: World, mesh: DeviceMesh) -> None:
     """Exactly k elements, the same ones however the scores are cut; scores with many ties, signs and infinities."""
     layouts = [
         {"a": (mesh, [Shard(0), Shard(0)]), "b": (mesh, [Shard(1), Replicate()]), "c": None},
@@ -92,18 +92,18 @@ def select(ranks: Ranks, mesh: DeviceMesh) -> None:
                 in_units = dtype == torch.float32 and kind != "infinite"
                 for granularity in ("element", "row", "tensor") if in_units else ("element",):
                     for k in (0, 75, 141):
-                        pooled = selection.pooled(parts, granularity, shards, ranks)
-                        marks = selection.lowest(pooled, k, granularity, shards, ranks)
+                        pooled = selection.pooled(parts, granularity, shards, world)
+                        marks = selection.lowest_k(pooled, k, granularity, shards, world)
                         frozen = np.concatenate([whole(m).numpy().ravel() for m in shards.wrapped(marks).values()])
                         arrays = {name: tensor.double().numpy() for name, tensor in full.items()}
                         expected = by_numpy(arrays, k, granularity)
                         assert np.array_equal(frozen, expected), (kind, dtype, granularity, k)
-                        assert sum(shards.count(marks, ranks).values()) == expected.sum()
+                        assert sum(shards.count(marks, world).values()) == expected.sum()
                         assert granularity != "element" or expected.sum() == k
-                        shards.check_agreement(marks, ranks)
+                        shards.check_agreement(marks, world)
 
 
-def sample(ranks: Ranks, mesh: DeviceMesh, rank: int) -> None:
+def sample(world: World, mesh: DeviceMesh, rank: int) -> None:
     """Evenly spaced elements of the whole tensors; of what several have, the mean."""
     whole_tensors = {"a": numbered((7, 12)), "b": 1000 + numbered((5, 9)), "c": 2000 + numbered((3, 4))}
     layouts = ([Shard(0), Shard(0)], [Shard(1), Replicate()], [Replicate(), Shard(1)], [Shard(0), Shard(1)])
@@ -114,13 +114,13 @@ def sample(ranks: Ranks, mesh: DeviceMesh, rank: int) -> None:
         for layout in layouts:
             laid = {name: distribute_tensor(tensor, mesh, layout) for name, tensor in whole_tensors.items()}
             laid["b"] = whole_tensors["b"]
-            found = selection.sampled({n: local(t) for n, t in laid.items()}, most, Shards(laid), ranks)
+            found = selection.sampled({n: local(t) for n, t in laid.items()}, most, Shards(laid), world)
             assert torch.equal(found, expected), (most, layout)
         own = {name: tensor + rank for name, tensor in whole_tensors.items()}
-        assert torch.equal(selection.sampled(own, most, ranks=ranks), expected + 1.5)
+        assert torch.equal(selection.sampled(own, most, world=world), expected + 1.5)
 
 
-def draw(ranks: Ranks, mesh: DeviceMesh) -> None:
+def draw(world: World, mesh: DeviceMesh) -> None:
     """The random order is that of one process."""
     w = torch.zeros(6, 5)
     laid = distribute_tensor(w, mesh, [Shard(0), Shard(1)])
@@ -130,24 +130,24 @@ def draw(ranks: Ranks, mesh: DeviceMesh) -> None:
         evidence = {"w": local(laid)}
         cut = orderings.random(orderings.Evidence(evidence, evidence, 3, granularity=granularity, shards=shards))
         assert torch.equal(whole(shards.wrapped(cut)["w"]), alone["w"])
-    assert ranks.count == 4
+    assert world.size == 4
 
 
-def disagree(ranks: Ranks, mesh: DeviceMesh, rank: int) -> None:
+def disagree(world: World, mesh: DeviceMesh, rank: int) -> None:
     """One mask that is not the others' is found, by all, and the ranks are named."""
     laid = {"plain": torch.zeros(4), "cut": distribute_tensor(torch.zeros(8), mesh, [Shard(0), Replicate()])}
     shards = Shards(laid)
     masks = {name: local(tensor) > 0 for name, tensor in laid.items()}
-    shards.check_agreement(masks, ranks)
+    shards.check_agreement(masks, world)
     for name, other in (("plain", 2), ("cut", 3)):
         wrong = {n: mask ^ (n == name and rank == other) for n, mask in masks.items()}
         with pytest.raises(RuntimeError, match=rf"{name} \(ranks {other}\)"):
-            shards.check_agreement(wrong, ranks)
+            shards.check_agreement(wrong, world)
 
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    all_ranks, own = Ranks(4, "cpu"), dist.get_rank()
+    all_ranks, own = World(4, "cpu"), dist.get_rank()
     two_by_two = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     sums(all_ranks, own)
     fsdp2_over_tensor_parallelism(all_ranks, two_by_two)

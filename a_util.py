@@ -1,2 +1,0 @@
-def measure(m):
-    return float(sum(p.grad.abs().sum() for p in m.parameters() if p.grad is not None))

@@ -1,0 +1,1 @@
+"""Gradients of single samples, by capture or by replay, and of the batch."""

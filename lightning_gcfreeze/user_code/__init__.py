@@ -1,0 +1,1 @@
+"""Which code of the user reads gradients, weights or the optimizer's state."""

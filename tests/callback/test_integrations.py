@@ -1,0 +1,273 @@
+"""The callback among its neighbours: loggers, LightningCLI, `pytorch_lightning`, DDP."""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+from lightning_gcfreeze import Evidence, FreezeSchedule, GradCovFreezeCallback, Growth, Settled
+from tests import cases
+from tests.processes.launch import assert_agreed
+
+
+def test_tensorboard_shows_what_froze(tmp_path):
+    """Scalars at each n-th step and at the freeze; histograms of log10 variance and mask, once."""
+    callback = GradCovFreezeCallback(t0=6, k=0.5)
+    trainer = cases.trainer(callbacks=[callback], logger=TensorBoardLogger(tmp_path), log_every_n_steps=4)
+    trainer.fit(cases.Regression(cases.mlp()), cases.loader())
+    events = EventAccumulator(trainer.log_dir, size_guidance={"histograms": 0}).Reload()
+    fraction = [(e.step, round(e.value, 4)) for e in events.Scalars("gcfreeze/frozen_fraction")]
+    assert fraction == [(3, 0.0), (5, 0.4912), (7, 0.4912), (11, 0.4912), (15, 0.4912)]
+    assert [e.value for e in events.Scalars("gcfreeze/observed_steps")] == [4, 6, 6, 6, 6]
+    for name, mask in callback.frozen.items():
+        of_parameter = events.Scalars(f"gcfreeze/frozen_fraction/{name}")
+        assert of_parameter[-1].value == pytest.approx(float(mask.float().mean()))
+        (histogram,) = events.Histograms(f"gcfreeze/frozen/{name}")
+        assert histogram.histogram_value.sum == float(mask.sum())
+        (histogram,) = events.Histograms(f"gcfreeze/log10_variance/{name}")
+        logs = callback.variance[name].log10()
+        assert (histogram.histogram_value.min, histogram.histogram_value.max) == pytest.approx(
+            (float(logs.min()), float(logs.max()))
+        )
+
+
+def test_tensorboard_has_no_variances_of_an_order_that_does_not_read_them(tmp_path):
+    """The masks all the same."""
+    trainer = cases.trainer(
+        callbacks=[GradCovFreezeCallback(t0=6, k=0.5, order="progress")],
+        logger=TensorBoardLogger(tmp_path),
+        log_every_n_steps=4,
+    )
+    trainer.fit(cases.Regression(cases.mlp()), cases.loader())
+    tags = EventAccumulator(trainer.log_dir).Reload().Tags()["histograms"]
+    assert sorted(tags) == [f"gcfreeze/frozen/network.{name}" for name in ("0.bias", "0.weight", "2.bias", "2.weight")]
+
+
+def test_any_logger_gets_the_scalars_beside_the_modules_own(tmp_path):
+    """CSV: on the same step axis as `self.log`, as often as the callback was told."""
+
+    class Logs(cases.Regression):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            self.log("loss", loss)
+            return loss
+
+    callback = GradCovFreezeCallback(t0=6, k=0.5, log_every_n_steps=2)
+    trainer = cases.trainer(callbacks=[callback], logger=CSVLogger(tmp_path), log_every_n_steps=1, max_epochs=1)
+    trainer.fit(Logs(cases.mlp()), cases.loader())
+    assert trainer.log_dir is not None
+    header, *rows = (line.split(",") for line in (Path(trainer.log_dir) / "metrics.csv").read_text().splitlines())
+    column = {name: i for i, name in enumerate(header)}
+    steps = {
+        tag: [int(row[column["step"]]) for row in rows if row[column[tag]]]
+        for tag in ("loss", "gcfreeze/frozen_fraction")
+    }
+    assert steps == {"loss": [*range(8)], "gcfreeze/frozen_fraction": [1, 3, 5, 7]}
+
+
+def lowest_weights(evidence: Evidence) -> dict[str, Tensor]:
+    """An order that a YAML file can name."""
+    return {name: w.clone() for name, w in evidence.weights.items()}
+
+
+class CliModule(cases.Regression):
+    """What LightningCLI can build without arguments."""
+
+    def __init__(self) -> None:
+        super().__init__(cases.mlp())
+
+
+class CliData(pl.LightningDataModule):
+    def train_dataloader(self) -> Any:
+        return cases.loader()
+
+
+YAML = """
+trainer:
+  accelerator: cpu
+  max_epochs: 2
+  logger: false
+  enable_checkpointing: false
+  enable_progress_bar: false
+  enable_model_summary: false
+  callbacks:
+    - class_path: lightning_gcfreeze.GradCovFreezeCallback
+      init_args: {init_args}
+"""
+
+
+@pytest.mark.parametrize(
+    ("init_args", "frozen", "attributes"),
+    [
+        ("{t0: 5, k: 20}", 20, {"order": "variance", "gain": "1/t"}),
+        ("{t0: 5, k: 0.5, order: magnitude, gain: 0.2, exclude: ['*.bias'], seed: 3}", 24, {"gain": 0.2}),
+        ("{t0: 5, k: 1, order: tests.callback.test_integrations.lowest_weights}", 1, {"order": lowest_weights}),
+        ("{t0: auto, k: 20, max_t0: 6}", 20, {"t0": "auto", "max_t0": 6}),
+        (
+            "{t0: {class_path: lightning_gcfreeze.Settled, init_args: {max_t0: 4}}, k: 7}",
+            7,
+            {"t0": Settled(max_t0=4)},
+        ),
+        ("{t0: 5, k: auto, max_loss_increase: 0.1}", 46, {"k": "auto", "max_loss_increase": 0.1}),
+        (
+            "{t0: 5, k: {class_path: lightning_gcfreeze.Growth, init_args: {first: 0.5, most: 0.6}}}",
+            28,
+            {"k": Growth(first=0.5, most=0.6)},
+        ),
+        (
+            "{schedule: {class_path: lightning_gcfreeze.FreezeSchedule, init_args: {stages: [[3, 10], [9, 30]]}}}",
+            30,
+            {"schedule": FreezeSchedule([(3, 10), (9, 30)])},
+        ),
+        (
+            "{schedule: {class_path: lightning_gcfreeze.FreezeSchedule,"
+            " init_args: {stages: [[3, 0.9], [9, 0.3]], monotone: false}}}",
+            17,
+            {"schedule": FreezeSchedule([(3, 0.9), (9, 0.3)], monotone=False)},
+        ),
+    ],
+    ids=["plain", "options", "callable", "t0 auto", "settled", "k auto", "growth", "schedule", "thawing"],
+)
+@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
+@pytest.mark.filterwarnings("ignore:.*_jit_is_scripting")
+def test_from_yaml(tmp_path, init_args, frozen, attributes, package, monkeypatch):
+    """LightningCLI builds it from a file, with counts as ints and fractions as floats, in either package."""
+    config = tmp_path / "config.yaml"
+    config.write_text(YAML.replace("{init_args}", init_args))
+    if package == "pytorch_lightning":
+        module, data = standalone_cases()
+        cli_class = importlib.import_module("pytorch_lightning.cli").LightningCLI
+    else:
+        module, data, cli_class = CliModule, CliData, LightningCLI
+    monkeypatch.setattr(sys, "argv", ["prog"])
+    cli = cli_class(
+        module, data, args=["fit", "--config", str(config)], save_config_callback=None, seed_everything_default=0
+    )
+    (callback,) = [c for c in cli.trainer.callbacks if isinstance(c, GradCovFreezeCallback)]
+    assert callback.phase == "frozen"
+    assert sum(int(mask.sum()) for mask in callback.frozen.values()) == frozen
+    for name, value in attributes.items():
+        assert getattr(callback, name) == value
+
+
+def standalone_cases() -> tuple[Any, Any]:
+    """The module and data of `pytorch_lightning`, whose classes know nothing of `lightning.pytorch`'s."""
+    import pytorch_lightning
+
+    class Module(pytorch_lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = cases.mlp()
+
+        def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+            self.log("loss", loss := torch.nn.functional.mse_loss(self.network(batch[0]), batch[1]))
+            return loss
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+    class Data(pytorch_lightning.LightningDataModule):
+        def train_dataloader(self) -> Any:
+            return cases.loader()
+
+    return Module, Data
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["callbacks=callback", "callbacks=[callback]"])
+def test_the_trainer_of_pytorch_lightning_gives_the_same(alone):
+    """Bit for bit the run of `lightning.pytorch`: weights, variance, masks."""
+    import pytorch_lightning
+
+    ours = GradCovFreezeCallback(t0=6, k=0.5)
+    reference = cases.Regression(cases.mlp())
+    cases.trainer(callbacks=ours if alone else [ours]).fit(reference, cases.loader())
+    theirs = GradCovFreezeCallback(t0=6, k=0.5)
+    module = standalone_cases()[0]()
+    pytorch_lightning.Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=theirs if alone else [theirs],
+    ).fit(module, cases.loader())
+    cases.assert_identical(dict(module.state_dict()), dict(reference.state_dict()))
+    cases.assert_identical(theirs.state_dict(), ours.state_dict())
+    assert theirs.phase == "frozen"
+
+
+TWO_RANKS = """
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, DistributedSampler
+
+from lightning_gcfreeze import GradCovFreezeCallback
+from tests import cases
+from tests.processes.launch import assert_agreed
+from tests.oracles.recursion import covariance
+
+if __name__ == "__main__":
+    callback = GradCovFreezeCallback(t0=4, k=0.5)
+    module = cases.Regression(cases.mlp(torch.float64), lambda p: torch.optim.SGD(p, 0.02, momentum=0.9))
+    trainer = cases.trainer(callbacks=[callback], devices=2, strategy="ddp", use_distributed_sampler=False)
+    data = cases.data(32, torch.float64)  # Lightning's own sampler would shuffle
+    sampler = DistributedSampler(data, num_replicas=2, rank=trainer.global_rank, shuffle=False)
+    trainer.fit(module, DataLoader(data, batch_size=4, sampler=sampler))
+    flat = lambda named: torch.cat([t.flatten() for t in named.values()]).numpy()
+
+    # One process: rank r sees the samples r, r + 2, ...; each keeps its own C, g_S is the mean of both.
+    network = cases.mlp(torch.float64)
+    parameters = list(network.parameters())
+    optimizer = torch.optim.SGD(parameters, 0.02, momentum=0.9)
+    x, y = cases.data(32, torch.float64).tensors
+    mse = torch.nn.functional.mse_loss
+    vector = lambda grads: torch.cat([g.flatten() for g in grads]).numpy()
+    pairs = [[], []]
+    for step in range(4):
+        rows = [slice(r + 8 * step, 8 * (step + 1), 2) for r in (0, 1)]
+        grads = [torch.autograd.grad(mse(network(x[s]), y[s]), parameters) for s in rows]
+        mean = [(a + b) / 2 for a, b in zip(*grads)]
+        for r, s in enumerate(rows):
+            one = torch.autograd.grad(mse(network(x[s][:1]), y[s][:1]), parameters)
+            pairs[r].append((vector(one), vector(mean)))
+        for p, g in zip(parameters, mean):
+            p.grad = g
+        optimizer.step()
+    expected = sum(np.diag(covariance(p, lambda t: 1 / t)) for p in pairs) / 2
+    np.testing.assert_allclose(flat(callback.variance), expected, rtol=1e-10)
+    lowest = np.argsort(expected, kind="stable")[:28]
+    assert flat(callback.frozen)[lowest].all() and flat(callback.frozen).sum() == 28
+    everywhere = trainer.strategy.all_gather(torch.from_numpy(flat(callback.frozen)))
+    weights = trainer.strategy.all_gather(torch.from_numpy(flat(dict(module.state_dict()))))
+    assert torch.equal(everywhere[0], everywhere[1]) and torch.equal(weights[0], weights[1])
+    print(f"rank {trainer.global_rank} agrees", flush=True)
+    torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_agree_with_one_process(tmp_path):
+    """DDP on gloo: C is the mean of the ranks' own, in float64 to 1e-10; masks and weights are the same on both."""
+    script = tmp_path / "two_ranks.py"
+    script.write_text(TWO_RANKS)
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=root, env=environment(root), capture_output=True, text=True, timeout=300
+    )
+    assert_agreed(done, 2)
+
+
+def environment(root: Path) -> dict[str, str]:
+    import os
+
+    return os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}

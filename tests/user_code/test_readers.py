@@ -1,0 +1,395 @@
+"""Who may look at gradients: everybody whose code could, by name, and nobody else."""
+
+import copy
+import functools
+import pickle
+import types
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch import callbacks
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from lightning_gcfreeze import GradCovFreezeCallback
+from lightning_gcfreeze.user_code import readers
+from tests import cases
+
+
+def found(module: pl.LightningModule, *others: Any, plugins: Any = (), optimizer: Any = None) -> list[str]:
+    optimizer = optimizer or torch.optim.SGD(module.parameters(), lr=0.1)
+    owners = readers.Owners(module, [*others, *plugins])
+    return readers.of_run(owners, dict(module.named_parameters()), optimizer)
+
+
+def halve(module: nn.Module) -> None:
+    for p in module.parameters():
+        if p.grad is not None:
+            p.grad.mul_(0.5)
+
+
+def indirectly(module: nn.Module) -> None:
+    halve(module)
+
+
+helpers = types.ModuleType("helpers")
+helpers.halve = halve  # type: ignore[attr-defined]
+
+
+class Clipper:
+    """An object that does it."""
+
+    def __call__(self, module: nn.Module) -> None:
+        self._clip(module)
+
+    def _clip(self, module: nn.Module) -> None:
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+
+    @staticmethod
+    def static(module: nn.Module) -> None:
+        halve(module)
+
+
+class Tuned(nn.Sequential):
+    """A network that looks at its own gradients when it is asked to, as AdaLoRA does."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(5, 1))
+
+    def tune(self) -> None:
+        self.importance = [p.grad.abs() for p in self.parameters()]
+
+
+class Base(cases.Regression):
+    def __init__(self) -> None:
+        super().__init__(cases.mlp())
+        self.clipper = Clipper()
+        self.steps = {"tidy": lambda module: halve(module)}
+
+
+class Looks:
+    """One method that leads to gradients, in each way that code can; the name of a class says how."""
+
+    class Directly(Base):
+        def on_train_batch_end(self, *args: Any) -> None:
+            self.norm = sum(p.grad.norm() for p in self.parameters() if p.grad is not None)
+
+    class ByAFunction(Base):
+        def on_train_batch_end(self, *args: Any) -> None:
+            indirectly(self)
+
+    class ByAModulesFunction(Base):
+        def on_train_batch_end(self, *args: Any) -> None:
+            helpers.halve(self)
+
+    class ByAnObject(Base):
+        def on_train_batch_end(self, *args: Any) -> None:
+            self.clipper(self)
+
+    class ByAMethod(Base):
+        def on_train_batch_end(self, *args: Any) -> None:
+            self.tidy()
+
+        def tidy(self) -> None:
+            self.zero_grad()
+
+    class ByGetattr(Base):
+        def on_train_batch_end(self, *args: Any) -> None:
+            self.seen = [getattr(p, "grad") for p in self.parameters()]  # noqa: B009
+
+    class InAnInnerFunction(Base):
+        def on_train_batch_end(self, *args: Any) -> None:
+            def norms() -> list[Tensor]:
+                return [p.grad.norm() for p in self.parameters()]
+
+            self.norms = norms()
+
+    class ByAutograd(Base):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            return loss + sum(g.square().sum() for g in torch.autograd.grad(loss, self.parameters(), create_graph=True))
+
+    class Decorated(Base):
+        @torch.no_grad()
+        def on_train_batch_end(self, *args: Any) -> None:
+            halve(self)
+
+    class ByAMethodOfALayer(Base):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = Tuned()
+
+        def on_train_batch_end(self, *args: Any) -> None:
+            self.network.tune()
+
+    class ByAClass(Base):
+        def on_train_batch_end(self, *args: Any) -> None:
+            Clipper.static(self)
+
+    class ByAnImport(Base):
+        def on_train_batch_end(self, *args: Any) -> None:
+            from tests.user_programs.test_readers import halve as imported
+
+            imported(self)
+
+    class ByAContainer(Base):
+        def on_train_batch_end(self, *args: Any) -> None:
+            self.steps["tidy"](self)
+
+    class InAParentsMethod(Directly):
+        def on_train_batch_end(self, *args: Any) -> None:
+            super().on_train_batch_end(*args)
+
+
+LOOKS = {name: cls for name, cls in vars(Looks).items() if isinstance(cls, type)}
+
+
+class Harmless:
+    """What people override that has nothing to do with gradients."""
+
+    class LogsWeights(Base):
+        def on_train_batch_end(self, *args: Any) -> None:
+            self.size = float(sum(p.detach().norm() for p in self.parameters()))
+
+        def on_validation_epoch_end(self) -> None:
+            with torch.no_grad(), torch.enable_grad():
+                self.enabled = torch.is_grad_enabled()
+
+    class Warms(Base):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            for group in self.optimizers().param_groups:
+                group["lr"] = 0.1 * min(1.0, (batch_idx + 1) / 10)
+
+    class Freezes(Base):
+        def setup(self, stage: str) -> None:
+            self.network[0].requires_grad_(False)
+
+    class ReadsTheTrainer(Base):
+        def on_train_start(self) -> None:
+            self.every = self.trainer.accumulate_grad_batches, self.trainer.gradient_clip_val
+
+
+HARMLESS = {name: cls for name, cls in vars(Harmless).items() if isinstance(cls, type)}
+
+
+@pytest.mark.parametrize("cls", LOOKS.values(), ids=LOOKS.keys())
+def test_code_that_leads_to_gradients_is_found(cls):
+    assert any(name.startswith(f"{cls.__name__}.") for name in found(cls()))
+
+
+@pytest.mark.parametrize("cls", HARMLESS.values(), ids=HARMLESS.keys())
+def test_harmless_code_is_not(cls):
+    assert found(cls()) == []
+
+
+@pytest.mark.parametrize("name", sorted(readers.IN_THE_GRADIENTS_WAY))
+def test_a_hook_in_the_gradients_way_counts_whatever_its_code(name):
+    """Of a module, a callback, a strategy, a precision plugin; also on an instance, and as a partial."""
+
+    def harmless(self: Any, *args: Any, **kwargs: Any) -> None: ...
+
+    for base, build in (
+        (Base, lambda cls: found(cls())),
+        (pl.Callback, lambda cls: found(Base(), cls())),
+        (SingleDeviceStrategy, lambda cls: found(Base(), plugins=[object.__new__(cls)])),
+        (Precision, lambda cls: found(Base(), plugins=[cls()])),
+    ):
+        assert build(type("Mine", (base,), {name: harmless})) == [f"Mine.{name}"]
+        assert build(type("Mine", (base,), {})) == []
+    if hasattr(pl.LightningModule, name):
+        module = Base()
+        setattr(module, name, functools.partial(harmless, module))
+        assert found(module) == [f"Base.{name}"]
+
+
+def test_hooks_on_tensors_modules_and_the_optimizer_are_found():
+    """Each kind by itself; none on a fresh module."""
+
+    def hook(*args: Any) -> None: ...
+
+    def looks(module: nn.Module, args: Any) -> None:
+        module.seen = [p.grad for p in module.parameters()]
+
+    module = Base()
+    weight, layer = module.network[0].weight, module.network[0]
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    for handle, expected in (
+        (lambda: weight.register_hook(hook), "a hook on network.0.weight"),
+        (lambda: weight.register_post_accumulate_grad_hook(hook), "a hook on network.0.weight"),
+        (lambda: layer.register_full_backward_hook(hook), "a backward hook on network.0"),
+        (lambda: layer.register_full_backward_pre_hook(hook), "a backward hook on network.0"),
+        (lambda: layer.register_forward_pre_hook(looks), "the forward hook"),
+        (lambda: nn.modules.module.register_module_full_backward_hook(hook), "a backward hook on all modules"),
+        (lambda: optimizer.register_step_pre_hook(hook), "the optimizer's hook"),
+        (lambda: optimizer.register_step_post_hook(hook), "the optimizer's hook"),
+        (lambda: register_optimizer_step_pre_hook(hook), "the optimizer's hook"),
+    ):
+        assert found(module, optimizer=optimizer) == []
+        registered = handle()
+        (name,) = found(module, optimizer=optimizer)
+        assert name.startswith(expected)
+        registered.remove()
+    layer.register_forward_hook(hook)  # one that reads nothing
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)  # it patches `step`
+    assert found(module, optimizer=optimizer) == []
+    optimizer.step = lambda closure=None: None  # type: ignore[method-assign]
+    assert found(module, optimizer=optimizer) == ["the patched SGD.step"]
+
+
+def test_lightnings_own_callbacks_are_known():
+    """All that it has, and ours."""
+    own = [
+        callbacks.EarlyStopping("x"), callbacks.LearningRateMonitor(), callbacks.ModelCheckpoint(), callbacks.Timer(),
+        callbacks.EMAWeightAveraging(), callbacks.StochasticWeightAveraging(1e-2), callbacks.DeviceStatsMonitor(),
+        callbacks.GradientAccumulationScheduler({0: 1}), callbacks.TQDMProgressBar(), callbacks.RichProgressBar(),
+        callbacks.BackboneFinetuning(), callbacks.OnExceptionCheckpoint("x"), GradCovFreezeCallback(t0=1, k=1),
+    ]  # fmt: skip
+    assert found(Base(), *own, plugins=[Precision()]) == []
+
+
+class TestOfOptimizerState:
+    """Code that would not find what it looks for where the state is that of the live elements."""
+
+    class ByParameter(Base):
+        def on_train_epoch_end(self) -> None:
+            state = self.optimizers().state
+            self.moments = [state[p]["exp_avg"].norm() for p in self.parameters()]
+
+    class Resets(Base):
+        def on_train_epoch_end(self) -> None:
+            for state in self.trainer.optimizers[0].state.values():
+                for value in state.values():
+                    value.zero_()
+
+    class Counts(Base):
+        def on_train_epoch_end(self) -> None:
+            optimizer = self.trainer.optimizers[0]
+            self.size = sum(v.numel() for state in optimizer.state.values() for v in state.values())
+
+    @pytest.mark.parametrize(("cls", "looks"), [(ByParameter, True), (Resets, True), (Counts, False)])
+    def test_of_modules(self, cls, looks):
+        assert bool(readers.of_optimizer_state(readers.Owners(cls()))) is looks
+
+    @pytest.mark.parametrize(("cls", "compact"), [(ByParameter, False), (Resets, False), (Counts, True)])
+    def test_under_auto_its_values_are_put_back(self, cls, compact):
+        """And what it looks for is there; "compact" is refused by name."""
+        module = cls()
+        module.make_optimizer = lambda parameters: torch.optim.Adam(parameters, lr=0.01)
+        callback = GradCovFreezeCallback(t0=3, k=0.5)
+        cases.trainer(callbacks=[callback]).fit(module, cases.loader())
+        saves = callback.savings.after.state < callback.savings.before.state
+        assert saves is compact
+        refused = GradCovFreezeCallback(t0=3, k=0.5, hold="compact")
+        trainer = cases.trainer(callbacks=[refused])
+        if compact:
+            trainer.fit(cls(), cases.loader())
+        else:
+            with pytest.raises(pl.utilities.exceptions.MisconfigurationException, match=f"{cls.__name__}.on_train_epo"):
+                trainer.fit(cls(), cases.loader())
+
+
+def test_data_modules_loggers_schedulers_and_trainers_are_looked_through():
+    """Whatever has code of the user's that runs between two steps."""
+
+    class Data(pl.LightningDataModule):
+        def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            halve(self.trainer.lightning_module)
+            return batch
+
+        def train_dataloader(self) -> Any:
+            return cases.loader()
+
+    class Scheduled(cases.Regression):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.05)
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 + 0.0 * len(norms(self)))
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def norms(module: nn.Module) -> list[Tensor]:
+        return [p.grad.norm() for p in module.parameters() if p.grad is not None]
+
+    for module, data in ((cases.Regression(cases.mlp()), Data()), (Scheduled(cases.mlp()), cases.loader())):
+        callback = GradCovFreezeCallback(t0=3, k=0.5)
+        cases.trainer(callbacks=[callback]).fit(module, data)
+        assert callback.savings.after.gradients == callback.savings.before.gradients
+    cases.trainer(callbacks=[callback]).fit(cases.Regression(cases.mlp()), cases.loader())
+    assert callback.savings.after.gradients < callback.savings.before.gradients
+
+
+class Hidden(cases.Regression):
+    """Does something by a name that no reading of its code leads to."""
+
+    def __init__(self, act: Any) -> None:
+        super().__init__(cases.mlp())
+        self.__dict__["_act"] = act
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        vars(self)["_" + "act"](self)
+
+
+class TestWatch:
+    """Who asks for gradients while observing is noted, whatever the way."""
+
+    def test_code_that_no_reading_finds_is_seen_when_it_asks(self):
+        """Gradients stay, also in a run that goes on from a checkpoint after the freeze."""
+        norms: list[float] = []
+
+        def measure(module: nn.Module) -> None:
+            norms.append(sum(float(p.grad.norm()) for p in module.parameters()))
+
+        module = Hidden(measure)
+        assert found(module) == []
+        callback = GradCovFreezeCallback(t0=3, k=0.8)
+        trainer = cases.trainer(callbacks=[callback])
+        trainer.fit(module, cases.loader())
+        assert len(norms) == 16
+        assert callback.savings.after.gradients == callback.savings.before.gradients
+        (reader,) = callback.state_dict()["readers"]
+        assert "test_gradient_access.py:" in reader
+        assert all(type(p) is nn.Parameter for p in module.parameters())
+
+    def test_what_lightning_torch_and_the_callback_do_is_known(self):
+        """Clipping, accumulation, stepping and observing ask for gradients all the time."""
+        callback = GradCovFreezeCallback(t0=9, k=0.8, samples="all")
+        cases.trainer(callbacks=[callback], gradient_clip_val=0.5, max_epochs=4).fit(
+            cases.Regression(cases.mlp()), cases.loader()
+        )
+        assert callback.state_dict()["readers"] == []
+        assert callback.savings.after.gradients < callback.savings.before.gradients
+
+    def test_watched_parameters_are_copied_and_pickled_as_plain_ones(self):
+        parameter = nn.Parameter(torch.ones(2))
+        parameter.grad = torch.ones(2)
+        watch = readers.GradientWatch([parameter])
+        watch.arm()
+        try:
+            copied = copy.deepcopy(parameter), pickle.loads(pickle.dumps(parameter))
+            assert parameter.grad.tolist() == [1.0, 1.0]
+            del parameter.grad
+            assert parameter.grad is None
+        finally:
+            watch.disarm()
+        assert [type(p) for p in (*copied, parameter)] == [nn.Parameter] * 3
+        assert len(watch.seen) == 3
+
+
+def test_frozen_values_that_hidden_code_writes_to_are_an_error():
+    """Within two steps, by name; what is put back anyhow is none."""
+
+    def decay(module: nn.Module) -> None:
+        for p in module.parameters():
+            p.detach().mul_(0.99)
+
+    for hold, wrong in (("auto", True), ("compact", True), ("restore", False)):
+        trainer = cases.trainer(callbacks=[GradCovFreezeCallback(t0=3, k=0.8, hold=hold)])
+        if wrong:
+            with pytest.raises(RuntimeError, match=r"network.*frozen elements were written to.*hold='restore'"):
+                trainer.fit(Hidden(decay), cases.loader())
+            assert trainer.global_step <= 5
+        else:
+            with pytest.warns(UserWarning, match="the fit ends with other values of frozen elements"):
+                trainer.fit(Hidden(decay), cases.loader())
