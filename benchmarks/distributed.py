@@ -94,7 +94,7 @@ class Parallel(Plain):
         if not self.granularity:
             return
         masks = self.decision.masks(self.granularity)
-        Shards().check_agreement(masks, World(PROCESSES))
+        Shards(world=World(PROCESSES)).check_agreement(masks)
         positions = WeightUses(self.model, self.parameters)
         positions.listen()
         self()
@@ -186,9 +186,9 @@ class Counting(World):
 
     sent = 0
 
-    def total(self, tensor: Tensor) -> Tensor:
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         self.sent += tensor.nbytes
-        return super().total(tensor)
+        return super().all_reduce_sum(tensor)
 
 
 def select(p: int, equal: bool, rounds: int) -> dict[str, dict[str, float]]:
@@ -221,12 +221,13 @@ def select_together(p: int, equal: bool, rounds: int) -> tuple[float, int]:
     """In each of the processes: the median in ms, and the bytes that it sends."""
     mesh, times = init_device_mesh("cpu", (PROCESSES,)), []
     parameters = {name: distribute_tensor(score, mesh, [Shard(0)]) for name, score in scores_of(p, equal).items()}
-    scores, shards = {name: local(p) for name, p in parameters.items()}, Shards(parameters)
+    scores = {name: local(p) for name, p in parameters.items()}
     for _ in range(rounds):
         world = Counting(PROCESSES)
+        shards = Shards(parameters, world)
         dist.barrier()
         start = time.perf_counter()
-        masks = selection.lowest_k(scores, p // 2, shards=shards, world=world)
+        masks = selection.lowest_k(scores, p // 2, shards=shards)
         times.append(time.perf_counter() - start)
         assert world.all_reduce_sum(torch.tensor(sum(int(mask.sum()) for mask in masks.values()))) == p // 2
     slower = World(PROCESSES).all_reduce_max(torch.tensor(times, dtype=torch.float64))

@@ -1,10 +1,10 @@
-"""What finding t0 from the data costs: a look back and its share of all steps until then.
+"""What finding t0 from the data costs: a check, and the share of all checks in the time until then.
 
     uv run python -m benchmarks.settling [--models M1,M2,M5] [--rounds 20]
 
-Each round times a plain step of a model (forward, backward, the default Adam; one thread), taking in its loss, and a
-look, in turn; figures are medians. The share is of the whole time until t0, for the t0 given: all the looks up to it
-and every step's loss, over that many plain steps.
+Each round times a plain step of a model (forward, backward, the default Adam; one thread), recording its loss, and a
+check, in turn; figures are medians. The share is of the whole time until t0, for the t0 given: all checks up to it and
+the loss of every step, over that many plain steps.
 """
 
 import argparse
@@ -16,11 +16,11 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.observe import MODELS, Step, keep_freed_memory
-from lightning_gcfreeze import Settled, orderings, selection
+from lightning_gcfreeze import Settled, orderings
 from lightning_gcfreeze.distributed import SINGLE_PROCESS
 from lightning_gcfreeze.phases import Observing
 from lightning_gcfreeze.planning.plan import Plan
-from lightning_gcfreeze.planning.settling import SAMPLE
+from lightning_gcfreeze.planning.settling import SAMPLE_SIZE, sampled
 
 T0 = (100, 1000, 10_000)
 
@@ -35,22 +35,22 @@ def main() -> None:
     keep_freed_memory()
     print(f"torch {torch.__version__}, {platform.processor() or platform.machine()}, one thread")
     print(
-        "| model | plain step, ms | a loss, ms | a look, ms | " + " | ".join(f"share at t0 = {t:,}" for t in T0) + " |"
+        "| model | plain step, ms | a loss, ms | a check, ms | " + " | ".join(f"share at t0 = {t:,}" for t in T0) + " |"
     )
     print("| --- " * (4 + len(T0)) + "|")
     for name in args.models:
         times = measure(name, args.rounds)
-        step, loss, look = (statistics.median(of) * 1e3 for of in times)
-        shares = [f"{(looks(t) * look + t * loss) / (t * step):.2%}" for t in T0]
-        print(f"| {name} | {step:.2f} | {loss:.4f} | {look:.2f} | " + " | ".join(shares) + " |", flush=True)
+        step, loss, check = (statistics.median(of) * 1e3 for of in times)
+        shares = [f"{(n_checks(t) * check + t * loss) / (t * step):.2%}" for t in T0]
+        print(f"| {name} | {step:.2f} | {loss:.4f} | {check:.2f} | " + " | ".join(shares) + " |", flush=True)
 
 
 def measure(name: str, rounds: int) -> tuple[list[float], ...]:
-    """Seconds of plain steps, of taking in a loss, and of looks, by the order "progress"."""
+    """Return seconds of plain steps, of recording a loss, and of checks, by the order "progress"."""
     _, make, batch = MODELS[name]
     plain = Step(make(), batch())
     plan, ordering = Plan([(Settled(max_t0=10**9), 0.8)], "1/t"), orderings.ORDERINGS["progress"]
-    plan.begin(lambda: 10**9)
+    plan.start(lambda: 10**9)
     phase = Observing(plain.parameters, needs=orderings.needed_by(ordering))
     for moment in phase.moments.values():
         moment.tensors = {n: torch.rand_like(t) for n, t in moment.tensors.items()}
@@ -58,26 +58,26 @@ def measure(name: str, rounds: int) -> tuple[list[float], ...]:
     phase._observed = 100
     loss = torch.tensor(1.0)
 
-    def hear() -> None:
+    def record() -> None:
         for _ in range(100):
-            plan.hear(loss * 1.0)
+            plan.record_loss(loss * 1.0)
 
-    def look() -> None:
+    def check() -> None:
         weights = {n: p.detach() for n, p in plain.parameters.items()}
         scores = phase.scores(ordering, weights, 0)
-        sample, moved = selection.sampled(scores, SAMPLE), selection.sampled(phase.variance, SAMPLE) > 0
-        plan.look(sample, moved, phase.observed, 0.8, SINGLE_PROCESS)
+        sample, moved = sampled(scores, SAMPLE_SIZE), sampled(phase.variance, SAMPLE_SIZE) > 0
+        plan.check_settled(sample, moved, phase.observed, 0.8, SINGLE_PROCESS)
         phase._observed += 20
 
     found: tuple[list[float], ...] = ([], [], [])
     for _ in range(rounds):
-        for function, times, count in zip((plain, hear, look), found, (1, 100, 1), strict=True):
+        for function, times, count in zip((plain, record, check), found, (1, 100, 1), strict=True):
             times.append(_timed(function) / count)
     return found
 
 
-def looks(t0: int) -> int:
-    """How many there are up to a step."""
+def n_checks(t0: int) -> int:
+    """Return the number of checks up to a step."""
     count, step, settled = 0, Settled.first, Settled()
     while step <= t0:
         count, step = count + 1, max(step + 1, -int(-step * settled.growth // 1))

@@ -187,7 +187,7 @@ class Truth:
 
 
 def ranked(values: Tensor) -> tuple[Tensor, Tensor]:
-    """World that equal values share, and those by which elements freeze."""
+    """Ranks that equal values share, and those by which elements freeze."""
     return torch.as_tensor(rankdata(values.numpy())), selection.ranks({"": values})[""]
 
 

@@ -1,4 +1,4 @@
-"""Shapes of things that pass between the modules."""
+"""Types that modules share."""
 
 from collections.abc import Mapping
 from typing import Literal, TypeAlias
@@ -6,7 +6,7 @@ from typing import Literal, TypeAlias
 from torch import Tensor
 
 Named: TypeAlias = Mapping[str, Tensor]
-"""Tensors by parameter name, in the order of ``named_parameters()``; every tensor has its parameter's shape."""
+"""Tensors by parameter name, in the order of ``named_parameters()``, each of the shape of its parameter."""
 
 Granularity: TypeAlias = Literal["element", "row", "tensor"]
-"""What freezes together."""
+"""The units that freeze together: single elements, rows (elements with the same first index), or whole parameters."""

@@ -52,10 +52,11 @@ from lightning_gcfreeze.gradients.replay import Window
 from lightning_gcfreeze.gradients.source import How, SampleGradients
 from lightning_gcfreeze.phases import Frozen, Observing
 from lightning_gcfreeze.planning import plan
+from lightning_gcfreeze.planning.deprecated import from_deprecated
 from lightning_gcfreeze.planning.growing import Growth
 from lightning_gcfreeze.planning.plan import Plan
 from lightning_gcfreeze.planning.schedule import FreezeSchedule
-from lightning_gcfreeze.planning.settling import SAMPLE, Settled
+from lightning_gcfreeze.planning.settling import SAMPLE_SIZE, Settled, sampled
 from lightning_gcfreeze.user_code import readers
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ class GradCovFreezeCallback(_Callback):
             freeze more and more of them along the order, as long as the loss does not rise.
         order: what to rank by, lowest first: "variance" (the paper), "random", "reverse" (highest variance first),
             "magnitude", "second_moment", "snr", "displacement", "progress" (recommended with Adam),
-            "variance_by_tensor", "variance_by_second_moment", "variance_by_magnitude", or a callable; see
+            or a callable; see
             `lightning_gcfreeze.orderings`.
         samples: whose gradients feed the recursion: "first" (the paper), "all" of the batch, or the first m. Then the
             squared noise is the mean over them: m times the information, at a third to a half of a step's cost. "auto"
@@ -189,10 +190,12 @@ class GradCovFreezeCallback(_Callback):
         max_t0: int | None = None,
         max_loss_increase: float | None = None,
         monitor: str | None = None,
-        schedule: FreezeSchedule | None = None,
+        schedule: FreezeSchedule | list[tuple[int, int | float]] | None = None,
     ) -> None:
         super().__init__()
-        self._decisions, self._monotone = plan.decisions(t0, k, max_t0, max_loss_increase, monitor, schedule)
+        self._decisions, self._monotone = plan.decisions_from_arguments(
+            *from_deprecated(t0, k, max_t0, max_loss_increase, monitor), schedule
+        )
         self.t0, self.k, self.schedule = t0, k, schedule
         self.max_t0, self.max_loss_increase, self.monitor = max_t0, max_loss_increase, monitor
         self._ordering = orderings.resolve(order)
@@ -300,8 +303,8 @@ class GradCovFreezeCallback(_Callback):
             RuntimeError: the parameters are sharded: no process has all scores.
         """
         phase = self._found()
-        if phase.shards:
-            raise RuntimeError("World need all scores in one place, and these are sharded. See `frozen` or `variance`.")
+        if phase.shards.is_sharded:
+            raise RuntimeError("Ranks need all scores in one place, and these are sharded. See `frozen` or `variance`.")
         if isinstance(phase, Frozen):
             return selection.ranks(phase.scores)
         if self._run is None or not phase.observed:
@@ -429,13 +432,13 @@ class GradCovFreezeCallback(_Callback):
         for _, k in self._decisions:
             if not isinstance(k, Growth):
                 selection.resolve_count(k, count)
-        shards = Shards(parameters)
+        self._world = World(trainer.world_size, trainer.strategy.root_device)
+        shards = Shards(parameters, self._world)
         _refuse(refusals.of_mesh(trainer.strategy, shards.meshes))
-        if shards:
+        if shards.is_sharded:
             _refuse(refusals.of_sharding(self._full, self.hold, self._may_thaw))
         if self._full:
             FullCovariance({name: p.to("meta") for name, p in parameters.items()})  # refuses one that is too large
-        self._world = World(trainer.world_size, trainer.strategy.root_device)
         if self._mean and (why := self._mean.install(trainer.strategy)):
             rank_zero_info(f"{type(self).__name__}: all gradients go on being sent, since {why}.")
         samples = SampleGradients(
@@ -447,7 +450,7 @@ class GradCovFreezeCallback(_Callback):
             lambda sentence: rank_zero_info(f"{type(self).__name__}: {sentence}"),
             count=self._count,
             singly=self._full,
-            total=self._world.all_reduce_sum if shards else None,
+            total=self._world.all_reduce_sum if shards.is_sharded else None,
         )
         data = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
         replicas = data.get("num_replicas", 1)
@@ -465,8 +468,10 @@ class GradCovFreezeCallback(_Callback):
             self._phase = self._observing(run)
         else:
             _refuse(refusals.of_resuming(self._resumed, self._arguments(), self._phase.shapes, run.parameters))
-        _refuse(self._plan.begin(lambda: trainer.estimated_stepping_batches))
-        if not isinstance(trainer.strategy.model, DistributedDataParallel) and not run.shards:  # DDP does so itself
+        _refuse(self._plan.start(lambda: trainer.estimated_stepping_batches))
+        if (
+            not isinstance(trainer.strategy.model, DistributedDataParallel) and not run.shards.is_sharded
+        ):  # DDP does so itself
             run.holding_accumulators = readers.of_accumulators(run.parameters)
         self._attach(run)
         run.compiled = _modules.has_compiled(pl_module)
@@ -489,14 +494,14 @@ class GradCovFreezeCallback(_Callback):
             else:
                 run.samples.decided = watched.decided
         if isinstance(self._phase, Frozen):
-            run.shards.check_agreement(self._phase.frozen, self._world)
+            run.shards.check_agreement(self._phase.frozen)
             self._begin_to_hold(run, self._phase, resumed=True)
         self._publish(run)
 
     def _warn(self, trainer: pl.Trainer, run: _Run) -> None:
         """Say, before the first step, what is probably not meant."""
         names = [name for name, _ in trainer.lightning_module.named_parameters()]
-        stages = [t for t, _ in self._decisions if isinstance(t, int)][self._plan.made :]
+        stages = [t for t, _ in self._decisions if isinstance(t, int)][self._plan.n_decisions :]
         for sentence in (
             misconfiguration.of_planned_steps(stages, _planned_steps(trainer)),
             misconfiguration.of_patterns("include", self.include, names),
@@ -529,7 +534,7 @@ class GradCovFreezeCallback(_Callback):
             for hook, last in zip(run.step_hooks, (True, False), strict=True):
                 if (hooks := hook.hooks_dict_ref()) is not None:
                     hooks.move_to_end(hook.id, last=last)
-        if self._plan.may_decide_after(self._steps + 1):
+        if self._plan.is_decision_step(self._steps + 1):
             run.positions.listen()
         if self._watched and self._noise and (self._due or self._steps == 0):
             run.samples.keep(batch, batch_idx)
@@ -544,8 +549,8 @@ class GradCovFreezeCallback(_Callback):
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """The backward pass to come is the training step's own. Runs before every micro-batch's backward."""
         run = self._running
-        if self._plan.listens(self._steps + 1):
-            self._plan.hear(loss.detach() * (trainer.accumulate_grad_batches / self._loss_scale(trainer)))
+        if self._plan.needs_loss(self._steps + 1):
+            self._plan.record_loss(loss.detach() * (trainer.accumulate_grad_batches / self._loss_scale(trainer)))
         if self._watched:
             run.positions.stop()
             if not run.looked_through and (self.gradients == "capture" if self._noise else self.promote):
@@ -642,7 +647,7 @@ class GradCovFreezeCallback(_Callback):
         if run.hold:
             self._check_held(run)
             run.hold.after_step()
-        if watched and self._plan.may_decide_after(self._steps):
+        if watched and self._plan.is_decision_step(self._steps):
             if self._is_time(watched, run):
                 self._change(run, self._decide(watched, run))
         elif isinstance(self._phase, Frozen):
@@ -661,7 +666,7 @@ class GradCovFreezeCallback(_Callback):
                 self._held = delta.fingerprints(run.parameters, self._phase.frozen)
         run.decided = False
         every_n: int = self.log_every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
-        due = bool(self._plan.news) or (every_n > 0 and self._steps % every_n == 0)
+        due = bool(self._plan.metrics) or (every_n > 0 and self._steps % every_n == 0)
         if due and run.logged_step != self._steps:
             run.logged_step = self._steps
             self._log(trainer, run)
@@ -669,7 +674,7 @@ class GradCovFreezeCallback(_Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the monitored loss, if there is one."""
         growth = self._plan.growth
-        if self._run is None or trainer.sanity_checking or not self._plan.unfinished:
+        if self._run is None or trainer.sanity_checking or not self._plan.masks_may_change:
             return
         if growth is None or growth.monitor is None:
             return
@@ -680,22 +685,22 @@ class GradCovFreezeCallback(_Callback):
                 " `monitor` out, to watch the training loss."
             )
         of_all = self._world.all_gather_object(float(trainer.callback_metrics[growth.monitor]))
-        self._plan.hear_of_validation(sum(of_all) / len(of_all))
+        self._plan.record_validation_loss(sum(of_all) / len(of_all))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so if nothing was frozen, or a stage was not reached. Share what was seen while there is a way to."""
         if self._run:
             self._share(self._run)
-        if self._plan.observes:
-            what = "Nothing was frozen" if self._plan.t0 is None else f"Only stage {self._plan.made} was reached"
+        if self._plan.has_next_decision:
+            what = "Nothing was frozen" if self._plan.t0 is None else f"Only stage {self._plan.n_decisions} was reached"
             rank_zero_warn(
                 f"{what}: training ended after {self._steps} optimizer steps, before `t0={self._t0}`."
                 " Lower `t0` or train longer."
             )
-        elif self._plan.unfinished:
+        elif self._plan.masks_may_change:
             rank_zero_info(
-                f"`k='auto'` was not settled: training ended with stage {int(self._plan.k * 100)} % under watch. Train"
-                " longer, validate more often, or make `every` of `Growth` smaller."
+                f"`k='auto'` was not settled: training ended with stage {int(self._plan.k * 100)} % still being"
+                " evaluated. Train longer, validate more often, or make `every` of `Growth` smaller."
             )
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -722,7 +727,7 @@ class GradCovFreezeCallback(_Callback):
     @property
     def _t0(self) -> int | str:
         """The step of the next decision, or how it will be found."""
-        return self._plan.latest if self._plan.settling or isinstance(self.t0, int) or self.schedule else "auto"
+        return self._plan.next_deadline if self._plan.settling or isinstance(self.t0, int) or self.schedule else "auto"
 
     def _gain_of_scores(self, t: int) -> float:
         """Of the statistic that the order knows least of."""
@@ -805,7 +810,11 @@ class GradCovFreezeCallback(_Callback):
             run.watch.disarm()
             self._readers += [name for name in run.watch.seen if name not in self._readers]
             run.watch = None
-        if self._watched and self._steps + 1 in (1, 2, 8, 64, 512, 4096) and not (run.shards or run.compiled):
+        if (
+            self._watched
+            and self._steps + 1 in (1, 2, 8, 64, 512, 4096)
+            and not (run.shards.is_sharded or run.compiled)
+        ):
             run.watch = readers.GradientWatch(run.parameters.values())
             run.watch.arm()
 
@@ -814,7 +823,7 @@ class GradCovFreezeCallback(_Callback):
         if self._watched:
             self._watched.share(self._world)
             run.samples.share(self._world)
-        self._plan.share(self._world)
+        self._plan.synchronize(self._world)
 
     def _publish(self, run: _Run) -> None:
         """Let other callbacks read the frozen fraction: EarlyStopping, ModelCheckpoint's file names, progress bars."""
@@ -873,28 +882,28 @@ class GradCovFreezeCallback(_Callback):
         """Whether to decide now; with ``t0="auto"`` that is asked of the data, the same on all ranks."""
         if self._plan.settling is None:
             return True
-        last = self._steps >= self._plan.latest
-        observed = -int(self._world.all_reduce_max(torch.tensor(-phase.observed)))
+        last = self._steps >= self._plan.next_deadline
+        observed = int(self._world.all_reduce_min(torch.tensor(phase.observed)))
         if not observed:
             if not last:
                 self._plan.settling.skip()
             return last
         scores = phase.scores(self._ordering, _local(run.parameters), self._seed, self.granularity, self._world)
-        look = self._plan.look(
-            selection.sampled(scores, SAMPLE, run.shards, self._world),
-            selection.sampled(phase.activity(_local(run.parameters)), SAMPLE, run.shards, self._world) > 0,
+        look = self._plan.check_settled(
+            sampled(scores, SAMPLE_SIZE, run.shards),
+            sampled(phase.activity(_local(run.parameters)), SAMPLE_SIZE, run.shards) > 0,
             observed,
             selection.resolve_count(self._plan.k, run.count) / run.count,
             self._world,
         )
         if look.settled or last:
             why = "the order and the loss have settled" if look.settled else "`max_t0` is reached"
-            rank_zero_info(f"{type(self).__name__}: {why}. The last look: {look.sentence()}.")
+            rank_zero_info(f"{type(self).__name__}: {why}. At the last check {look.sentence()}.")
         return look.settled or last
 
     def _decide(self, phase: Observing, run: _Run) -> Frozen:
         """Rank and mark, the same on all ranks: their statistics are averaged first."""
-        if self._world.all_reduce_sum(torch.tensor(int(not phase.observed))):
+        if self._world.any(not phase.observed):
             since = "among the first" if self._plan.t0 is None else "since the last stage, until"
             raise RuntimeError(
                 f"No step could be observed {since} `t0={self._steps}`: {phase.skipped} were left out because a"
@@ -907,12 +916,12 @@ class GradCovFreezeCallback(_Callback):
             rank_zero_warn(f"{type(self).__name__}: {late}")
         weights = _local(run.parameters)
         keep = self._phase.frozen if isinstance(self._phase, Frozen) and self._monotone else None
-        self._plan.decided(self._steps, self._world)
+        self._plan.record_decision(self._steps, self._world)
         k = selection.resolve_count(self._plan.k, run.count)
         frozen = phase.freeze(
             self._ordering, weights, self._seed, k, self.granularity, run.positions.counts, self._world, keep
         )
-        if self._plan.observes:
+        if self._plan.has_next_decision:
             frozen.again = self._observing(run)
             frozen.again.decided = run.samples.decided
         else:
@@ -936,7 +945,7 @@ class GradCovFreezeCallback(_Callback):
 
     def _judge(self, run: _Run, phase: Frozen) -> None:
         """Freeze the next stage, or thaw the last, where k grows."""
-        verdict = self._plan.judge(self._steps, self._world)
+        verdict = self._plan.judge_stage(self._steps, self._world)
         if verdict == "stay":
             self._aside.forget()
             self._tell_savings()
@@ -950,7 +959,7 @@ class GradCovFreezeCallback(_Callback):
             )
 
     def _tell_savings(self) -> None:
-        if self._savings and not self._plan.unfinished:
+        if self._savings and not self._plan.masks_may_change:
             rank_zero_info(self._savings.table())
 
     def _change(self, run: _Run, phase: Frozen) -> None:
@@ -965,9 +974,9 @@ class GradCovFreezeCallback(_Callback):
         if self._may_thaw:
             thawing = {name: mask & ~phase.frozen[name] for name, mask in before.items()}
             self._aside.give_back(optimizer, run.parameters, thawing)
-            if self._plan.growth or not self._plan.unfinished:
+            if self._plan.growth or not self._plan.masks_may_change:
                 self._aside.forget()  # where k grows, only the last stage may thaw
-            if self._plan.unfinished:
+            if self._plan.masks_may_change:
                 freezing = {name: mask & ~before[name] for name, mask in phase.frozen.items()}
                 self._aside.keep(optimizer, run.parameters, freezing)
         run.decided = True
@@ -988,7 +997,7 @@ class GradCovFreezeCallback(_Callback):
         if not run.in_trial:  # what travels depends on it
             looking = list(dict.fromkeys(name for found in self._world.all_gather_object(looking) for name in found))
         how: Literal["compact", "restore"] = "restore"
-        if self.hold != "restore" and not (run.shards or observes or run.in_trial):
+        if self.hold != "restore" and not (run.shards.is_sharded or observes or run.in_trial):
             of_state = readers.of_optimizer_state(who)
             if not (of_state or refusals.of_compact(optimizer, module)):
                 how = "compact"
@@ -997,7 +1006,7 @@ class GradCovFreezeCallback(_Callback):
             elif of_state:
                 rank_zero_info(f"{type(self).__name__}: values are put back. {refusals.of_state_access(of_state)}")
         writing = readers.of_weights(who, run.parameters, optimizer)
-        promote = self.promote and not (run.shards or observes or run.in_trial or looking)
+        promote = self.promote and not (run.shards.is_sharded or observes or run.in_trial or looking)
         where = (run.parameters, phase.frozen, phase.positions)
         late, run.writes = how == "compact" and bool(looking), bool(writing)
         run.hold = Holder(how, optimizer, module, trainer.strategy.model, *where, promote, late, run.writes, resumed)
@@ -1014,9 +1023,9 @@ class GradCovFreezeCallback(_Callback):
         metrics |= self._savings.scalars() if self._savings else {}
         if self._mean and self._mean.sent is not None:
             metrics["gcfreeze/gradient_bytes_sent"] = float(self._mean.sent)
-        with_histograms = "gcfreeze/t0" in self._plan.news
-        metrics |= {tag: value for tag, value in self._plan.news.items() if math.isfinite(value)}
-        self._plan.news = {}
+        with_histograms = "gcfreeze/t0" in self._plan.metrics
+        metrics |= {tag: value for tag, value in self._plan.metrics.items() if math.isfinite(value)}
+        self._plan.metrics = {}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=step)
             add_histogram = getattr(getattr(logger, "experiment", None), "add_histogram", None)

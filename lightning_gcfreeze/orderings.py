@@ -1,8 +1,8 @@
-"""Orderings: what the warm-up saw -> one score per element. The lowest scores are frozen first.
+"""Orderings: evidence of the warm-up -> one score per element. The lowest scores are frozen first.
 
-"variance" is the paper's order; the others are what it is compared with. An ordering is any callable that takes
-`Evidence` and returns scores; if it reads the optional fields it lists them in an attribute ``needs``. Adding one is
-one function here, with a line in `ORDERINGS`.
+"variance" is the order of the paper; the others are alternatives to compare it with. An ordering is any callable that
+takes `Evidence` and returns scores; `needs` declares which optional fields it reads. A new one is one function here,
+and a line in `ORDERINGS`.
 """
 
 import inspect
@@ -15,43 +15,46 @@ from torch import Tensor
 
 from lightning_gcfreeze import _checks
 from lightning_gcfreeze._types import Granularity, Named
-from lightning_gcfreeze.distributed import UNSHARDED, Shards, whole
+from lightning_gcfreeze.distributed import UNSHARDED, Shards
 
 Name: TypeAlias = Literal[
-    "variance", "random", "reverse", "magnitude", "second_moment", "snr", "displacement", "progress",
-    "variance_by_tensor", "variance_by_second_moment", "variance_by_magnitude",
-]  # fmt: skip
+    "variance", "random", "reverse", "magnitude", "second_moment", "snr", "displacement", "progress"
+]
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What an ordering may look at. All tensors are keyed by parameter name, shaped like the parameter, read-only."""
+    """What an ordering may read.
+
+    All tensors are ``{name: (*p.shape)}``, by parameter name; they must not be modified. For sharded parameters they
+    are plain tensors of the local elements; see `shards`.
+    """
 
     variance: Named
-    """The diagonal of C_t: the variance of the gradient noise, in squared gradients; empty where the ordering does not
-    read it and ``samples="auto"``."""
+    """The diagonal of C_t, the variance of the gradient noise, in units of a squared gradient. Empty if the ordering
+    does not read it and ``samples="auto"``."""
     weights: Named
-    """The parameters now."""
+    """The parameters at this step."""
     seed: int
-    """Of the random order."""
+    """Seed for orderings that draw random numbers, the same on all processes."""
     mean: Named | None = None
-    """Running mean of the batch gradient g_S; for orderings whose ``needs`` has "mean"."""
+    """Running mean of the batch gradient g_S. None unless ``needs`` of the ordering has "mean"."""
     recent_mean: Named | None = None
-    """The same, late steps before all (see `estimators.RecentBatchMean`); for orderings whose ``needs`` has
+    """Running mean of g_S with recent steps weighted most (see `estimators.RecentBatchMean`). None unless ``needs`` has
     "recent_mean"."""
     second_moment: Named | None = None
-    """Running mean of g_S²; for orderings whose ``needs`` has "second_moment"."""
+    """Running mean of g_S². None unless ``needs`` has "second_moment"."""
     start: Named | None = None
-    """The parameters when observing began; for orderings whose ``needs`` has "start"."""
+    """The parameters when observing began. None unless ``needs`` has "start"."""
     granularity: Granularity = "element"
-    """What freezes together; scores are averaged over it afterwards."""
+    """The units that freeze together. Scores are still one per element, and are averaged over units afterwards."""
     shards: Shards = UNSHARDED
-    """How the parameters lie on the processes: of sharded ones all tensors are the local parts, plain tensors."""
+    """The layout of the parameters over the processes."""
 
 
 Ordering: TypeAlias = Callable[[Evidence], Named]
-"""Evidence -> ``{name: scores}``, parameter-shaped and free of NaN; the lowest are frozen first. An optional attribute
-``needs`` names the optional fields of `Evidence` that it reads."""
+"""`Evidence` -> ``{name: scores (*p.shape)}``, of any real dtype and free of NaN; the lowest are frozen first. An
+optional attribute ``needs`` names the optional fields of `Evidence` that the ordering reads; see `needs`."""
 
 F = TypeVar("F", bound=Ordering)
 
@@ -59,7 +62,11 @@ F = TypeVar("F", bound=Ordering)
 def needs(*fields: str, variance: bool = True) -> Callable[[F], F]:
     """Declare which optional fields of `Evidence` an ordering reads, and whether it reads the variance.
 
-    Where it does not, no single sample's gradient has to be taken, and ``evidence.variance`` is empty.
+    If it does not, per-sample gradients are not computed with ``samples="auto"``, and ``evidence.variance`` is empty.
+
+    Args:
+        fields: among "mean", "recent_mean", "second_moment" and "start".
+        variance: whether the ordering reads ``evidence.variance``.
     """
 
     def mark(ordering: F) -> F:
@@ -71,18 +78,18 @@ def needs(*fields: str, variance: bool = True) -> Callable[[F], F]:
 
 
 def variance(evidence: Evidence) -> Named:
-    """The paper's order: the variance of the gradient noise."""
+    """Score by the variance of the gradient noise, the order of the paper."""
     return evidence.variance
 
 
 def reverse(evidence: Evidence) -> Named:
-    """The paper's order turned round: the noisiest first."""
+    """Score by the negative variance: the noisiest elements first."""
     return {name: -v for name, v in evidence.variance.items()}
 
 
 @needs(variance=False)
 def random(evidence: Evidence) -> Named:
-    """A uniformly random order, of elements, rows or tensors: the same for a seed however the parameters lie."""
+    """Draw a uniformly random order of elements, rows or tensors. A seed gives the same order in any sharding."""
     generator = torch.Generator().manual_seed(evidence.seed)
     axes = {"element": None, "row": 1, "tensor": 0}[evidence.granularity]
     scores = {}
@@ -95,64 +102,47 @@ def random(evidence: Evidence) -> Named:
 
 @needs(variance=False)
 def magnitude(evidence: Evidence) -> Named:
-    """|w|: the smallest weights first."""
+    """Score by |w|: the smallest weights first."""
     return {name: w.abs() for name, w in evidence.weights.items()}
 
 
 @needs("second_moment", variance=False)
 def second_moment(evidence: Evidence) -> Named:
-    """E[g_S²], what Adam keeps as its second moment: mean and noise together."""
+    """Score by E[g_S²], mean and noise together; Adam keeps it as its second moment."""
     return cast("Named", evidence.second_moment)
 
 
 @needs("mean")
 def snr(evidence: Evidence) -> Named:
-    """|E g_S| / sqrt(variance): gradients that are mostly noise first; those that are always 0 before them."""
+    """Score by |E g_S| / sqrt(variance): gradients that are mostly noise first, after those that are always 0."""
     scores = {}
     for name, mean in cast("Named", evidence.mean).items():
         ratio = mean.abs() / evidence.variance[name].sqrt()
-        scores[name] = torch.where(mean == 0, torch.zeros_like(ratio), ratio)  # 0/0 is an element that never moved
+        scores[name] = torch.where(mean == 0, torch.zeros_like(ratio), ratio)  # 0/0: an element that never moved
     return scores
 
 
 @needs("start", variance=False)
 def displacement(evidence: Evidence) -> Named:
-    """|w - w at the start|: what has moved least first."""
+    """Score by the distance |w - w at the start|: the elements that moved least first."""
     start = cast("Named", evidence.start)
     return {name: (w - start[name]).abs() for name, w in evidence.weights.items()}
 
 
 @needs("recent_mean", "second_moment", variance=False)
 def progress(evidence: Evidence) -> Named:
-    """m² / sqrt(E[g_S²]), m the recent mean of g_S: how much of the loss the element's steps still take away.
+    """Score by m² / sqrt(E[g_S²]), m the recent mean of g_S: how much each step of the element still lowers the loss.
 
-    To first order a step Δw changes the loss by E[g] Δw, and Adam's step is -lr m / sqrt(v): so frozen, the element
-    forgoes lr m² / sqrt(v) with every step, of which the learning rate is common to all. What has converged has m = 0.
+    To first order, a step Δw changes the loss by E[g] Δw, and the step of Adam is -lr m / sqrt(v). So an element that
+    is frozen forgoes lr m² / sqrt(v) at every step; the learning rate is common to all elements. An element that has
+    converged has m = 0.
     """
     recent, second = cast("Named", evidence.recent_mean), cast("Named", evidence.second_moment)
     return {name: _ratio(m.square(), second[name].sqrt()) for name, m in recent.items()}
 
 
-def variance_by_tensor(evidence: Evidence) -> Named:
-    """Variance in units of its mean over the parameter, so that each of them freezes in much the same part."""
-    wrapped = evidence.shards.wrapped(evidence.variance)
-    return {name: _ratio(v, whole(wrapped[name].mean()).expand_as(v)) for name, v in evidence.variance.items()}
-
-
-@needs("second_moment")
-def variance_by_second_moment(evidence: Evidence) -> Named:
-    """Variance / E[g_S²]: that of Adam's normalised gradient. It is S at most, where the mean gradient is none."""
-    second = cast("Named", evidence.second_moment)
-    return {name: _ratio(v, second[name]) for name, v in evidence.variance.items()}
-
-
-def variance_by_magnitude(evidence: Evidence) -> Named:
-    """Variance · w²: that of the derivative by log |w|, which does not change if a layer's scale moves to the next."""
-    return {name: v * evidence.weights[name].square() for name, v in evidence.variance.items()}
-
-
 def _ratio(a: Tensor, b: Tensor) -> Tensor:
-    """The quotient; 0 where b is 0: an element that never moved."""
+    """Return a / b, and 0 where b is 0: an element that never moved."""
     return (a / b).nan_to_num_(nan=0.0, posinf=0.0)
 
 
@@ -165,20 +155,23 @@ ORDERINGS: dict[str, Ordering] = {
     "snr": snr,
     "displacement": displacement,
     "progress": progress,
-    "variance_by_tensor": variance_by_tensor,
-    "variance_by_second_moment": variance_by_second_moment,
-    "variance_by_magnitude": variance_by_magnitude,
 }
+_REMOVED = ("variance_by_tensor", "variance_by_second_moment", "variance_by_magnitude")
 
 
 def resolve(order: str | Ordering) -> Ordering:
-    """The ordering of that name, or `order` itself if it is a callable.
+    """Return the ordering of a name, or `order` itself if it is a callable.
 
     Raises:
-        ValueError: an unknown name, or an unknown field among its ``needs``.
-        TypeError: neither a name nor a callable.
+        ValueError: an unknown name, or an unknown field in ``needs``.
+        TypeError: neither a name nor a callable of one argument.
     """
     if isinstance(order, str):
+        if order in _REMOVED:
+            raise ValueError(
+                f"`order={order!r}` is no longer part of the package. docs/orders.md has it as a function of a few"
+                " lines: pass that function as `order`, which takes any callable."
+            )
         if order not in ORDERINGS:
             raise ValueError(
                 f"`order` must be one of {', '.join(map(repr, ORDERINGS))}, or a callable, got {order!r}."
@@ -192,7 +185,7 @@ def resolve(order: str | Ordering) -> Ordering:
         )
     try:
         inspect.signature(order).bind(None)
-    except ValueError:  # of a callable that does not tell its arguments
+    except ValueError:  # no signature, as with some built-in callables
         pass
     except TypeError as error:
         raise TypeError(
@@ -208,11 +201,11 @@ OPTIONAL_FIELDS = frozenset({"mean", "recent_mean", "second_moment", "start"})
 
 
 def reads_variance(ordering: Ordering) -> bool:
-    """Whether an ordering reads ``evidence.variance``; one that does not say so does."""
+    """Return whether an ordering reads ``evidence.variance``, which it does unless it declares otherwise."""
     return bool(getattr(ordering, "reads_variance", True))
 
 
 def needed_by(ordering: Ordering) -> frozenset[str]:
-    """The optional fields of `Evidence` that an ordering reads."""
+    """Return the optional fields of `Evidence` that an ordering reads."""
     named: str | Collection[str] = getattr(ordering, "needs", ())
     return frozenset([named] if isinstance(named, str) else named)

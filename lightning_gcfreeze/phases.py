@@ -175,9 +175,9 @@ class Observing:
             return
         for estimator in self._estimators:
             estimator.tensors = self._read(estimator.tensors)
-            self.shards.mean_over_replicas_(estimator.tensors, world)
+            (self.shards if self.shards.is_sharded else Shards(world=world)).mean_over_replicas_(estimator.tensors)
         self._scale = 1.0
-        self._observed = -int(world.all_reduce_max(torch.tensor(-self._observed)))
+        self._observed = int(world.all_reduce_min(torch.tensor(self._observed)))
         self.skipped, self.batch_size = world.broadcast_object((self.skipped, self.batch_size))
 
     def scores(
@@ -222,11 +222,11 @@ class Observing:
         given = scores
         if keep is not None:
             scores = {name: score.double().masked_fill(keep[name], -math.inf) for name, score in scores.items()}
-        among = world if self.shards else SINGLE_PROCESS
-        frozen = selection.lowest_k(scores, k, granularity, self.shards, among)
-        self.shards.check_agreement(frozen, world)
+        among = self.shards.element_world
+        frozen = selection.lowest_k(scores, k, granularity, self.shards)
+        (self.shards if self.shards.is_sharded else Shards(world=world)).check_agreement(frozen)
         apart = any(v.numel() and v.data_ptr() != scores[name].data_ptr() for name, v in evidence.variance.items())
-        by_variance = self.has_noise and not among.all_reduce_sum(torch.tensor(int(apart)))
+        by_variance = self.has_noise and not among.any(apart)
         return Frozen(
             frozen=frozen,
             scores=scores,
@@ -236,8 +236,8 @@ class Observing:
             observed=self.observed,
             skipped=self.skipped,
             positions=dict(positions or {}),
-            counts=self.shards.count(frozen, among),
-            never_moved=sum(self.shards.count(_never_moved(frozen, given, active, among), among).values()),
+            counts=self.shards.n_marked(frozen),
+            never_moved=sum(self.shards.n_marked(_never_moved(frozen, given, active, among)).values()),
             shapes=self.shapes,
             shards=self.shards,
         )
@@ -257,10 +257,10 @@ class Observing:
             selection.check_scores(scores, evidence.weights)
         except Exception as error:
             failure = error
-        if world.all_reduce_sum(torch.tensor(int(failure is not None))):  # else the others would wait
+        if world.any(failure is not None):  # else the others would wait
             raise failure or RuntimeError("`order` failed on another process; see its error.")
         by_element = {name: scores[name].detach() for name in evidence.weights}
-        return selection.pooled(by_element, evidence.granularity, self.shards, world if self.shards else SINGLE_PROCESS)
+        return selection.pooled(by_element, evidence.granularity, self.shards)
 
     def state_dict(self, world: World = SINGLE_PROCESS) -> dict[str, Any]:
         """Tensors, numbers and strings alone; tensors are whole, those of sharded parameters on rank 0 only."""
@@ -269,9 +269,9 @@ class Observing:
             "begun": bool(self.shapes),
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "full": isinstance(self.covariance, FullCovariance),
-            "covariance": self.shards.whole(self.covariance.tensors, world),
-            "moments": {name: self.shards.whole(estimator.tensors, world) for name, estimator in self.moments.items()},
-            "start": None if self.start is None else self.shards.whole(self.start, world),
+            "covariance": self.shards.whole(self.covariance.tensors),
+            "moments": {name: self.shards.whole(estimator.tensors) for name, estimator in self.moments.items()},
+            "start": None if self.start is None else self.shards.whole(self.start),
             "scale": self._scale,
             "observed": self._observed,
             "skipped": self.skipped,
@@ -382,22 +382,22 @@ class Frozen:
 
     def of_count(self, k: int, granularity: Granularity, world: World) -> "Frozen":
         """The decision for another k, along the same order."""
-        frozen = selection.lowest_k(self.scores, k, granularity, self.shards, world if self.shards else SINGLE_PROCESS)
-        return replace(self, frozen=frozen, counts=self.shards.count(frozen, world if self.shards else SINGLE_PROCESS))
+        frozen = selection.lowest_k(self.scores, k, granularity, self.shards)
+        return replace(self, frozen=frozen, counts=self.shards.n_marked(frozen))
 
     def state_dict(self, world: World = SINGLE_PROCESS) -> dict[str, Any]:
         """Tensors and numbers alone; tensors are whole, those of sharded parameters on rank 0 only."""
         state = {name: value for name, value in vars(self).items() if name not in ("counts", "shapes", "shards")}
         state["again"] = self.again and self.again.state_dict(world)
-        state["frozen"] = self.shards.whole(self.frozen, world)
-        state["scores"] = self.shards.whole(self.scores, world)
-        state["variance"] = state["scores"] if self.by_variance else self.shards.whole(self.variance, world)
+        state["frozen"] = self.shards.whole(self.frozen)
+        state["scores"] = self.shards.whole(self.scores)
+        state["variance"] = state["scores"] if self.by_variance else self.shards.whole(self.variance)
         return {"begun": True} | state
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> "Frozen":
         """The phase that `state_dict` was taken of, not sharded yet: see `to`."""
-        counts = UNSHARDED.count(state["frozen"], SINGLE_PROCESS)
+        counts = UNSHARDED.n_marked(state["frozen"])
         shapes = {name: mask.shape for name, mask in state["frozen"].items()}
         given = {name: value for name, value in state.items() if name != "begun"}
         given["again"] = state["again"] and Observing.from_state_dict(state["again"])
@@ -418,5 +418,5 @@ class Frozen:
 
 def _never_moved(frozen: Named, scores: Named, activity: Named, world: World) -> dict[str, Tensor]:
     own = min((float(score.min()) for score in scores.values() if score.numel()), default=math.inf)
-    least = -float(world.all_reduce_max(torch.tensor(-own, dtype=torch.float64)))
+    least = float(world.all_reduce_min(torch.tensor(own, dtype=torch.float64)))
     return {name: mask & (activity[name] == 0) & (scores[name] == least) for name, mask in frozen.items()}

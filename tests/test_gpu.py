@@ -490,10 +490,10 @@ for arguments, after in itertools.product([{"k": 0.6}, {"k": 0.6, "granularity":
         errors += failed(("resume", arguments, after), error)
 
 if dist.get_world_size() == 1:
-    for name in ("total", "largest"):
+    for name in ("all_reduce_sum", "all_reduce_max", "all_reduce_min"):
         world = World(2, test_gpu.DEVICE)  # so that it does send
         assert getattr(world, name)(torch.arange(3)).tolist() == [0, 1, 2]
-    assert World(2, test_gpu.DEVICE).of_first(("a", 1)) == ("a", 1)
+    assert World(2, test_gpu.DEVICE).broadcast_object(("a", 1)) == ("a", 1)
     if test_gpu.DEVICE == "cuda":
         try:
             callback = GradCovFreezeCallback(t0=6, k=0.6, granularity="row")
@@ -509,7 +509,7 @@ dist.destroy_process_group()
 
 
 def alone(folder: Path, backend: str, nodes: int, port: int) -> list[Any]:
-    """World of DDP as nodes of one process, so that several of them may have the same GPU."""
+    """Ranks of DDP as nodes of one process, so that several of them may have the same GPU."""
     script = folder / "ranks.py"
     script.write_text(RANKS_ON_A_GPU)
     processes = []

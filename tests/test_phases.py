@@ -73,13 +73,13 @@ class Other(World):
         super().__init__(2)
         self.mean_ = mean_
 
-    def of_first(self, value):
+    def broadcast_object(self, value):
         """Rank 0 has skipped no step."""
         return (0, *value[1:])
 
-    def largest(self, tensor):
+    def all_reduce_min(self, tensor):
         """The other has observed four steps."""
-        return torch.maximum(tensor, torch.tensor(-4))
+        return torch.minimum(tensor, torch.tensor(4))
 
 
 class TestObserving:

@@ -1,4 +1,4 @@
-"""Several processes: one decision on all of them, whatever part of the parameters each has."""
+"""Several processes: collectives, and which elements of each parameter a process holds."""
 
 from lightning_gcfreeze.distributed.collectives import SINGLE_PROCESS, World
 from lightning_gcfreeze.distributed.shards import UNSHARDED, Shards, local, part, whole

@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other: sums, means, rank 0's word. With one process nothing is sent."""
+"""Collectives: sum, maximum, minimum, mean, gather, broadcast. With one process they do nothing."""
 
 from typing import Any, TypeVar
 
@@ -10,11 +10,14 @@ T = TypeVar("T")
 
 
 class World:
-    """All processes of a run. Every method with traffic must be called by all of them, in the same order.
+    """All processes of a run.
+
+    Every method that communicates must be called by all processes, in the same order. Inputs are not modified, except
+    by `all_reduce_mean_`; results are on the device of the input, except those of `all_gather`.
 
     Args:
-        size: how many there are.
-        device: where the backend wants tensors.
+        size: number of processes.
+        device: where the backend of the process group expects tensors: the CPU for gloo, this process's GPU for NCCL.
     """
 
     def __init__(self, size: int = 1, device: torch.device | str = "cpu") -> None:
@@ -22,35 +25,43 @@ class World:
 
     @property
     def rank(self) -> int:
-        """The rank of this process."""
+        """Rank of this process, from 0."""
         return dist.get_rank() if self.size > 1 else 0
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """The sum over the processes."""
-        return self._reduced(tensor, dist.ReduceOp.SUM)
+        """Return the sum over all processes, element by element."""
+        return self._all_reduce(tensor, dist.ReduceOp.SUM)
 
     def all_reduce_max(self, tensor: Tensor) -> Tensor:
-        """The largest over the processes, element by element."""
-        return self._reduced(tensor, dist.ReduceOp.MAX)
+        """Return the maximum over all processes, element by element."""
+        return self._all_reduce(tensor, dist.ReduceOp.MAX)
+
+    def all_reduce_min(self, tensor: Tensor) -> Tensor:
+        """Return the minimum over all processes, element by element."""
+        return self._all_reduce(tensor, dist.ReduceOp.MIN)
+
+    def any(self, flag: bool) -> bool:
+        """Return whether `flag` is True on at least one process."""
+        return bool(self.all_reduce_max(torch.tensor(int(flag))))
 
     def all_reduce_mean_(self, tensor: Tensor, group: dist.ProcessGroup | None = None) -> None:
-        """Replace a tensor by its mean over the processes, or over those of a group."""
+        """Replace a tensor by its mean over all processes, or over the processes of `group`."""
         if self.size > 1:
-            there = tensor.to(self._device)
-            dist.all_reduce(there, group=group)
-            tensor.copy_(there.div_(dist.get_world_size(group)))
+            sent = tensor.to(self._device)
+            dist.all_reduce(sent, group=group)
+            tensor.copy_(sent.div_(dist.get_world_size(group)))
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """(processes, *tensor.shape), on the CPU."""
+        """Return the tensors of all processes in the order of their ranks, ``(size, *tensor.shape)``, on the CPU."""
         if self.size == 1:
             return tensor.cpu()[None]
-        there = tensor.to(self._device)
-        of_each = [torch.empty_like(there) for _ in range(self.size)]
-        dist.all_gather(of_each, there)
-        return torch.stack(of_each).cpu()
+        sent = tensor.to(self._device)
+        received = [torch.empty_like(sent) for _ in range(self.size)]
+        dist.all_gather(received, sent)
+        return torch.stack(received).cpu()
 
     def broadcast_object(self, value: T) -> T:
-        """What rank 0 has: numbers, strings, containers of them."""
+        """Return the value of rank 0: a number, a string, or a container of them."""
         if self.size == 1:
             return value
         values = [value]
@@ -58,19 +69,20 @@ class World:
         return values[0]
 
     def all_gather_object(self, value: T) -> list[T]:
-        """What each of them has, in their order."""
+        """Return the values of all processes in the order of their ranks."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
 
-    def _reduced(self, tensor: Tensor, operation: Any) -> Tensor:
+    def _all_reduce(self, tensor: Tensor, operation: Any) -> Tensor:
         if self.size == 1:
             return tensor
-        there = tensor.to(self._device, copy=True)
-        dist.all_reduce(there, operation)
-        return there.to(tensor.device)
+        sent = tensor.to(self._device, copy=True)
+        dist.all_reduce(sent, operation)
+        return sent.to(tensor.device)
 
 
 SINGLE_PROCESS = World()
+"""The world of a run with one process."""

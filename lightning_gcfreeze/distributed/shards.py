@@ -1,8 +1,8 @@
-"""Which elements of each parameter this process has: all of them, or those of its shard of a DTensor.
+"""Which elements of each parameter this process holds: all of them, or those of its shard of a DTensor.
 
-Everything that is kept by element (statistics, scores, masks) is kept for the local elements alone, in plain tensors
-of the local shape. An element's place in its whole parameter is known, so that what is decided and what is saved does
-not depend on how the parameters are sharded.
+Everything that is kept by element (statistics, scores, masks) is kept for the local elements only, in plain tensors of
+the local shape. The index of each local element in the whole parameter is known, so decisions and checkpoints do not
+depend on how the parameters are sharded.
 """
 
 import functools
@@ -13,34 +13,38 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.placement_types import Placement
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from lightning_gcfreeze._types import Named
-from lightning_gcfreeze.distributed.collectives import World
+from lightning_gcfreeze.distributed.collectives import SINGLE_PROCESS, World
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The elements that this process has, in the tensor's own memory; of a plain tensor all."""
+    """Return the local elements of a DTensor, in its own memory; a plain tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All elements of a DTensor, gathered: to be called by all processes."""
+    """Return all elements of a DTensor, gathered; a plain tensor as it is. All processes must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def part(parameter: Tensor, tensor: Tensor) -> Tensor:
-    """Of a tensor like `parameter`, whole or sharded in any way, what is like the local part of `parameter`.
+    """Return those elements of `tensor` that correspond to the local elements of `parameter`.
 
-    Traffic only where `tensor` is a DTensor that is a sum yet to be taken.
+    Communicates only if `tensor` is a DTensor with a partial placement, a sum that is still to be reduced.
+
+    Args:
+        parameter: a plain tensor, for which `tensor` is returned as it is, or a DTensor.
+        tensor: a tensor of the shape of the whole parameter, plain or sharded in any way.
     """
     if not isinstance(parameter, DTensor):
         return tensor
-    return _Spec.of(parameter).part(tensor)
+    return _Layout.of(parameter).select_local(tensor)
 
 
-class _Spec(NamedTuple):
-    """How a DTensor lies on the processes."""
+class _Layout(NamedTuple):
+    """How a DTensor is laid out over the processes."""
 
     mesh: DeviceMesh
     placements: tuple[Placement, ...]
@@ -48,191 +52,218 @@ class _Spec(NamedTuple):
     stride: tuple[int, ...]
 
     @classmethod
-    def of(cls, tensor: DTensor) -> "_Spec":
+    def of(cls, tensor: DTensor) -> "_Layout":
         return cls(tensor.device_mesh, tuple(tensor.placements), tensor.shape, tensor.stride())
 
-    def places(self, axis: int) -> Tensor:
-        """The indices along an axis of the whole that this process has, ascending, (length of the local axis,)."""
-        return _places(self, axis, torch.distributed.get_rank())
+    def global_indices(self, axis: int) -> Tensor:
+        """Return the local indices along an axis of the whole tensor, ascending, ``(length of the local axis,)``."""
+        return _global_indices(self, axis, torch.distributed.get_rank())
 
-    def is_cut(self, axis: int) -> bool:
-        return any(_cuts(placement, axis) for placement in self.placements)
+    def is_sharded_along(self, axis: int) -> bool:
+        return any(_shards_axis(placement, axis) for placement in self.placements)
 
-    def part(self, tensor: Tensor) -> Tensor:
+    def select_local(self, tensor: Tensor) -> Tensor:
+        """Return the elements of a tensor, which is whole or in another layout, that are local in this layout."""
         if not isinstance(tensor, DTensor):
-            return self._cut(tensor, None)
-        theirs = _Spec.of(tensor)
-        if any(placement.is_partial() for placement in theirs.placements):
-            settled = [Replicate() if placement.is_partial() else placement for placement in theirs.placements]
-            tensor = tensor.redistribute(placements=self.placements if theirs.mesh == self.mesh else settled)
-            theirs = _Spec.of(tensor)
-        if (theirs.mesh, theirs.placements) == (self.mesh, self.placements):
+            return self._select(tensor, None)
+        given = _Layout.of(tensor)
+        if any(placement.is_partial() for placement in given.placements):
+            reduced = [Replicate() if placement.is_partial() else placement for placement in given.placements]
+            tensor = tensor.redistribute(placements=self.placements if given.mesh == self.mesh else reduced)
+            given = _Layout.of(tensor)
+        if (given.mesh, given.placements) == (self.mesh, self.placements):
             return tensor.to_local()
-        return self._cut(tensor.to_local(), theirs)
+        return self._select(tensor.to_local(), given)
 
-    def _cut(self, tensor: Tensor, has: "_Spec | None") -> Tensor:
-        """Of what another layout has, or of everything, the part of this one."""
+    def _select(self, tensor: Tensor, given: "_Layout | None") -> Tensor:
+        """Select from the local elements of the layout `given`, or from a whole tensor if it is None."""
         for axis in range(len(self.shape)):
-            if not self.is_cut(axis):
+            if not self.is_sharded_along(axis):
                 continue
-            places = self.places(axis).to(tensor.device)
-            if has is not None and has.is_cut(axis):
-                places = torch.searchsorted(has.places(axis).to(tensor.device), places)
-            if len(places) and int(places[-1] - places[0]) == len(places) - 1:
-                tensor = tensor.narrow(axis, int(places[0]), len(places))
+            indices = self.global_indices(axis).to(tensor.device)
+            if given is not None and given.is_sharded_along(axis):
+                indices = torch.searchsorted(given.global_indices(axis).to(tensor.device), indices)
+            if len(indices) and int(indices[-1] - indices[0]) == len(indices) - 1:
+                tensor = tensor.narrow(axis, int(indices[0]), len(indices))
             else:
-                tensor = tensor.index_select(axis, places)
+                tensor = tensor.index_select(axis, indices)
         return tensor
+
+    def fingerprint(self) -> int:
+        """Return a hash of the indices of the local elements."""
+        indices = [self.global_indices(axis) for axis in range(len(self.shape))]
+        return _fingerprint(torch.cat(indices or [torch.empty(0)]))
+
+    def wrap(self, tensor: Tensor) -> DTensor:
+        """Return the DTensor in this layout whose local elements these are."""
+        return DTensor.from_local(
+            tensor, self.mesh, self.placements, run_check=False, shape=self.shape, stride=self.stride
+        )
 
 
 @functools.lru_cache(maxsize=4096)
-def _places(spec: _Spec, axis: int, rank: int) -> Tensor:
-    """Of one rank; laying a tensor out takes a millisecond."""
-    along = [_along_first(placement) if _cuts(placement, axis) else Replicate() for placement in spec.placements]
-    indices = torch.arange(spec.shape[axis], device=spec.mesh.device_type)
-    return distribute_tensor(indices, spec.mesh, along, src_data_rank=None).to_local()
+def _global_indices(layout: _Layout, axis: int, rank: int) -> Tensor:
+    """Compute `_Layout.global_indices` of one rank; cached, because `distribute_tensor` takes a millisecond."""
+    placements = [_along_axis_0(p) if _shards_axis(p, axis) else Replicate() for p in layout.placements]
+    indices = torch.arange(layout.shape[axis], device=layout.mesh.device_type)
+    return distribute_tensor(indices, layout.mesh, placements, src_data_rank=None).to_local()
 
 
 class Shards:
-    """The layout of parameters by name; see the module. It does not change.
+    """The layout of parameters, by name, and the processes that they are laid out over. It does not change.
+
+    Tensors that methods take as ``{name: tensor}`` hold the local elements, unless said otherwise.
 
     Args:
-        parameters: plain tensors, of which every process has all elements, and DTensors.
+        parameters: plain tensors, of which every process holds all elements, and DTensors.
+        world: all processes of the run.
     """
 
-    def __init__(self, parameters: Named | None = None) -> None:
-        self._specs = {name: _Spec.of(p) for name, p in (parameters or {}).items() if isinstance(p, DTensor)}
+    def __init__(self, parameters: Named | None = None, world: World = SINGLE_PROCESS) -> None:
+        self.world = world
+        self._layouts = {name: _Layout.of(p) for name, p in (parameters or {}).items() if isinstance(p, DTensor)}
 
-    def __bool__(self) -> bool:
-        """Whether there are any."""
-        return bool(self._specs)
+    @property
+    def is_sharded(self) -> bool:
+        """Whether any parameter is a DTensor."""
+        return bool(self._layouts)
+
+    @property
+    def element_world(self) -> World:
+        """The processes that elements are spread over: the world if any parameter is sharded, else this process only.
+
+        A sum over it counts each element once, of those for which `is_counted_here` holds.
+        """
+        return self.world if self.is_sharded else SINGLE_PROCESS
 
     @property
     def meshes(self) -> list[DeviceMesh]:
-        """The meshes that parameters are sharded over."""
-        return list(dict.fromkeys(spec.mesh for spec in self._specs.values()))
+        """The meshes that parameters are sharded over, each once."""
+        return list(dict.fromkeys(layout.mesh for layout in self._layouts.values()))
 
     def shape(self, name: str, tensor: Tensor) -> torch.Size:
-        """Of the whole parameter, of which `tensor` is the local part."""
-        return self._specs[name].shape if name in self._specs else tensor.shape
+        """Return the shape of a whole parameter, of which `tensor` holds the local elements."""
+        return self._layouts[name].shape if name in self._layouts else tensor.shape
 
-    def counts(self, name: str) -> bool:
-        """Whether this process is the one, of those that have the same elements, that they are counted for."""
-        if not self._specs:
+    def is_counted_here(self, name: str) -> bool:
+        """Return whether this process is the first of those that hold the same elements of a parameter."""
+        if not self.is_sharded:
             return True
-        if name not in self._specs:
+        if name not in self._layouts:
             return torch.distributed.get_rank() == 0
-        mesh, placements = self._specs[name].mesh, self._specs[name].placements
+        mesh, placements = self._layouts[name].mesh, self._layouts[name].placements
         coordinate = mesh.get_coordinate()
-        assert coordinate is not None  # the process has a part
+        assert coordinate is not None  # the process holds a shard
         first = all(c == 0 for c, placement in zip(coordinate, placements, strict=True) if placement.is_replicate())
         return first and bool((mesh.mesh == 0).any())
 
-    def flat_index(self, name: str, where: Tensor, tensor: Tensor) -> Tensor:
-        """Places in the whole parameter, row by row, of places in its local part.
+    def flat_index(self, name: str, index: Tensor, tensor: Tensor) -> Tensor:
+        """Return flat indices into the whole parameter for flat indices into its local elements, both row by row.
 
         Args:
-            where: int64, flat places in `tensor`, the local part.
+            name: of the parameter.
+            index: int64, of any shape.
+            tensor: the local elements, for their shape.
         """
-        if name not in self._specs:
-            return where
-        shape, found = self._specs[name].shape, torch.zeros_like(where)
-        for axis, index in enumerate(torch.unravel_index(where, tensor.shape)):
-            found = found * shape[axis] + self._specs[name].places(axis).to(where.device)[index]
+        if name not in self._layouts:
+            return index
+        layout, found = self._layouts[name], torch.zeros_like(index)
+        for axis, along_axis in enumerate(torch.unravel_index(index, tensor.shape)):
+            found = found * layout.shape[axis] + layout.global_indices(axis).to(index.device)[along_axis]
         return found
 
     def rows(self, name: str, tensor: Tensor) -> Tensor:
-        """The rows of the whole parameter, indices along its first axis, that the rows of its local part are."""
-        if name not in self._specs or not tensor.dim():
+        """Return the row of the whole parameter, an index along its first axis, of each local row, ``(rows,)``."""
+        if name not in self._layouts or not tensor.dim():
             return torch.arange(len(tensor) if tensor.dim() else 1, device=tensor.device)
-        return self._specs[name].places(0).to(tensor.device)
+        return self._layouts[name].global_indices(0).to(tensor.device)
 
-    def mean_over_replicas_(self, named: Named, world: World) -> None:
-        """Replace what several processes have of a parameter by its mean over them."""
+    def mean_over_replicas_(self, named: Named) -> None:
+        """Replace each tensor by its mean over the processes that hold the same elements."""
         for name, tensor in named.items():
-            if name not in self._specs:
-                world.all_reduce_mean_(tensor)
-            else:
-                mesh, placements = self._specs[name].mesh, self._specs[name].placements
-                for axis, placement in enumerate(placements):
-                    if placement.is_replicate():
-                        world.all_reduce_mean_(tensor, mesh.get_group(axis))
+            if name not in self._layouts:
+                self.world.all_reduce_mean_(tensor)
+                continue
+            layout = self._layouts[name]
+            for mesh_axis, placement in enumerate(layout.placements):
+                if placement.is_replicate():
+                    self.world.all_reduce_mean_(tensor, layout.mesh.get_group(mesh_axis))
 
     def wrapped(self, named: Named) -> dict[str, Tensor]:
-        """DTensors in place of the local parts of such, laid out as the parameters are."""
-        return {name: self._wrap(name, tensor) for name, tensor in named.items()}
+        """Return DTensors laid out as the parameters are; for plain parameters the tensors as they are."""
+        return {name: self._layouts[name].wrap(t) if name in self._layouts else t for name, t in named.items()}
 
     def parts(self, named: Named) -> dict[str, Tensor]:
-        """The local parts of whole tensors."""
-        return {n: self._specs[n].part(t) if n in self._specs else t for n, t in named.items()}
+        """Return the local elements of whole tensors."""
+        return {name: self._layouts[name].select_local(t) if name in self._layouts else t for name, t in named.items()}
 
-    def whole(self, named: Named, world: World) -> dict[str, Tensor]:
-        """Whole tensors. If there are shards, on the CPU of rank 0 and nowhere else, gathered one after the other."""
-        if not self:
+    def whole(self, named: Named) -> dict[str, Tensor]:
+        """Return the whole tensors.
+
+        If any parameter is sharded, all processes must call it: tensors are gathered one after the other, and returned
+        on the CPU of rank 0 only; on the other ranks the dict is empty.
+        """
+        if not self.is_sharded:
             return dict(named)
         found = {}
-        for name, tensor in named.items():
-            full = whole(self._wrap(name, tensor))
-            if world.rank == 0:
+        for name, tensor in self.wrapped(named).items():
+            full = whole(tensor)
+            if self.world.rank == 0:
                 found[name] = full.cpu()
         return found
 
-    def count(self, masks: Named, world: World) -> dict[str, int]:
-        """By name, how many elements are marked, on all processes."""
-        counts = torch.tensor([int(mask.sum()) if self.counts(name) else 0 for name, mask in masks.items()])
-        return dict(zip(masks, world.all_reduce_sum(counts).tolist(), strict=True))
+    def n_marked(self, masks: Named) -> dict[str, int]:
+        """Return the number of True elements of each whole mask."""
+        counts = [int(mask.sum()) if self.is_counted_here(name) else 0 for name, mask in masks.items()]
+        return dict(zip(masks, self.element_world.all_reduce_sum(torch.tensor(counts)).tolist(), strict=True))
 
-    def check_agreement(self, masks: Named, world: World) -> None:
-        """Make sure that processes with the same elements have the same masks.
+    def check_agreement(self, masks: Named) -> None:
+        """Check that processes that hold the same elements have the same masks.
 
         Raises:
-            RuntimeError: they have not; on all processes.
+            RuntimeError: they differ. It is raised on all processes and names the parameters and ranks.
         """
-        if world.size == 1:
+        if self.world.size == 1:
             return
-        own = [(self._fingerprint_of_places(name), _fingerprint(mask)) for name, mask in masks.items()]
-        of_all = world.all_gather(torch.tensor(own)).tolist()
-        apart: dict[str, list[int]] = {}
+        local_fingerprints = [
+            (self._layouts[name].fingerprint() if name in self._layouts else 0, _fingerprint(mask))
+            for name, mask in masks.items()
+        ]
+        by_rank = self.world.all_gather(torch.tensor(local_fingerprints)).tolist()
+        differing: dict[str, list[int]] = {}
         for i, name in enumerate(masks):
-            first: dict[int, int] = {}  # places -> the mask of the first process that has them
-            for rank, of_rank in enumerate(of_all):
-                places, mask = of_rank[i]
-                if first.setdefault(places, mask) != mask:
-                    apart.setdefault(name, []).append(rank)
-        if apart:
-            listing = ", ".join(f"{name} (ranks {', '.join(map(str, r))})" for name, r in list(apart.items())[:5])
+            expected: dict[int, int] = {}  # elements -> the mask of the first rank that holds them
+            for rank, fingerprints in enumerate(by_rank):
+                elements, mask = fingerprints[i]
+                if expected.setdefault(elements, mask) != mask:
+                    differing.setdefault(name, []).append(rank)
+        if differing:
+            listing = [f"{name} (ranks {', '.join(map(str, ranks))})" for name, ranks in differing.items()]
             raise RuntimeError(
-                f"The processes would freeze different elements. Of {len(apart)} parameters some ranks have other masks"
-                f" than the first that has the same elements: {listing}. Weights or gradients may differ that ought to"
-                " be the same; an `order` of your own must give the same scores everywhere: draw random numbers from"
-                " `evidence.seed`, and use nothing that only one rank has."
+                f"The processes would freeze different elements. For {len(differing)} parameters, the masks of some"
+                " ranks differ from that of the first rank with the same elements:"
+                f" {', '.join(listing[:5])}. Weights or gradients may differ that should be equal on all ranks. A"
+                " custom `order` must return the same scores on all ranks: draw random numbers from `evidence.seed`,"
+                " and use nothing that only one rank has."
             )
 
-    def _fingerprint_of_places(self, name: str) -> int:
-        if name not in self._specs:
-            return 0
-        spec = self._specs[name]
-        return _fingerprint(torch.cat([spec.places(axis) for axis in range(len(spec.shape))] or [torch.empty(0)]))
-
     def __deepcopy__(self, memo: dict[int, Any]) -> "Shards":
+        """Return this object: process groups and meshes cannot be copied."""
         return self
 
-    def _wrap(self, name: str, tensor: Tensor) -> Tensor:
-        if name not in self._specs:
-            return tensor
-        mesh, placements, shape, stride = self._specs[name]
-        return DTensor.from_local(tensor, mesh, placements, run_check=False, shape=shape, stride=stride)
 
-
-def _cuts(placement: Any, axis: int) -> bool:
-    """Whether it is a kind of shard along an axis; FSDP2 over tensor parallelism has its own, that is no `Shard`."""
+def _shards_axis(placement: Any, axis: int) -> bool:
+    """Return whether a placement, `Shard` or `_StridedShard`, shards along an axis."""
     return not placement.is_replicate() and not placement.is_partial() and placement.dim == axis
 
 
-def _along_first(placement: Any) -> Placement:
-    """The same way of cutting, along the first axis."""
-    factor = getattr(placement, "split_factor", None)
-    return Shard(0) if factor is None else type(placement)(0, split_factor=factor)
+def _along_axis_0(placement: Placement) -> Placement:
+    """Return the placement that shards in the same way along the first axis."""
+    # FSDP2 over tensor parallelism shards an axis twice, in an order of its own: by `_StridedShard`, which is private,
+    # and a `Shard` in some versions of torch only.
+    if isinstance(placement, _StridedShard):
+        return _StridedShard(0, split_factor=placement.split_factor)
+    return Shard(0)
 
 
 def _fingerprint(tensor: Tensor) -> int:
@@ -241,4 +272,4 @@ def _fingerprint(tensor: Tensor) -> int:
 
 
 UNSHARDED = Shards()
-"""Of parameters that are not sharded."""
+"""The layout of parameters that are not sharded, in a run with one process."""

@@ -1,1 +1,1 @@
-"""When a run freezes, and how much: as told, or from the data."""
+"""When to freeze, and how much: as given, or found from the data."""

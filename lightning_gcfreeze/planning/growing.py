@@ -1,9 +1,9 @@
-"""k from the data: freeze more and more along the order, as long as the loss does not mind.
+"""k from the data: freeze more and more elements along the order, as long as the loss does not rise.
 
-After each stage the mean loss is compared with the one before the first freeze, or the lowest mean since. A stage is
-good if its increase, with one standard error on top, stays below what is allowed; it costs too much if the increase is
-above that even with a standard error less, twice in a row. What lies between is noise: it is looked at longer, and in
-the end decides for nothing but to stay.
+After each stage the mean loss is compared with a reference: the mean before the first freeze, or the lowest mean since.
+A stage is good if the increase, plus one standard error, is at most what is allowed. It costs too much if the increase,
+minus one standard error, is more than that, twice in a row. In between, noise hides the cost: more means are collected,
+and after `patience` of them the current stage is kept.
 """
 
 import math
@@ -14,24 +14,28 @@ from lightning_gcfreeze import _checks
 from lightning_gcfreeze.planning.losses import LossMean
 
 Verdict: TypeAlias = Literal["wait", "grow", "stay", "thaw"]
+"""On a stage: "wait" for more losses, "grow" to the next one, "stay" for good, or "thaw" it and keep the one before."""
 
 
 @dataclass(frozen=True)
 class Growth:
-    """What ``k="auto"`` means, with other numbers: ``k=Growth(most=0.99, monitor="val_loss")``.
+    """Freeze more and more elements, as long as the loss does not rise: ``k=Growth(most=0.99, monitor="val_loss")``.
+
+    ``k="auto"`` is ``k=Growth()``.
 
     Args:
-        max_loss_increase: relative to the loss before the first freeze, or the lowest since. Where no monitored one was
-            known by then, the first that comes.
-        monitor: the loss to watch, by the name under which it is logged; it is read after each validation. None: the
-            training loss, over `every` steps.
-        first: the fraction of the eligible elements that the first stage freezes.
-        most: that of the last stage.
-        stages: how many there are.
-        spacing: "geometric", the live fraction shrinks by the same factor from stage to stage; "linear", by the same
+        max_loss_increase: the largest increase of the loss that is allowed, relative to the reference: the loss before
+            the first freeze or the lowest since. If no monitored loss is known before the freeze, the first one after
+            it is the reference.
+        monitor: name of a logged loss, which is read after each validation. None: the training loss, averaged over
+            `every` steps.
+        first: fraction of the eligible elements that the first stage freezes.
+        most: fraction that the last stage freezes.
+        stages: number of stages.
+        spacing: "geometric": the live fraction shrinks by the same factor from stage to stage; "linear": by the same
             difference.
         every: optimizer steps over which the training loss is averaged; None: a tenth of t0, at least 20.
-        patience: means of a stage, before it is settled that noise hides its cost.
+        patience: loss means to collect before an undecided stage is kept.
 
     Raises:
         TypeError: an argument of the wrong kind.
@@ -60,7 +64,7 @@ class Growth:
         _checks.integer("patience", self.patience, at_least=2)
 
     def fractions(self) -> list[float]:
-        """What the stages freeze."""
+        """Return the fraction of the eligible elements that each stage freezes."""
         shares = [i / max(1, self.stages - 1) for i in range(self.stages)]
         if self.spacing == "linear":
             return [self.first + share * (self.most - self.first) for share in shares]
@@ -71,58 +75,69 @@ class GrowthState:
     """The stages of a run, from the first freeze on.
 
     Args:
-        growth: what they are.
+        growth: their definition.
         every: optimizer steps over which the training loss is averaged.
-        reference: the loss before the first freeze, if it is known; else the first that comes.
+        reference: the loss before the first freeze. If it is of no values, the first loss to be judged is taken.
     """
 
     def __init__(self, growth: Growth, every: int, reference: LossMean) -> None:
         self.growth, self.every, self.reference = growth, every, reference
-        self.stage = 0  # the one that is frozen; -1: none
+        self.stage = 0  # that is frozen; -1 after the first one has thawed
         self.done = False
-        self.increase = self.noise = math.nan  # of the last mean
-        self._means: list[LossMean] = []  # of this stage
-        self._over = 0  # how many of them in a row lay above, beyond noise
+        self.increase = self.noise = math.nan  # of the loss, relative, and its standard error, as last judged
+        self._means: list[LossMean] = []  # since the stage began
+        self._n_too_high = 0  # means in a row with an increase that is too high beyond noise
 
     @property
     def fraction(self) -> float:
-        """What is to be frozen."""
+        """Fraction of the eligible elements that is frozen."""
         return self.growth.fractions()[self.stage] if self.stage >= 0 else 0.0
 
-    def take(self, loss: LossMean) -> Verdict:
-        """Judge a stage by one more mean of the loss since it began, and go to the next one if it is good."""
-        if not loss.of:
+    def judge(self, loss: LossMean) -> Verdict:
+        """Judge the stage by its loss means so far and one more, and go to the next stage if it is good."""
+        if not loss.n:
             return "wait"
-        if not self.reference.of:
+        if not self.reference.n:
             self.reference = loss
             return "wait"
         self._means.append(loss)
-        found = _joined(self._means)
-        self.increase, self.noise = found.above(self.reference)
-        most = self.growth.max_loss_increase
-        self._over = self._over + 1 if self.increase - self.noise > most else 0
-        if self._over >= 2:
+        mean = _joined(self._means)
+        self.increase, self.noise = mean.increase_over(self.reference)
+        allowed, is_patient = self.growth.max_loss_increase, len(self._means) >= self.growth.patience
+        self._n_too_high = self._n_too_high + 1 if self.increase - self.noise > allowed else 0
+        if self._n_too_high >= 2:
             self.done, self.stage = True, self.stage - 1
             return "thaw"
-        if self.increase + self.noise <= most or (self.increase <= most and self._patient):
-            self.reference = min(self.reference, found)  # by value
-            self._means, self._over = [], 0
-            self.done = self.stage + 1 == self.growth.stages
-            self.stage += not self.done
-            return "stay" if self.done else "grow"
-        if self._patient and not self._over:
+        if self.increase + self.noise <= allowed or (self.increase <= allowed and is_patient):
+            self.reference = min(self.reference, mean)  # by value
+            self._means, self._n_too_high = [], 0
+            if self.stage + 1 == self.growth.stages:
+                self.done = True
+                return "stay"
+            self.stage += 1
+            return "grow"
+        if is_patient and not self._n_too_high:
             self.done = True
             return "stay"
         return "wait"
 
     def sentence(self, verdict: Verdict) -> str:
-        """What was found, for the log."""
-        found = f"the loss is {self.increase:+.2%} (± {self.noise:.2%}) above what it was"
-        then = {"grow": "so more is frozen:", "thaw": "so the last stage thaws:", "stay": "and it stays at that:"}
-        return f"{found}, {then.get(verdict, '')}"
+        """Return the last judgement in words, for the log, with a colon at the end."""
+        found = f"the loss is {self.increase:+.2%} (± {self.noise:.2%}) above the reference"
+        consequence = {
+            "grow": "so the next stage begins:",
+            "thaw": "so the last stage thaws:",
+            "stay": "this stage stays:",
+        }
+        return f"{found}, {consequence.get(verdict, '')}"
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers alone."""
+        """Return all that is needed to go on.
+
+        Returns:
+            "every", "stage" and "over" (means in a row that were too high): int; "done": bool; "increase" and "noise":
+            float; "reference": [value, error, n]; "means": a list of such lists.
+        """
         return {
             "every": self.every,
             "reference": list(self.reference),
@@ -131,25 +146,20 @@ class GrowthState:
             "increase": self.increase,
             "noise": self.noise,
             "means": [list(mean) for mean in self._means],
-            "over": self._over,
+            "over": self._n_too_high,
         }
 
     @classmethod
     def from_state_dict(cls, growth: Growth, state: dict[str, Any]) -> "GrowthState":
-        """Go on from what `state_dict` gave."""
+        """Create the state that `state_dict` was called on."""
         growing = cls(growth, state["every"], LossMean(*state["reference"]))
         growing.stage, growing.done = state["stage"], state["done"]
-        growing.increase, growing.noise, growing._over = state["increase"], state["noise"], state["over"]
+        growing.increase, growing.noise, growing._n_too_high = state["increase"], state["noise"], state["over"]
         growing._means = [LossMean(*mean) for mean in state["means"]]
         return growing
 
-    @property
-    def _patient(self) -> bool:
-        """Whether the stage has been looked at for long enough."""
-        return len(self._means) >= self.growth.patience
-
 
 def _joined(means: list[LossMean]) -> LossMean:
-    count = sum(mean.of for mean in means)
-    value = sum(mean.of * mean.value for mean in means) / count
-    return LossMean(value, math.sqrt(sum((mean.of * mean.error) ** 2 for mean in means)) / count, count)
+    n = sum(mean.n for mean in means)
+    value = sum(mean.n * mean.value for mean in means) / n
+    return LossMean(value, math.sqrt(sum((mean.n * mean.error) ** 2 for mean in means)) / n, n)

@@ -1,7 +1,7 @@
-"""When a run decides, and how much is to be frozen then: as it was told, or as the data say.
+"""The decisions of a run: when each is made, and how much it freezes, as given or as found from the data.
 
-A decision ranks the elements by what was observed since the one before it. Its step is given, or found by
-`SettlingState`; its k is given, or grows from there on along the same order, by `GrowthState`.
+A decision ranks the elements by what was observed since the decision before it. Its step t0 is given, or found by
+`SettlingState`. Its k is given, or grows from there on along the same order, by `GrowthState`.
 """
 
 import math
@@ -16,55 +16,58 @@ from lightning_gcfreeze.estimators import gains
 from lightning_gcfreeze.planning.growing import Growth, GrowthState, Verdict
 from lightning_gcfreeze.planning.losses import Losses, LossMean
 from lightning_gcfreeze.planning.schedule import FreezeSchedule
-from lightning_gcfreeze.planning.settling import Look, Settled, SettlingState
+from lightning_gcfreeze.planning.settling import Check, Settled, SettlingState
 
-Decision: TypeAlias = tuple[int | Settled, int | float | Growth]
+PlannedDecision: TypeAlias = tuple[int | Settled, int | float | Growth]
+"""(t0, k): the optimizer step after which to decide, and how much to freeze then."""
 
 
-def decisions(
-    t0: Any, k: Any, max_t0: int | None, max_loss_increase: float | None, monitor: str | None, schedule: Any
-) -> tuple[tuple[Decision, ...], bool]:
-    """The callback's arguments as decisions, and whether what is frozen stays so.
+def decisions_from_arguments(t0: Any, k: Any, schedule: Any) -> tuple[tuple[PlannedDecision, ...], bool]:
+    """Return the decisions that a user's arguments stand for, and whether frozen elements stay frozen.
+
+    Args:
+        t0: an int, "auto", a `Settled`, or None with a schedule.
+        k: an int, a float in [0, 1], "auto", a `Growth`, or None with a schedule.
+        schedule: a `FreezeSchedule`, a list of pairs (t, k), or None.
 
     Raises:
         TypeError: an argument of the wrong kind.
-        ValueError: an argument outside its range, or that does not go with another.
+        ValueError: an argument outside its range, both or neither of a schedule and `t0` with `k`.
     """
     if schedule is not None:
+        if isinstance(schedule, Sequence) and not isinstance(schedule, str):
+            schedule = FreezeSchedule(schedule)
         if not isinstance(schedule, FreezeSchedule):
-            raise TypeError(f"`schedule` must be a FreezeSchedule, got {schedule!r}.")
+            raise TypeError(f"`schedule` must be a FreezeSchedule or a list of pairs (t, k), got {schedule!r}.")
         if t0 is not None or k is not None:
             raise ValueError(f"`schedule` says when and how much: leave out `t0` and `k`, got t0={t0!r} and k={k!r}.")
-    elif t0 is None or k is None:
-        raise ValueError(f"Pass `t0` and `k`, or a `schedule`; got t0={t0!r} and k={k!r}.")
-    if max_t0 is not None and t0 != "auto":
-        raise ValueError(f"`max_t0={max_t0}` goes with `t0='auto'`, got t0={t0!r}. A `Settled` has its own.")
-    if (max_loss_increase is not None or monitor is not None) and k != "auto":
-        raise ValueError(
-            f"`max_loss_increase={max_loss_increase}` and `monitor={monitor!r}` go with `k='auto'`, got k={k!r}. A"
-            " `Growth` has its own."
-        )
-    if schedule is not None:
         return tuple(schedule.stages), schedule.monotone
-    when = Settled(max_t0=max_t0) if t0 == "auto" else t0
-    if isinstance(when, str):
+    if t0 is None or k is None:
+        raise ValueError(f"Pass `t0` and `k`, or a `schedule`; got t0={t0!r} and k={k!r}.")
+    return ((_when(t0), _how_much(k)),), True
+
+
+def _when(t0: Any) -> int | Settled:
+    if t0 == "auto":
+        return Settled()
+    if isinstance(t0, str):
         raise TypeError(f"`t0` must be an int of at least 1, 'auto' or a Settled, got {t0!r} (str).")
-    if not isinstance(when, Settled):
-        when = _checks.integer("t0", when, at_least=1)
-    growth = Growth(Growth.max_loss_increase if max_loss_increase is None else max_loss_increase, monitor)
-    how_much = growth if k == "auto" else k
-    if isinstance(how_much, str):
+    return t0 if isinstance(t0, Settled) else _checks.integer("t0", t0, at_least=1)
+
+
+def _how_much(k: Any) -> int | float | Growth:
+    if k == "auto":
+        return Growth()
+    if isinstance(k, str):
         raise TypeError(f"`k` must be an int, a float in [0, 1], 'auto' or a Growth, got {k!r} of type str.")
-    if not isinstance(how_much, Growth):
-        how_much = _checks.count_or_fraction("k", how_much)
-    return ((when, how_much),), True
+    return k if isinstance(k, Growth) else _checks.count_or_fraction("k", k)
 
 
-def check_every(every: int, decisions: Sequence[Decision]) -> None:
-    """Refuse to observe so rarely that a decision would come without evidence.
+def check_every(every: int, decisions: Sequence[PlannedDecision]) -> None:
+    """Check that at least one step is observed before each decision, if each `every`-th step is.
 
     Raises:
-        ValueError: it would.
+        ValueError: no step would be observed before a decision.
     """
     before = 0
     for t, _ in decisions:
@@ -78,23 +81,28 @@ def check_every(every: int, decisions: Sequence[Decision]) -> None:
 
 
 class Plan:
-    """What is to be decided in a run, and how far it has come.
+    """The decisions of a run, which of them have been made, and the losses that they depend on.
 
     Args:
-        decisions: (t, k), in the order of t; only a single one may be left to the data.
-        gain: of the recursion.
+        decisions: in the order of their steps. Only a single decision may have a `Settled` or a `Growth`.
+        gain: of the recursion that the scores are computed by.
     """
 
-    def __init__(self, decisions: Sequence[Decision], gain: gains.Gain) -> None:
+    def __init__(self, decisions: Sequence[PlannedDecision], gain: gains.Gain) -> None:
         self.decisions, self._gain = decisions, gain
-        self.made = 0  # decisions
-        self.t0: int | None = None  # the step of the first
+        self.n_decisions = 0
+        """Number of decisions that have been made."""
+        self.t0: int | None = None
+        """Optimizer step of the first decision, once it has been made."""
         self.settling: SettlingState | None = None
+        """With a `Settled`, once the plan has started."""
         self.growing: GrowthState | None = None
-        self.news: dict[str, float] = {}  # what was found since this was last emptied, for loggers
+        """With a `Growth`, from the first freeze on."""
+        self.metrics: dict[str, float] = {}
+        """What was found since these were last logged, by tag; whoever logs them empties the dict."""
         self._losses = Losses()
-        self._before = LossMean()  # the loss before the first freeze
-        self._validated: LossMean | None = None  # a validation's loss that was not judged yet
+        self._loss_before = LossMean()  # before the first freeze
+        self._validation_loss: LossMean | None = None  # that was not judged yet
 
     @property
     def growth(self) -> Growth | None:
@@ -103,149 +111,176 @@ class Plan:
         return k if isinstance(k, Growth) else None
 
     @property
-    def observes(self) -> bool:
+    def has_next_decision(self) -> bool:
         """Whether there is a decision to come."""
-        return self.made < len(self.decisions)
+        return self.n_decisions < len(self.decisions)
 
     @property
-    def unfinished(self) -> bool:
-        """Whether masks may still change."""
-        return self.observes or (self.growing is not None and not self.growing.done)
+    def masks_may_change(self) -> bool:
+        """Whether there is a decision to come, or k may still grow."""
+        return self.has_next_decision or (self.growing is not None and not self.growing.done)
 
     @property
     def k(self) -> int | float:
-        """How much is to be frozen: by the last decision that was made, or before it by the first."""
+        """How much to freeze, by the last decision that was made; before the first decision, by that one."""
         if self.growing:
             return self.growing.fraction
-        k = self.decisions[max(0, self.made - 1)][1]
+        k = self.decisions[max(0, self.n_decisions - 1)][1]
         return k.fractions()[0] if isinstance(k, Growth) else k
 
     @property
-    def latest(self) -> int:
-        """The step after which the next decision is made at the latest."""
-        t, _ = self.decisions[self.made]
+    def next_deadline(self) -> int:
+        """The optimizer step after which the next decision is made at the latest."""
+        t = self.decisions[self.n_decisions][0]
         if isinstance(t, int):
             return t
         assert self.settling is not None
         return self.settling.max_t0
 
-    def begin(self, planned: Callable[[], float]) -> str | None:
-        """Find out what depends on the optimizer steps that are planned in all, if anything does.
+    def start(self, planned_steps: Callable[[], float]) -> str | None:
+        """Find the latest step of a decision whose step is to be found from the data.
+
+        Args:
+            planned_steps: returns the number of optimizer steps that are planned; infinite, NaN or negative if it is
+                not known. It is called only if it is needed.
 
         Returns:
-            Why it cannot be: there is no end to them, and no latest step was given.
+            The reason why the plan cannot start, if it cannot.
         """
-        (t, _), *_ = self.decisions
-        if isinstance(t, Settled) and self.settling is None:
-            steps = math.nan if t.max_t0 else planned()
-            if not t.max_t0 and not 0 < steps < math.inf:
+        settled = self._settled
+        if settled is None or self.settling is not None:
+            return None
+        max_t0 = settled.max_t0
+        if max_t0 is None:
+            steps = planned_steps()
+            if not 0 < steps < math.inf:
                 return (
-                    "`t0='auto'` freezes after half of the planned steps at the latest, but this Trainer has no end, or"
-                    " a loader without a length. Pass `max_t0`, or give the Trainer `max_steps`."
+                    "`t0='auto'` freezes after half of the planned optimizer steps at the latest, but this training"
+                    " has no end, or a loader without a length. Pass `t0=Settled(max_t0=...)`, or give the Trainer"
+                    " `max_steps`."
                 )
-            self.settling = SettlingState(t, t.max_t0 or max(1, int(steps) // 2), self._gain)
+            max_t0 = max(1, int(steps) // 2)
+        self.settling = SettlingState(settled, max_t0, self._gain)
         return None
 
-    def may_decide_after(self, step: int) -> bool:
-        """Whether a decision may come right after this optimizer step."""
-        if not self.observes:
+    def is_decision_step(self, step: int) -> bool:
+        """Return whether a decision is due right after an optimizer step, or a check whether it is."""
+        if not self.has_next_decision:
             return False
-        return step == (self.settling.next_look if self.settling else self.latest)
+        return step == (self.settling.next_check if self.settling else self.next_deadline)
 
-    def listens(self, step: int) -> bool:
-        """Whether the training loss of this optimizer step is of interest."""
-        by_training_loss = self.growth is not None and self.growth.monitor is None
-        if self.observes:
-            return bool(self.settling) or (by_training_loss and step > self.latest - self._every(self.latest))
-        return by_training_loss and self.unfinished
+    def needs_loss(self, step: int) -> bool:
+        """Return whether the training loss of an optimizer step is to be recorded."""
+        grows_by_training_loss = self.growth is not None and self.growth.monitor is None
+        if not self.has_next_decision:
+            return grows_by_training_loss and self.masks_may_change
+        if self.settling:
+            return True
+        return grows_by_training_loss and step > self.next_deadline - self._averaged_steps(self.next_deadline)
 
-    def hear(self, loss: Tensor) -> None:
-        """Take in a training loss."""
+    def record_loss(self, loss: Tensor) -> None:
+        """Record a training loss of this process, a tensor with one element. It is read from its device later."""
         self._losses.add(loss)
 
-    def hear_of_validation(self, loss: float) -> None:
-        """Take in the monitored loss, the same on all processes. NaN is no loss, and after the freeze too much."""
-        if not self.observes:
-            self._validated = LossMean(math.inf if math.isnan(loss) else loss, 0.0, 1)
-        elif math.isfinite(loss):
-            self._before = LossMean(loss, 0.0, 1)
+    def record_validation_loss(self, loss: float) -> None:
+        """Record the monitored loss, the same on all processes.
 
-    def look(self, scores: Tensor, moved: Tensor, observed: int, fraction: float, world: World) -> Look:
-        """Look back from this step; see `SettlingState.look`."""
+        A loss that is not finite is ignored before the freeze; afterwards NaN counts as infinite.
+        """
+        if not self.has_next_decision:
+            self._validation_loss = LossMean(math.inf if math.isnan(loss) else loss, 0.0, 1)
+        elif math.isfinite(loss):
+            self._loss_before = LossMean(loss, 0.0, 1)
+
+    def check_settled(self, scores: Tensor, moved: Tensor, observed: int, fraction: float, world: World) -> Check:
+        """Check at this step whether the run has settled; see `SettlingState.check`. All processes must call it."""
         assert self.settling is not None
         loss = self._losses.read(world)
         if self.growth and self.growth.monitor is None:
-            self._before = loss
-        look = self.settling.look(scores, moved, observed, fraction, loss)
-        self.news |= {
-            "gcfreeze/settling/overlap": look.overlap,
-            "gcfreeze/settling/overlap_of_noise": look.overlap_of_noise,
-            "gcfreeze/settling/improvement": look.improvement,
-            "gcfreeze/settling/improvement_noise": look.improvement_noise,
-            "gcfreeze/settling/settled": float(look.settled),
+            self._loss_before = loss
+        check = self.settling.check(scores, moved, observed, fraction, loss)
+        self.metrics |= {
+            "gcfreeze/settling/overlap": check.overlap,
+            "gcfreeze/settling/overlap_of_noise": check.overlap_of_noise,
+            "gcfreeze/settling/improvement": check.improvement,
+            "gcfreeze/settling/improvement_noise": check.improvement_noise,
+            "gcfreeze/settling/settled": float(check.settled),
         }
-        return look
+        return check
 
-    def decided(self, step: int, world: World) -> None:
-        """A decision was made after this step."""
-        self.made += 1
+    def record_decision(self, step: int, world: World) -> None:
+        """Record that a decision is made right after an optimizer step. All processes must call it."""
+        self.n_decisions += 1
         self.t0 = self.t0 or step
-        self.news["gcfreeze/t0"] = float(self.t0)
+        self.metrics["gcfreeze/t0"] = float(self.t0)
         if self.growth:
             loss = self._losses.read(world) if self.growth.monitor is None else LossMean()
-            self.growing = GrowthState(self.growth, self._every(step), loss if loss.of else self._before)
+            self.growing = GrowthState(self.growth, self._averaged_steps(step), loss if loss.n else self._loss_before)
 
-    def judge(self, step: int, world: World) -> Verdict:
-        """What becomes of the last stage, right after this step, on all processes."""
-        growing = self.growing
-        if growing is None or growing.done or self.t0 is None:
+    def judge_stage(self, step: int, world: World) -> Verdict:
+        """Judge the last stage right after an optimizer step, if a loss is due. All processes must call it."""
+        growing, loss = self.growing, self._stage_loss(step, world)
+        if growing is None or loss is None:
             return "wait"
-        if growing.growth.monitor is not None:
-            if self._validated is None:
-                return "wait"
-            loss, self._validated = self._validated, None
-        elif (step - self.t0) % growing.every:
-            return "wait"
-        else:
-            loss = self._losses.read(world)
-        verdict = growing.take(loss)
-        self.news |= {
+        verdict = growing.judge(loss)
+        self.metrics |= {
             "gcfreeze/growing/loss_increase": growing.increase,
             "gcfreeze/growing/loss_increase_noise": growing.noise,
             "gcfreeze/growing/stage": float(growing.stage + 1),
         }
         return verdict
 
-    def share(self, world: World) -> None:
-        """Become the same on all processes."""
-        self._losses.share(world)
+    def synchronize(self, world: World) -> None:
+        """Make the recorded losses the same on all processes. All processes must call it."""
+        self._losses.synchronize(world)
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors, numbers and strings."""
+        """Return all that is needed to go on with a plan of the same arguments.
+
+        Returns:
+            "made" (number of decisions made): int; "t0": int or None; "settling" and "growing": the dicts of
+            `SettlingState` and `GrowthState`, or None; "losses": the lists of `Losses`; "before" (the loss before the
+            first freeze): [value, error, n]; "validated" (a validation loss that was not judged yet): float or None.
+        """
         return {
-            "made": self.made,
+            "made": self.n_decisions,
             "t0": self.t0,
             "settling": self.settling.state_dict() if self.settling else None,
             "growing": self.growing.state_dict() if self.growing else None,
             "losses": self._losses.state_dict(),
-            "before": list(self._before),
-            "validated": None if self._validated is None else self._validated.value,
+            "before": list(self._loss_before),
+            "validated": None if self._validation_loss is None else self._validation_loss.value,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave of a plan with the same arguments."""
-        self.made, self.t0 = state["made"], state["t0"]
-        (t, _), *_ = self.decisions
-        if state["settling"] and isinstance(t, Settled):
-            self.settling = SettlingState(t, state["settling"]["max_t0"], self._gain)
+        """Restore what `state_dict` returned."""
+        self.n_decisions, self.t0 = state["made"], state["t0"]
+        if state["settling"] and self._settled:
+            self.settling = SettlingState(self._settled, state["settling"]["max_t0"], self._gain)
             self.settling.load_state_dict(state["settling"])
         if state["growing"] and self.growth:
             self.growing = GrowthState.from_state_dict(self.growth, state["growing"])
         self._losses.load_state_dict(state["losses"])
-        self._before = LossMean(*state["before"])
-        self._validated = None if state["validated"] is None else LossMean(state["validated"], 0.0, 1)
+        self._loss_before = LossMean(*state["before"])
+        self._validation_loss = None if state["validated"] is None else LossMean(state["validated"], 0.0, 1)
 
-    def _every(self, t0: int) -> int:
-        """Steps over which the training loss is averaged, between stages."""
+    @property
+    def _settled(self) -> Settled | None:
+        t0 = self.decisions[0][0]
+        return t0 if isinstance(t0, Settled) else None
+
+    def _averaged_steps(self, t0: int) -> int:
+        """Return the number of optimizer steps over which the training loss of a stage is averaged."""
         assert self.growth is not None
         return self.growth.every or max(20, t0 // 10)
+
+    def _stage_loss(self, step: int, world: World) -> LossMean | None:
+        """Return the loss to judge the last stage by; None if k does not grow any more, or no loss is due."""
+        if self.growing is None or self.growing.done or self.t0 is None:
+            return None
+        if self.growing.growth.monitor is not None:
+            loss, self._validation_loss = self._validation_loss, None
+            return loss
+        if (step - self.t0) % self.growing.every:
+            return None
+        return self._losses.read(world)

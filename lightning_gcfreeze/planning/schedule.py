@@ -1,4 +1,4 @@
-"""`FreezeSchedule`: several decisions, one after the other, each with its own step and its own count."""
+"""`FreezeSchedule`: several decisions, one after the other, each with its own step and its own k."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,17 +14,18 @@ Stage: TypeAlias = tuple[int, int | float]
 class FreezeSchedule:
     """Stages (t, k): after optimizer step t, k of the eligible elements are frozen.
 
-    The statistics of a stage are those of the steps since the stage before it, so each decides on fresh evidence.
+    The statistics of a stage are those of the steps since the stage before it, so each stage decides on new evidence.
 
     Args:
-        stages: (t, k), t rising from at least 1; an int k is a count, a float in [0, 1] a fraction of the eligible
-            elements.
-        monotone: what is frozen stays so, and a stage adds to it; k does not fall. False: each stage ranks all elements
-            anew, and what is no longer among the k lowest thaws, with the optimizer state that it froze with.
+        stages: pairs (t, k). t rises, from at least 1. k is a count (int) or a fraction in [0, 1] of the eligible
+            elements (float), the same kind in all stages.
+        monotone: True: frozen elements stay frozen and each stage adds to them, so k may not fall. False: each stage
+            ranks all elements anew; an element that is no longer among the k lowest thaws, with the optimizer state
+            that it had when it froze.
 
     Raises:
-        TypeError: a stage is no pair of an int and a number.
-        ValueError: no stages, t does not rise, or k falls although the schedule is monotone.
+        TypeError: a stage is not a pair of an int and a number, or counts and fractions are mixed.
+        ValueError: there are no stages, t does not rise, or k falls in a monotone schedule.
     """
 
     stages: Sequence[Stage]
@@ -36,13 +37,13 @@ class FreezeSchedule:
         object.__setattr__(self, "stages", stages)
         for (t, k), (later, k_later) in pairwise(stages):
             if later <= t:
-                raise ValueError(f"`stages` must come one after the other, got t={t} before t={later}.")
+                raise ValueError(f"`stages` must have rising steps t, got t={t} before t={later}.")
             if type(k) is not type(k_later):
                 raise TypeError(f"`stages` must all give k as a count or all as a fraction, got {k!r} and {k_later!r}.")
             if self.monotone and k_later < k:
                 raise ValueError(
-                    f"`stages` goes from k={k} to k={k_later}, but what is frozen stays so in a monotone schedule."
-                    " Raise k, or set `monotone=False`, so that elements may thaw."
+                    f"`stages` goes from k={k} down to k={k_later}, but frozen elements stay frozen in a monotone"
+                    " schedule. Raise k, or set `monotone=False`, so that elements may thaw."
                 )
 
 

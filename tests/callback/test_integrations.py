@@ -111,13 +111,13 @@ trainer:
         ("{t0: 5, k: 20}", 20, {"order": "variance", "gain": "1/t"}),
         ("{t0: 5, k: 0.5, order: magnitude, gain: 0.2, exclude: ['*.bias'], seed: 3}", 24, {"gain": 0.2}),
         ("{t0: 5, k: 1, order: tests.callback.test_integrations.lowest_weights}", 1, {"order": lowest_weights}),
-        ("{t0: auto, k: 20, max_t0: 6}", 20, {"t0": "auto", "max_t0": 6}),
+        ("{t0: auto, k: 20}", 20, {"t0": "auto"}),
         (
             "{t0: {class_path: lightning_gcfreeze.Settled, init_args: {max_t0: 4}}, k: 7}",
             7,
             {"t0": Settled(max_t0=4)},
         ),
-        ("{t0: 5, k: auto, max_loss_increase: 0.1}", 46, {"k": "auto", "max_loss_increase": 0.1}),
+        ("{t0: 5, k: auto}", 46, {"k": "auto"}),
         (
             "{t0: 5, k: {class_path: lightning_gcfreeze.Growth, init_args: {first: 0.5, most: 0.6}}}",
             28,

@@ -580,7 +580,7 @@ def test_an_order_without_the_variance_takes_no_single_samples_gradient(order):
     cases.assert_identical(auto.ranks, first.ranks)
 
 
-@pytest.mark.parametrize("order", ["variance", "reverse", "snr", "variance_by_tensor", lambda e: e.variance])
+@pytest.mark.parametrize("order", ["variance", "reverse", "snr", lambda e: e.variance])
 def test_an_order_that_reads_the_variance_has_it_by_default(order):
     """C of the first samples, as the paper has it; one's own order is taken to read it."""
     auto, first = (GradCovFreezeCallback(t0=3, k=0.5, order=order, **kw) for kw in ({}, {"samples": "first"}))

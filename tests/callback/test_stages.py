@@ -259,7 +259,7 @@ def test_a_monitored_loss_decides_instead():
 
 
 def test_a_monitor_that_nobody_logs_is_refused():
-    callback = GradCovFreezeCallback(t0=8, k="auto", monitor="loss/val")
+    callback = GradCovFreezeCallback(t0=8, k=Growth(monitor="loss/val"))
     with pytest.raises(MisconfigurationException, match=r"`monitor='loss/val'` was not logged.*val/loss was"):
         train(callback, module=Validated([1.0] * 9))
 
@@ -317,7 +317,7 @@ def test_an_order_that_does_not_settle_waits_for_max_t0():
         return {n: torch.rand(w.shape, generator=generator) for n, w in evidence.weights.items()}
 
     restless.seed = 0
-    callback = GradCovFreezeCallback(t0="auto", k=0.5, max_t0=50, order=restless)
+    callback = GradCovFreezeCallback(t0=Settled(max_t0=50), k=0.5, order=restless)
     diary = train(callback, module=Plateau(lambda t: 1.0), max_epochs=20)
     assert diary.counts().index(round(0.5 * P)) == 49
 
@@ -329,14 +329,14 @@ def test_looks_without_anything_observed_are_left_out():
 
 
 def test_without_an_end_max_t0_is_needed():
-    with pytest.raises(MisconfigurationException, match="this Trainer has no end, or a loader without a length"):
+    with pytest.raises(MisconfigurationException, match="this training has no end, or a loader without a length"):
         cases.trainer(max_epochs=-1, callbacks=GradCovFreezeCallback(t0="auto", k=0.5)).fit(
             cases.Regression(cases.mlp()), cases.loader()
         )
 
 
 def test_training_that_ends_before_max_t0_is_told():
-    callback = GradCovFreezeCallback(t0="auto", k=0.5, max_t0=100)
+    callback = GradCovFreezeCallback(t0=Settled(max_t0=100), k=0.5)
     with pytest.warns(
         UserWarning, match="Nothing was frozen: training ended after 32 optimizer steps, before `t0=100`"
     ):
@@ -361,7 +361,7 @@ def test_both_from_the_data():
 PLANS: dict[str, dict[str, Any]] = {
     "monotone": {"schedule": FreezeSchedule([(4, 0.3), (9, 0.6), (13, 0.8)])},
     "thawing": {"schedule": FreezeSchedule([(4, 0.8), (9, 0.3), (13, 0.5)], monotone=False)},
-    "settling": {"t0": Settled(first=2, growth=1.3, overlap=0.0, improvement=0.9), "k": 0.5, "max_t0": None},
+    "settling": {"t0": Settled(first=2, growth=1.3, overlap=0.0, improvement=0.9), "k": 0.5},
     "growing": {"t0": 5, "k": Growth(every=3, max_loss_increase=0.5)},
     "too much": {"t0": 5, "k": Growth(every=2, max_loss_increase=1e-6)},
     "both": {"t0": Settled(first=2, growth=1.3, overlap=0.9, improvement=0.01), "k": Growth(every=2)},
@@ -393,12 +393,16 @@ def test_resuming_with_another_schedule_is_refused(tmp_path):
         ({}, ValueError, "Pass `t0` and `k`, or a `schedule`; got t0=None and k=None"),
         ({"t0": 5}, ValueError, "Pass `t0` and `k`, or a `schedule`; got t0=5 and k=None"),
         ({"t0": 5, "schedule": FreezeSchedule([(5, 1)])}, ValueError, "leave out `t0` and `k`, got t0=5"),
-        ({"schedule": [(5, 0.5)]}, TypeError, r"`schedule` must be a FreezeSchedule, got \[\(5, 0.5\)\]"),
-        ({"t0": 5, "k": 0.5, "max_t0": 9}, ValueError, "`max_t0=9` goes with `t0='auto'`, got t0=5"),
-        ({"t0": 5, "k": 0.5, "monitor": "loss"}, ValueError, "`monitor='loss'` go with `k='auto'`, got k=0.5"),
+        (
+            {"schedule": "auto"},
+            TypeError,
+            r"`schedule` must be a FreezeSchedule or a list of pairs \(t, k\), got 'auto'",
+        ),
+        ({"t0": 5, "k": 0.5, "max_t0": 9}, ValueError, "`max_t0=9` needs `t0='auto'`, got t0=5"),
+        ({"t0": 5, "k": 0.5, "monitor": "loss"}, ValueError, "`monitor='loss'` needs `k='auto'`, got k=0.5"),
         ({"t0": 5, "k": "all"}, TypeError, "`k` must be an int, a float.*'auto' or a Growth, got 'all'"),
         ({"t0": "soon", "k": 0.5}, TypeError, "'auto' or a Settled, got 'soon'"),
-        ({"t0": "auto", "k": 0.5, "max_t0": 4, "every": 5}, ValueError, "`every=5` leaves no step to observe"),
+        ({"t0": Settled(max_t0=4), "k": 0.5, "every": 5}, ValueError, "`every=5` leaves no step to observe"),
         (
             {"schedule": FreezeSchedule([(5, 0.5), (7, 0.6)]), "every": 4},
             ValueError,

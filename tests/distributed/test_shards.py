@@ -1,4 +1,4 @@
-"""Where the elements of a sharded parameter lie, as every process of a mesh sees it, one after the other."""
+"""The indices of the elements of a sharded parameter, as each process of a mesh sees them, one after the other."""
 
 import math
 from collections.abc import Iterator
@@ -12,13 +12,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from lightning_gcfreeze.distributed import UNSHARDED, Shards, World, local, part, whole
+from lightning_gcfreeze.distributed import SINGLE_PROCESS, UNSHARDED, Shards, World, local, part, whole
 from tests.processes.launch import SCRIPTS, assert_agreed, launch
 
 
 @contextmanager
 def as_rank(rank: int, processes: int) -> Iterator[None]:
-    """This process is one of many, of whom it hears nothing."""
+    """Let this process be one of several that do not communicate."""
     dist.init_process_group("fake", rank=rank, world_size=processes, store=FakeStore())
     try:
         yield
@@ -27,7 +27,7 @@ def as_rank(rank: int, processes: int) -> Iterator[None]:
 
 
 def numbered(shape: tuple[int, ...]) -> Tensor:
-    """Every element is its place, row by row."""
+    """Return a tensor whose elements are their flat indices."""
     return torch.arange(math.prod(shape)).view(shape)
 
 
@@ -44,35 +44,36 @@ LAYOUTS = [
 
 @pytest.mark.parametrize("shape", [(8, 6), (7, 5), (3, 9), (1, 4), (5, 2, 3)], ids=str)
 @pytest.mark.parametrize(("mesh_shape", "placements"), LAYOUTS, ids=str)
-def test_every_element_is_counted_once_and_knows_its_place(shape, mesh_shape, placements):
-    """Also where shards are uneven, or empty, and where several processes have the same."""
+def test_every_element_of_a_sharded_parameter_is_counted_once_and_has_its_index(shape, mesh_shape, placements):
+    """Also if shards are uneven or empty, and if several processes hold the same elements."""
     processes, row = math.prod(mesh_shape), math.prod(shape[1:])
     counted = []
     for rank in range(processes):
         with as_rank(rank, processes):
             mesh = init_device_mesh("cpu", mesh_shape)
             p = distribute_tensor(numbered(shape), mesh, placements, src_data_rank=None)
-            shards = Shards({"w": p})
+            shards = Shards({"w": p}, World(processes))
             own = local(p)
-            assert shards
+            assert shards.is_sharded
+            assert shards.element_world is shards.world
             assert shards.shape("w", own) == torch.Size(shape)
             assert torch.equal(shards.flat_index("w", torch.arange(own.numel()), own), own.flatten())
             assert torch.equal(shards.parts({"w": numbered(shape)})["w"], own)
             assert torch.equal(part(p, numbered(shape)), own)
             if own.numel():
                 assert torch.equal(shards.rows("w", own), own.flatten(1)[:, 0] // row)
-            counted += own.flatten().tolist() if shards.counts("w") else []
+            counted += own.flatten().tolist() if shards.is_counted_here("w") else []
     assert sorted(counted) == list(range(math.prod(shape)))
 
 
-def test_plain_parameters_among_shards_are_rank_0s():
-    """All have them; they are counted there."""
+def test_plain_parameters_among_sharded_ones_are_counted_on_rank_0():
+    """All processes hold all of their elements."""
     for rank in range(2):
         with as_rank(rank, 2):
             mesh = init_device_mesh("cpu", (2,))
             shards = Shards({"a": distribute_tensor(torch.zeros(4), mesh, [Shard(0)]), "b": torch.zeros(3)})
-            assert shards.counts("a")
-            assert shards.counts("b") is (rank == 0)
+            assert shards.is_counted_here("a")
+            assert shards.is_counted_here("b") is (rank == 0)
             assert shards.shape("b", torch.zeros(3)) == (3,)
             assert shards.rows("b", torch.zeros(3)).tolist() == [0, 1, 2]
             wrapped = shards.wrapped({"a": torch.zeros(2), "b": torch.zeros(3)})
@@ -81,8 +82,8 @@ def test_plain_parameters_among_shards_are_rank_0s():
             assert type(wrapped["b"]) is Tensor
 
 
-def test_a_sum_that_was_not_taken_yet_is_taken():
-    """A gradient may come as a partial sum; of one process alone that is the sum."""
+def test_part_of_a_partial_sum_is_reduced():
+    """A gradient may be a partial sum; with one process, that is the sum."""
     with as_rank(0, 1):
         mesh = init_device_mesh("cpu", (1,))
         p = distribute_tensor(torch.zeros(4), mesh, [Shard(0)])
@@ -90,21 +91,22 @@ def test_a_sum_that_was_not_taken_yet_is_taken():
         assert torch.equal(part(p, gradient), torch.arange(4.0))
 
 
-def test_without_shards_everything_is_as_it_is():
-    """Also in a process that knows of no others."""
+def test_unsharded_parameters_are_local_and_counted_here():
+    """Also without a process group."""
     w = torch.randn(3, 2)
-    assert not UNSHARDED
-    assert UNSHARDED.counts("w")
+    assert not UNSHARDED.is_sharded
+    assert UNSHARDED.is_counted_here("w")
     assert UNSHARDED.flat_index("w", torch.tensor([4, 1]), w).tolist() == [4, 1]
     assert UNSHARDED.rows("w", w).tolist() == [0, 1, 2]
     assert UNSHARDED.rows("w", torch.tensor(1.0)).tolist() == [0]
-    assert UNSHARDED.count({"w": w > 0}, World()) == {"w": int((w > 0).sum())}
+    assert UNSHARDED.n_marked({"w": w > 0}) == {"w": int((w > 0).sum())}
     for same in (local(w), part(w, w), whole(w)):
         assert same is w
-    UNSHARDED.check_agreement({"w": w > 0}, World())
+    UNSHARDED.check_agreement({"w": w > 0})
+    assert Shards({"w": w}, World(2)).element_world is SINGLE_PROCESS  # all processes hold all elements
 
 
 @pytest.mark.slow
-def test_four_processes_select_as_one(tmp_path):
-    """Sums, layouts, exact selection with ties, and disagreement, between real processes."""
+def test_four_processes_select_the_elements_that_one_process_does(tmp_path):
+    """Collectives, layouts, exact selection with ties, samples, random orders, and masks that differ."""
     assert_agreed(launch(SCRIPTS / "selection.py", tmp_path, 4, timeout=120), 4)

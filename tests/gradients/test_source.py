@@ -798,7 +798,7 @@ def test_processes_that_share_capture_what_all_of_them_do():
     """A parameter that one of them has found to differ, or to be reduced otherwise, is replayed by all from then on."""
 
     class Two(World):
-        def of_all(self, value):
+        def all_gather_object(self, value):
             return [value, other]
 
     observer = Observer(built("perceptron"))

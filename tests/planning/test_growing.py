@@ -1,4 +1,4 @@
-"""Stages that grow as long as the loss does not mind: each verdict of a scripted run of means."""
+"""Stages that grow as long as the loss does not rise: each verdict of a scripted run of means."""
 
 import math
 from dataclasses import replace
@@ -12,31 +12,31 @@ from lightning_gcfreeze.planning.losses import LossMean
 FOUR = Growth(first=0.5, most=0.95, stages=4)
 
 
-def mean(value, error=0.001, of=10):
-    return LossMean(value, error, of)
+def mean(value, error=0.001, n=10):
+    return LossMean(value, error, n)
 
 
 def verdicts(growing, *losses):
-    return [growing.take(loss if isinstance(loss, LossMean) else mean(loss)) for loss in losses]
+    return [growing.judge(loss if isinstance(loss, LossMean) else mean(loss)) for loss in losses]
 
 
-def test_fractions_are_spaced_geometrically_or_linearly():
-    """By the live fraction: 0.5, 0.25, 0.125 in equal ratios."""
+def test_fractions_of_stages_are_spaced_geometrically_or_linearly():
+    """Geometrically by the live fraction: 0.5, 0.25, 0.125 have equal ratios."""
     assert Growth(first=0.5, most=0.875, stages=3).fractions() == pytest.approx([0.5, 0.75, 0.875])
     linear = Growth(first=0.2, most=0.8, stages=4, spacing="linear")
     assert linear.fractions() == pytest.approx([0.2, 0.4, 0.6, 0.8])
     assert Growth(first=0.3, most=0.9, stages=1).fractions() == pytest.approx([0.3])
 
 
-def test_a_loss_that_does_not_mind_lets_it_grow_to_the_last_stage():
+def test_loss_that_does_not_rise_lets_k_grow_to_the_last_stage():
     growing = GrowthState(FOUR, 20, mean(1.0))
     assert verdicts(growing, 1.0, 0.995, 1.001, 1.0) == ["grow", "grow", "grow", "stay"]
     assert growing.done
     assert growing.fraction == pytest.approx(0.95)
 
 
-def test_a_stage_that_costs_too_much_thaws_but_not_at_the_first_sign():
-    """Once is noise; twice in a row is not. What froze before stays frozen."""
+def test_stage_whose_loss_is_too_high_twice_in_a_row_thaws():
+    """Not after the first time; what the stages before froze stays frozen."""
     growing = GrowthState(FOUR, 20, mean(1.0))
     assert verdicts(growing, 1.0, 1.1) == ["grow", "wait"]
     assert growing.fraction == pytest.approx(FOUR.fractions()[1])
@@ -45,19 +45,19 @@ def test_a_stage_that_costs_too_much_thaws_but_not_at_the_first_sign():
     assert growing.fraction == pytest.approx(0.5)
 
 
-def test_a_single_outlier_is_forgiven():
+def test_single_loss_that_is_too_high_does_not_thaw():
     growing = GrowthState(replace(FOUR, max_loss_increase=0.1), 20, mean(1.0))
     assert verdicts(growing, 1.12, 0.9) == ["wait", "grow"]
 
 
-def test_the_first_stage_may_thaw_too():
+def test_first_stage_that_costs_too_much_thaws_all():
     growing = GrowthState(FOUR, 20, mean(1.0))
     assert verdicts(growing, 2.0, 2.0) == ["wait", "thaw"]
     assert growing.fraction == 0.0
 
 
-def test_noise_decides_for_nothing_but_to_stay_or_by_the_mean_of_all():
-    """A standard error of 5 % against 1 % allowed: three means, and then what their mean says."""
+def test_stage_hidden_by_noise_is_decided_by_the_mean_of_all_after_patience():
+    """A standard error of 5 % against 1 % allowed: after three means it stays, or grows if their mean is low enough."""
     growing = GrowthState(FOUR, 20, mean(1.0))
     assert verdicts(growing, *[mean(1.02, 0.05)] * 3) == ["wait", "wait", "stay"]
     assert growing.done
@@ -68,32 +68,32 @@ def test_noise_decides_for_nothing_but_to_stay_or_by_the_mean_of_all():
     assert growing.noise == pytest.approx(math.hypot(0.05 / math.sqrt(3), 0.001))
 
 
-def test_patience_does_not_overrule_a_cost_that_shows():
-    """Above at the third mean for the first time: a fourth decides."""
+def test_stage_whose_loss_was_just_too_high_is_judged_beyond_patience():
+    """Too high for the first time at the third mean: a fourth decides."""
     growing = GrowthState(replace(FOUR, max_loss_increase=0.1), 20, mean(1.0, 0.02))
     found = verdicts(growing, mean(1.09, 0.02), mean(1.115, 0.02), mean(1.6, 0.02), mean(1.6, 0.02))
     assert found == ["wait", "wait", "wait", "thaw"]
 
 
-def test_the_reference_follows_a_loss_that_falls_and_none_that_rises():
-    """Creeping up by 0.6 % a stage is found out; falling first makes the same loss too much later."""
+def test_reference_is_the_lowest_loss_so_far():
+    """A rise of 0.6 % per stage adds up and is found; after a fall, a loss below the first one is too high."""
     growing = GrowthState(FOUR, 20, mean(1.0, 0.0))
     assert verdicts(growing, mean(1.006, 0.0), mean(1.012, 0.0), mean(1.012, 0.0)) == ["grow", "wait", "thaw"]
     growing = GrowthState(FOUR, 20, mean(1.0, 0.0))
     assert verdicts(growing, mean(0.9, 0.0), mean(0.95, 0.0), mean(0.95, 0.0)) == ["grow", "wait", "thaw"]
 
 
-def test_without_a_reference_the_first_mean_is_it_and_means_of_nothing_are_nothing():
+def test_first_loss_is_the_reference_if_there_is_none_and_means_of_no_losses_are_ignored():
     growing = GrowthState(FOUR, 20, LossMean())
     assert verdicts(growing, LossMean(), 5.0, 5.0, LossMean()) == ["wait", "wait", "grow", "wait"]
 
 
-def test_a_negative_loss_increases_towards_zero():
+def test_negative_loss_increases_towards_zero():
     growing = GrowthState(FOUR, 20, mean(-2.0))
     assert verdicts(growing, -2.5, -2.0, -2.0) == ["grow", "wait", "thaw"]
 
 
-def test_a_state_goes_on():
+def test_stages_resumed_from_a_state_dict_go_on_as_unbroken():
     losses = [1.0, 1.1, mean(1.005, 0.05), mean(1.005, 0.05), mean(1.005, 0.05), 1.0, 1.0]
     whole = GrowthState(FOUR, 20, mean(1.0))
     expected = verdicts(whole, *losses)
@@ -118,6 +118,6 @@ def test_a_state_goes_on():
         ({"patience": 1}, ValueError, "`patience` must be at least 2"),
     ],
 )
-def test_bad_arguments_are_refused(arguments, error, message):
+def test_growth_with_bad_arguments_is_refused(arguments, error, message):
     with pytest.raises(error, match=message):
         Growth(**arguments)

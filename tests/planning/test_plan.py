@@ -1,111 +1,183 @@
-"""What a run decides, and what it listens to, without a run."""
+"""When a plan decides, and which losses it reads, without a run."""
 
 import pytest
 import torch
 
-from lightning_gcfreeze import Growth, Settled
+from lightning_gcfreeze import FreezeSchedule, Growth, Settled
 from lightning_gcfreeze.distributed import SINGLE_PROCESS
-from lightning_gcfreeze.planning.plan import Plan
+from lightning_gcfreeze.planning.plan import Plan, check_every, decisions_from_arguments
 
 FLAT = Growth(first=0.5, most=0.9, stages=3)
 
 
-def hear(plan: Plan, losses: dict[int, float]) -> None:
-    """Training losses by step."""
+def record(plan: Plan, losses: dict[int, float]) -> None:
+    """Record training losses by step, where the plan needs them."""
     for step, loss in losses.items():
-        if plan.listens(step):
-            plan.hear(torch.tensor(loss))
+        if plan.needs_loss(step):
+            plan.record_loss(torch.tensor(loss))
 
 
-def test_with_a_given_t0_the_reference_is_the_loss_of_the_last_tenth_before_it():
-    """Twenty steps at least."""
+def test_reference_with_a_given_t0_is_the_loss_of_the_last_tenth_before_it():
+    """Of twenty steps at least."""
     for t0, every in ((100, 20), (400, 40)):
         plan = Plan([(t0, FLAT)], "1/t")
-        plan.begin(lambda: 1000)
-        hear(plan, {step: 1.0 if step > t0 - every else 100.0 for step in range(1, t0 + 1)})
-        plan.decided(t0, SINGLE_PROCESS)
+        plan.start(lambda: 1000)
+        record(plan, {step: 1.0 if step > t0 - every else 100.0 for step in range(1, t0 + 1)})
+        plan.record_decision(t0, SINGLE_PROCESS)
         assert plan.growing is not None
         assert plan.growing.reference == (1.0, 0.0, every)
         assert plan.growing.every == every
-        assert plan.news["gcfreeze/t0"] == t0
+        assert plan.metrics["gcfreeze/t0"] == t0
 
 
-def test_with_settling_the_reference_is_the_loss_since_the_last_look():
+def test_reference_with_settling_is_the_loss_since_the_last_check():
     plan = Plan([(Settled(first=4, growth=2.0, max_t0=100), FLAT)], "1/t")
-    plan.begin(lambda: 1000)
-    hear(plan, dict.fromkeys(range(1, 5), 9.0))
+    plan.start(lambda: 1000)
+    record(plan, dict.fromkeys(range(1, 5), 9.0))
     moved = torch.ones(50, dtype=torch.bool)
-    plan.look(torch.rand(50), moved, 4, 0.5, SINGLE_PROCESS)
-    hear(plan, dict.fromkeys(range(5, 9), 3.0))
-    plan.look(torch.rand(50), moved, 8, 0.5, SINGLE_PROCESS)
-    plan.decided(8, SINGLE_PROCESS)
+    plan.check_settled(torch.rand(50), moved, 4, 0.5, SINGLE_PROCESS)
+    record(plan, dict.fromkeys(range(5, 9), 3.0))
+    plan.check_settled(torch.rand(50), moved, 8, 0.5, SINGLE_PROCESS)
+    plan.record_decision(8, SINGLE_PROCESS)
     assert plan.growing is not None
     assert plan.growing.reference == (3.0, 0.0, 4)
-    assert plan.news["gcfreeze/settling/improvement"] == pytest.approx(2.0)
+    assert plan.metrics["gcfreeze/settling/improvement"] == pytest.approx(2.0)
 
 
-def test_it_listens_to_what_matters_alone():
-    """Nothing with both given; a monitored loss is not the training loss; nothing any more when all is settled."""
+def test_training_loss_is_needed_only_while_a_decision_depends_on_it():
+    """Not if t0 and k are given, not if another loss is monitored, and not any more once k has stopped growing."""
     given, monitored, growing = (
         Plan([(10, 0.5)], "1/t"),
         Plan([(10, Growth(monitor="x"))], "1/t"),
         Plan([(30, FLAT)], "1/t"),
     )
-    assert [plan.listens(10) for plan in (given, monitored, growing)] == [False, False, False]
-    assert growing.listens(11)
-    growing.decided(30, SINGLE_PROCESS)
-    heard = []
+    assert [plan.needs_loss(10) for plan in (given, monitored, growing)] == [False, False, False]
+    assert growing.needs_loss(11)
+    growing.record_decision(30, SINGLE_PROCESS)
+    needed = []
     for step in range(31, 200):
-        heard += [step] * growing.listens(step)
-        hear(growing, {step: 1.0})
-        growing.judge(step, SINGLE_PROCESS)
-    assert heard == list(range(31, 31 + 4 * 20))  # the first mean is the reference: none came before
-    assert not growing.unfinished
+        needed += [step] if growing.needs_loss(step) else []
+        record(growing, {step: 1.0})
+        growing.judge_stage(step, SINGLE_PROCESS)
+    assert needed == list(range(31, 31 + 4 * 20))  # the first mean is the reference: none came before
+    assert not growing.masks_may_change
 
 
-def test_decisions_are_due_at_their_steps_alone():
+def test_decisions_of_a_schedule_are_due_at_their_steps_only():
     plan = Plan([(3, 5), (7, 9)], "1/t")
     due = []
     for step in range(1, 12):
-        if plan.may_decide_after(step):
-            due.append((step, plan.latest))
-            plan.decided(step, SINGLE_PROCESS)
+        if plan.is_decision_step(step):
+            due.append((step, plan.next_deadline))
+            plan.record_decision(step, SINGLE_PROCESS)
     assert due == [(3, 3), (7, 7)]
-    assert (plan.t0, plan.k, plan.observes) == (3, 9, False)
+    assert (plan.t0, plan.k, plan.has_next_decision, plan.n_decisions) == (3, 9, False, 2)
 
 
-def test_half_of_the_planned_steps_is_the_latest():
+@pytest.mark.parametrize("unknown", [float("inf"), float("nan"), -1])
+def test_plan_without_planned_steps_does_not_start_without_max_t0(unknown):
+    """Lightning estimates -1 with a loader of unknown length."""
     plan = Plan([(Settled(), 0.5)], "1/t")
-    assert "has no end" in (plan.begin(lambda: float("inf")) or "")
-    assert plan.begin(lambda: 301) is None
-    assert plan.latest == 150
+    assert "has no end" in (plan.start(lambda: unknown) or "")
+    assert plan.start(lambda: 301) is None
+    assert plan.next_deadline == 150  # half of them
 
 
-def test_the_planned_steps_are_asked_for_only_if_they_matter():
-    """Lightning cannot tell them where accumulation changes from epoch to epoch."""
+def test_planned_steps_are_not_asked_for_if_they_do_not_matter():
+    """Lightning cannot estimate them if accumulation changes from epoch to epoch."""
 
     def unknown() -> float:
         raise AssertionError
 
     for t0 in (10, Settled(max_t0=20)):
-        assert Plan([(t0, 0.5)], "1/t").begin(unknown) is None
+        assert Plan([(t0, 0.5)], "1/t").start(unknown) is None
 
 
-def test_a_monitored_loss_that_is_nan_is_none_before_the_freeze_and_too_much_after_it():
-    """And two in a row thaw."""
+def test_monitored_loss_that_is_nan_is_ignored_before_the_freeze_and_too_high_after_it():
+    """Two in a row thaw the stage."""
     plan = Plan([(10, Growth(first=0.5, monitor="x"))], "1/t")
-    plan.hear_of_validation(2.0)
-    plan.hear_of_validation(float("nan"))
-    plan.decided(10, SINGLE_PROCESS)
+    plan.record_validation_loss(2.0)
+    plan.record_validation_loss(float("nan"))
+    plan.record_decision(10, SINGLE_PROCESS)
     assert plan.growing is not None
     assert plan.growing.reference == (2.0, 0.0, 1)
     verdicts = []
     for step in (11, 12):
-        plan.hear_of_validation(float("nan"))
-        verdicts.append(plan.judge(step, SINGLE_PROCESS))
+        plan.record_validation_loss(float("nan"))
+        verdicts.append(plan.judge_stage(step, SINGLE_PROCESS))
     assert verdicts == ["wait", "thaw"]
 
 
-def test_a_trainer_that_says_minus_one_has_no_end():
-    """Lightning's estimate with a loader of unknown length."""
-    assert "has no end" in (Plan([(Settled(), 0.5)], "1/t").begin(lambda: -1) or "")
+@pytest.mark.parametrize("decision", [(Settled(first=3, growth=1.4, max_t0=40), Growth(every=4)), (20, FLAT)], ids=str)
+def test_plan_resumed_from_a_state_dict_goes_on_as_the_unbroken_one(decision):
+    """Settling, decision and stages, broken off at every tenth step."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(60, 50, generator=generator).cumsum(0)
+    losses = 1 + 0.01 * torch.rand(60, generator=generator)
+
+    def go_on(plan: Plan, steps: range) -> list[object]:
+        found: list[object] = []
+        for step in steps:
+            if plan.needs_loss(step):
+                plan.record_loss(losses[step])
+            if plan.is_decision_step(step):
+                settled = True
+                if plan.settling:
+                    moved = torch.ones(50, dtype=torch.bool)
+                    settled = plan.check_settled(scores[step], moved, step, 0.5, SINGLE_PROCESS).settled
+                if settled or step >= plan.next_deadline:
+                    plan.record_decision(step, SINGLE_PROCESS)
+            else:
+                found.append(plan.judge_stage(step, SINGLE_PROCESS))
+            found.append((plan.k, plan.t0, plan.n_decisions, plan.masks_may_change))
+        return found
+
+    whole = Plan([decision], "1/t")
+    whole.start(lambda: 60)
+    expected = go_on(whole, range(60))
+    assert whole.n_decisions == 1
+    for cut in range(0, 60, 10):
+        broken, resumed = Plan([decision], "1/t"), Plan([decision], "1/t")
+        broken.start(lambda: 60)
+        first = go_on(broken, range(cut))
+        resumed.load_state_dict(broken.state_dict())
+        resumed.start(lambda: 60)
+        assert first + go_on(resumed, range(cut, 60)) == expected
+
+
+def test_arguments_become_decisions():
+    """With "auto" for a `Settled` or a `Growth` with its defaults; a list of pairs is a monotone schedule."""
+    assert decisions_from_arguments("auto", "auto", None) == (((Settled(), Growth()),), True)
+    assert decisions_from_arguments(5, 0.5, None) == (((5, 0.5),), True)
+    assert decisions_from_arguments(None, None, [[5, 0.5], (9, 0.7)]) == (((5, 0.5), (9, 0.7)), True)
+    thawing = FreezeSchedule([(5, 7), (9, 3)], monotone=False)
+    assert decisions_from_arguments(None, None, thawing) == (((5, 7), (9, 3)), False)
+
+
+@pytest.mark.parametrize(
+    ("t0", "k", "schedule", "error", "message"),
+    [
+        (None, None, None, ValueError, "Pass `t0` and `k`, or a `schedule`; got t0=None and k=None"),
+        (5, None, None, ValueError, "Pass `t0` and `k`, or a `schedule`; got t0=5 and k=None"),
+        (5, None, [(5, 1)], ValueError, "leave out `t0` and `k`, got t0=5"),
+        (None, None, "auto", TypeError, r"`schedule` must be a FreezeSchedule or a list of pairs \(t, k\), got 'auto'"),
+        (None, None, 5, TypeError, r"must be a FreezeSchedule or a list of pairs \(t, k\), got 5"),
+        (None, None, [5], TypeError, r"`stages\[0\]` must be a pair \(t, k\), got 5"),
+        (5, "all", None, TypeError, "`k` must be an int, a float.*'auto' or a Growth, got 'all'"),
+        ("soon", 0.5, None, TypeError, "'auto' or a Settled, got 'soon'"),
+        (0, 0.5, None, ValueError, "`t0` must be at least 1, got 0"),
+        (5, 1.5, None, ValueError, r"`k` as a float is a fraction and must lie in \[0, 1\], got 1.5"),
+    ],
+)
+def test_arguments_that_are_no_decisions_are_refused(t0, k, schedule, error, message):
+    with pytest.raises(error, match=message):
+        decisions_from_arguments(t0, k, schedule)
+
+
+def test_every_that_leaves_no_step_to_observe_before_a_decision_is_refused():
+    check_every(5, [(5, 0.5), (10, 0.6)])
+    check_every(100, [(Settled(), 0.5)])  # not known yet
+    with pytest.raises(ValueError, match="`every=5` leaves no step to observe among the first `t0=4`"):
+        check_every(5, [(Settled(max_t0=4), 0.5)])
+    with pytest.raises(ValueError, match="`every=4` leaves no step to observe among those from t=5 to t=7"):
+        check_every(4, [(5, 0.5), (7, 0.6)])

@@ -1,11 +1,12 @@
-"""What a schedule is, and what is none."""
+"""Schedules: what they accept, and what they refuse."""
 
 import pytest
 
 from lightning_gcfreeze import FreezeSchedule
 
 
-def test_lists_as_yaml_has_them_become_tuples():
+def test_stages_given_as_lists_become_tuples():
+    """As YAML gives them."""
     assert FreezeSchedule([[10, 0.5], [20, 0.8]]) == FreezeSchedule(((10, 0.5), (20, 0.8)))
     assert FreezeSchedule([(10, 5), (20, 2)], monotone=False).stages == ((10, 5), (20, 2))
 
@@ -19,12 +20,12 @@ def test_lists_as_yaml_has_them_become_tuples():
         ([[(10, 0.5), 20]], TypeError, r"`stages\[1\]` must be a pair \(t, k\), got 20"),
         ([[(0, 0.5)]], ValueError, r"`stages\[0\]\[0\]` must be at least 1, got 0"),
         ([[(10, 1.5)]], ValueError, r"`stages\[0\]\[1\]` as a float is a fraction"),
-        ([[(10, 0.5), (10, 0.6)]], ValueError, "must come one after the other, got t=10 before t=10"),
+        ([[(10, 0.5), (10, 0.6)]], ValueError, "must have rising steps t, got t=10 before t=10"),
         ([[(10, 5), (20, 0.6)]], TypeError, "all give k as a count or all as a fraction, got 5 and 0.6"),
-        ([[(10, 0.5), (20, 0.4)]], ValueError, "goes from k=0.5 to k=0.4.*monotone=False"),
+        ([[(10, 0.5), (20, 0.4)]], ValueError, "goes from k=0.5 down to k=0.4.*monotone=False"),
         ([[(10, 0.5)], "yes"], TypeError, "`monotone` must be True or False"),
     ],
 )
-def test_what_is_no_schedule_is_refused(arguments, error, message):
+def test_stages_that_are_no_schedule_are_refused(arguments, error, message):
     with pytest.raises(error, match=message):
         FreezeSchedule(*arguments)

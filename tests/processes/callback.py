@@ -245,9 +245,9 @@ def ranks_find_out_alike() -> None:
         trainer.fit(module, DataLoader(batches()[RANK], batch_size=None))  # type: ignore[arg-type]
         found = (callback._plan.t0, callback._plan.k, callback.frozen_fraction)
         weights = torch.cat([p.detach().flatten() for p in module.parameters()])
-        gathered = World(2).gathered(weights)
+        gathered = World(2).all_gather(weights)
         assert torch.equal(gathered[0], gathered[1])
-        assert found == tuple(World(2).of_all(found)[1 - RANK])
+        assert found == tuple(World(2).all_gather_object(found)[1 - RANK])
         assert all(p.requires_grad for p in module.parameters())
         if granularity == "element":
             expected = {0: 0.9, 1: 0.5, 2: plans[2]["k"].fractions()[1]}[plans.index(arguments)]

@@ -1,4 +1,4 @@
-"""What four gloo processes do together, started by torchrun; the oracle is NumPy on the whole tensors."""
+"""Collectives, shards and selection on four gloo processes, against NumPy on the whole tensors. torchrun starts it."""
 
 import math
 
@@ -14,26 +14,31 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from lightning_gcfreeze import orderings, selection
 from lightning_gcfreeze.distributed import Shards, World, local, part, whole
+from lightning_gcfreeze.planning.settling import sampled
 
 
-def sums(world: World, rank: int) -> None:
-    """Over all, of each, of rank 0."""
+def collectives(world: World, rank: int) -> None:
+    """Each against the result by hand."""
     assert world.rank == rank
     assert world.all_reduce_sum(torch.tensor([rank, 1])).tolist() == [6, 4]
     assert world.all_reduce_max(torch.tensor([rank, -rank])).tolist() == [3, 0]
+    assert world.all_reduce_min(torch.tensor([rank, -rank])).tolist() == [0, -3]
+    assert world.any(rank == 2)
+    assert not world.any(rank == 4)
     assert world.all_gather(torch.tensor(rank)).tolist() == [0, 1, 2, 3]
     assert world.broadcast_object({"rank": rank}) == {"rank": 0}
+    assert world.all_gather_object({"rank": rank}) == [{"rank": r} for r in range(4)]
     world.all_reduce_mean_(mean := torch.tensor([float(rank)]))
     assert mean.item() == 1.5
 
 
 def numbered(shape: torch.Size) -> Tensor:
-    """Every element is its place, row by row."""
+    """Return a tensor whose elements are their flat indices."""
     return torch.arange(float(math.prod(shape))).view(shape)
 
 
 def fsdp2_over_tensor_parallelism(world: World, mesh: DeviceMesh) -> None:
-    """Its shards along an axis that is sharded already are cut in another order; some meshes lack some ranks."""
+    """FSDP2 shards an axis that is sharded already in another order; some meshes lack some ranks."""
     module = nn.Sequential(nn.Linear(5, 10), nn.Linear(10, 3), nn.LayerNorm(3))
     for p in module.parameters():
         p.data = numbered(p.shape)
@@ -41,19 +46,19 @@ def fsdp2_over_tensor_parallelism(world: World, mesh: DeviceMesh) -> None:
     of_tensor_parallelism = {name: p.detach().clone() for name, p in module.named_parameters()}
     fully_shard(module, mesh=mesh["data"])
     parameters = dict(module.named_parameters())
-    shards = Shards(parameters)
+    shards = Shards(parameters, world)
     for name, p in parameters.items():
         own = local(p.detach())
         assert torch.equal(shards.flat_index(name, torch.arange(own.numel()), own).float(), own.flatten()), name
         assert torch.equal(part(p, numbered(p.shape)), own), name
         assert torch.equal(part(p, of_tensor_parallelism[name]), own), name  # as FSDP2 hands gradients out
         counts = torch.zeros(p.numel(), dtype=torch.int64)
-        counts[own.flatten().long()] = int(shards.counts(name))
+        counts[own.flatten().long()] = int(shards.is_counted_here(name))
         assert world.all_reduce_sum(counts).tolist() == [1] * p.numel(), name
 
 
 def by_numpy(scores: dict[str, np.ndarray], k: int, granularity: str) -> np.ndarray:
-    """Stable sort of everything, or of the means of rows or tensors until one does not fit; True = frozen."""
+    """Sort all elements, or the means of rows or tensors, up to the first that does not fit; True = frozen."""
     if granularity == "element":
         frozen = np.zeros(sum(s.size for s in scores.values()), dtype=bool)
         frozen[np.argsort(np.concatenate([s.ravel() for s in scores.values()]), kind="stable")[:k]] = True
@@ -67,7 +72,7 @@ def by_numpy(scores: dict[str, np.ndarray], k: int, granularity: str) -> np.ndar
 
 
 def select(world: World, mesh: DeviceMesh) -> None:
-    """Exactly k elements, the same ones however the scores are cut; scores with many ties, signs and infinities."""
+    """Exactly k elements, the same ones in any sharding; scores with many ties, signs and infinities."""
     layouts = [
         {"a": (mesh, [Shard(0), Shard(0)]), "b": (mesh, [Shard(1), Replicate()]), "c": None},
         {"a": (mesh, [Replicate(), Shard(1)]), "b": (mesh["data"], [Shard(0)]), "c": (mesh, [Shard(0), Shard(1)])},
@@ -88,43 +93,43 @@ def select(world: World, mesh: DeviceMesh) -> None:
                 for name, tensor in full.items():
                     how = layout[name]
                     laid[name] = tensor if how is None else distribute_tensor(tensor, *how)
-                shards, parts = Shards(laid), {name: local(tensor) for name, tensor in laid.items()}
+                shards, parts = Shards(laid, world), {name: local(tensor) for name, tensor in laid.items()}
                 in_units = dtype == torch.float32 and kind != "infinite"
                 for granularity in ("element", "row", "tensor") if in_units else ("element",):
                     for k in (0, 75, 141):
-                        pooled = selection.pooled(parts, granularity, shards, world)
-                        marks = selection.lowest_k(pooled, k, granularity, shards, world)
+                        pooled = selection.pooled(parts, granularity, shards)
+                        marks = selection.lowest_k(pooled, k, granularity, shards)
                         frozen = np.concatenate([whole(m).numpy().ravel() for m in shards.wrapped(marks).values()])
                         arrays = {name: tensor.double().numpy() for name, tensor in full.items()}
                         expected = by_numpy(arrays, k, granularity)
                         assert np.array_equal(frozen, expected), (kind, dtype, granularity, k)
-                        assert sum(shards.count(marks, world).values()) == expected.sum()
+                        assert sum(shards.n_marked(marks).values()) == expected.sum()
                         assert granularity != "element" or expected.sum() == k
-                        shards.check_agreement(marks, world)
+                        shards.check_agreement(marks)
 
 
 def sample(world: World, mesh: DeviceMesh, rank: int) -> None:
-    """Evenly spaced elements of the whole tensors; of what several have, the mean."""
+    """Evenly spaced elements of the whole tensors; of elements that several processes hold, the mean."""
     whole_tensors = {"a": numbered((7, 12)), "b": 1000 + numbered((5, 9)), "c": 2000 + numbered((3, 4))}
     layouts = ([Shard(0), Shard(0)], [Shard(1), Replicate()], [Replicate(), Shard(1)], [Shard(0), Shard(1)])
     everything = torch.cat([tensor.flatten() for tensor in whole_tensors.values()]).double()
-    for most in (1, 10, 140, 141, 1000):
-        count = min(most, 141)
+    for n in (1, 10, 140, 141, 1000):
+        count = min(n, 141)
         expected = everything[[i * 141 // count for i in range(count)]]
         for layout in layouts:
             laid = {name: distribute_tensor(tensor, mesh, layout) for name, tensor in whole_tensors.items()}
             laid["b"] = whole_tensors["b"]
-            found = selection.sampled({n: local(t) for n, t in laid.items()}, most, Shards(laid), world)
-            assert torch.equal(found, expected), (most, layout)
+            found = sampled({name: local(tensor) for name, tensor in laid.items()}, n, Shards(laid, world))
+            assert torch.equal(found, expected), (n, layout)
         own = {name: tensor + rank for name, tensor in whole_tensors.items()}
-        assert torch.equal(selection.sampled(own, most, world=world), expected + 1.5)
+        assert torch.equal(sampled(own, n, Shards(world=world)), expected + 1.5)
 
 
 def draw(world: World, mesh: DeviceMesh) -> None:
-    """The random order is that of one process."""
+    """The random order is the same as on one process."""
     w = torch.zeros(6, 5)
     laid = distribute_tensor(w, mesh, [Shard(0), Shard(1)])
-    shards = Shards({"w": laid})
+    shards = Shards({"w": laid}, world)
     for granularity in ("element", "row", "tensor"):
         alone = orderings.random(orderings.Evidence({"w": w}, {"w": w}, 3, granularity=granularity))
         evidence = {"w": local(laid)}
@@ -134,22 +139,22 @@ def draw(world: World, mesh: DeviceMesh) -> None:
 
 
 def disagree(world: World, mesh: DeviceMesh, rank: int) -> None:
-    """One mask that is not the others' is found, by all, and the ranks are named."""
+    """A mask that differs is found on all processes, and its rank is named."""
     laid = {"plain": torch.zeros(4), "cut": distribute_tensor(torch.zeros(8), mesh, [Shard(0), Replicate()])}
-    shards = Shards(laid)
+    shards = Shards(laid, world)
     masks = {name: local(tensor) > 0 for name, tensor in laid.items()}
-    shards.check_agreement(masks, world)
+    shards.check_agreement(masks)
     for name, other in (("plain", 2), ("cut", 3)):
         wrong = {n: mask ^ (n == name and rank == other) for n, mask in masks.items()}
         with pytest.raises(RuntimeError, match=rf"{name} \(ranks {other}\)"):
-            shards.check_agreement(wrong, world)
+            shards.check_agreement(wrong)
 
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     all_ranks, own = World(4, "cpu"), dist.get_rank()
     two_by_two = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
-    sums(all_ranks, own)
+    collectives(all_ranks, own)
     fsdp2_over_tensor_parallelism(all_ranks, two_by_two)
     select(all_ranks, two_by_two)
     sample(all_ranks, two_by_two, own)

@@ -196,7 +196,7 @@ def masks_lie_as_parameters_do(data: int, tensor: int) -> None:
             rows = whole(mask).flatten(1) if mask.dim() > 1 and granularity == "row" else whole(mask).reshape(1, -1)
             if mask.dim() > 1 or granularity == "tensor":
                 assert torch.equal(rows.all(1), rows.any(1)), name
-    with pytest.raises(RuntimeError, match="World need all scores in one place"):
+    with pytest.raises(RuntimeError, match="Ranks need all scores in one place"):
         _ = callback.ranks
     delta, fresh = callback.delta(), Module()
     fresh.load_state_dict(start)
@@ -245,7 +245,7 @@ def an_error_of_one_rank_is_one_of_all() -> None:
 
 
 def batches_of_one_sample_are_refused() -> None:
-    """World of tensor parallelism have the same one."""
+    """The ranks of tensor parallelism have the same one."""
     SIZES[:] = [1] * len(SIZES)
     with pytest.raises(MisconfigurationException, match="The batch holds one sample"):
         fit(1, RANKS)

@@ -1,4 +1,4 @@
-"""The k-th of many numbers against NumPy's sort."""
+"""The k-th smallest of many numbers against NumPy's sort."""
 
 from unittest.mock import patch
 
@@ -14,7 +14,7 @@ FLOATS = [0.0, -0.0, 1e-42, -1e-42, 0.5, -0.5, 3.0, -3.0, float("inf"), -float("
 
 
 def of_kind(kind: str, dtype: torch.dtype, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    """Spread over all magnitudes, few values many times, or special ones."""
+    """Draw numbers: "spread" over all magnitudes, "few" different ones, or "special" ones."""
     generator = np.random.default_rng(seed)
     if not dtype.is_floating_point:
         high = torch.iinfo(dtype).max if kind == "spread" else 3
@@ -35,29 +35,30 @@ def of_kind(kind: str, dtype: torch.dtype, shape: tuple[int, ...], seed: int) ->
     st.booleans(),
     st.floats(0, 1),
 )
-def test_it_is_that_of_a_sort(kind, dtype, shapes, seed, many, fraction):
-    """With its ties, and how many are lower; by digits of either width, whatever the pieces."""
+def test_kth_smallest_is_that_of_a_sort(kind, dtype, shapes, seed, wide, fraction):
+    """With the amounts of equal and of lower numbers; for both widths of digits, and chunks of any size."""
     tensors = [of_kind(kind, dtype, shape, seed + i) for i, shape in enumerate([*shapes, (3,)])]
     together = np.sort(np.concatenate([t.numpy().ravel() for t in tensors]))
     k = min(1 + int(fraction * len(together)), len(together))
-    with patch.object(radix, "MANY", 1 if many else 10**9), patch.object(radix, "AT_LEAST", 4 if many else 10**6):
-        numbers = lambda: (some for t in tensors for _, some in radix.pieces(t, dtype, len(together)))  # noqa: E731
-        value, lower, equal = radix.kth_smallest(numbers, k, dtype, len(together), lambda counts: counts)
+    from_n, chunk = (1, 4) if wide else (10**9, 10**6)
+    with patch.object(radix, "WIDE_DIGIT_FROM", from_n), patch.object(radix, "MIN_CHUNK", chunk):
+        numbers = lambda: (chunk for t in tensors for _, chunk in radix.chunks(t, dtype, len(together)))  # noqa: E731
+        value, n_lower, n_equal = radix.kth_smallest(numbers, k, dtype, len(together), lambda counts: counts)
     expected = together[k - 1]
     assert value == expected
-    assert lower == (together < expected).sum()
-    assert equal == (together == expected).sum()
+    assert n_lower == (together < expected).sum()
+    assert n_equal == (together == expected).sum()
 
 
-def test_counts_of_other_processes_are_added():
-    """Here another one has the same numbers: the third of all is the second of each."""
+def test_kth_smallest_is_that_of_the_numbers_of_all_processes():
+    """Another process has the same numbers: the third smallest of all is the second of each."""
     numbers = torch.tensor([3.0, -1.0, 2.0])
     found = radix.kth_smallest(lambda: iter([numbers]), 3, torch.float32, 6, lambda counts: 2 * counts)
     assert found == (2.0, 2, 2)
 
 
-def test_numbers_stay_as_they_are():
-    """Digits are made of copies, also of integers."""
+def test_numbers_are_not_modified():
+    """Neither floats nor integers, whose bits need no conversion."""
     for numbers in (torch.tensor([-0.0, 1.5]), torch.tensor([4, -7])):
         before = numbers.clone()
         radix.kth_smallest(lambda numbers=numbers: iter([numbers]), 1, numbers.dtype, 2, lambda counts: counts)
@@ -66,9 +67,9 @@ def test_numbers_stay_as_they_are():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_pieces_cover_a_tensor_in_the_dtype_asked_for(dtype):
-    """Row by row, also of one that lies otherwise in memory."""
+def test_chunks_cover_a_tensor_in_the_dtype_asked_for(dtype):
+    """Row by row, also if it is not contiguous."""
     tensor = torch.randn(40, 1000).to(dtype).T
-    found = list(radix.pieces(tensor, torch.float64, 10))
-    assert torch.equal(torch.cat([some for _, some in found]), tensor.reshape(-1).double())
-    assert [start for start, _ in found] == [*range(0, 40_000, radix.AT_LEAST)]
+    found = list(radix.chunks(tensor, torch.float64, 10))
+    assert torch.equal(torch.cat([chunk for _, chunk in found]), tensor.reshape(-1).double())
+    assert [start for start, _ in found] == [*range(0, 40_000, radix.MIN_CHUNK)]
