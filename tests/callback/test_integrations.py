@@ -123,6 +123,7 @@ trainer:
             28,
             {"k": Growth(first=0.5, most=0.6)},
         ),
+        ("{schedule: [[3, 10], [9, 30]]}", 30, {}),
         (
             "{schedule: {class_path: lightning_gcfreeze.FreezeSchedule, init_args: {stages: [[3, 10], [9, 30]]}}}",
             30,
@@ -135,7 +136,7 @@ trainer:
             {"schedule": FreezeSchedule([(3, 0.9), (9, 0.3)], monotone=False)},
         ),
     ],
-    ids=["plain", "options", "callable", "t0 auto", "settled", "k auto", "growth", "schedule", "thawing"],
+    ids=["plain", "options", "callable", "t0 auto", "settled", "k auto", "growth", "pairs", "schedule", "thawing"],
 )
 @pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
 @pytest.mark.filterwarnings("ignore:.*_jit_is_scripting")
