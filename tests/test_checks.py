@@ -1,4 +1,4 @@
-"""Single arguments: what passes, in which form it comes back, and what an error tells the reader."""
+"""Single arguments: which values pass, what is returned, and what an error says."""
 
 from fractions import Fraction
 
@@ -9,23 +9,23 @@ from lightning_gcfreeze import _checks
 
 
 @pytest.mark.parametrize("value", [2, 7, np.int64(7)], ids=repr)
-def test_an_integer_in_range_comes_back_as_a_plain_int(value):
-    """NumPy's integers count as integers; what is kept (and saved with the checkpoint) is Python's."""
+def test_integer_in_range_is_returned_as_an_int_of_python(value):
+    """Also if it is an integer of NumPy: checkpoints have only ints of Python."""
     checked = _checks.integer("t0", value, at_least=2)
     assert type(checked) is int
     assert checked == value
 
 
 @pytest.mark.parametrize("value", [True, 3.0, "3", None, np.float64(3)], ids=repr)
-def test_what_is_no_integer_is_refused(value):
+def test_value_that_is_no_integer_is_refused(value):
     """A bool, a whole float and a string that looks like a number are no integers; the error names the type."""
     with pytest.raises(TypeError, match=rf"`t0` must be an int of at least 1, got .* \({type(value).__name__}\)\."):
         _checks.integer("t0", value, at_least=1)
 
 
 @pytest.mark.parametrize("value", [0, -5])
-def test_an_integer_below_the_bound_is_refused(value):
-    """The error names the argument, the bound and what came."""
+def test_integer_below_the_bound_is_refused(value):
+    """The error names the argument, the bound and the value."""
     with pytest.raises(ValueError, match=rf"`every` must be at least 1, got {value}\."):
         _checks.integer("every", value, at_least=1)
 
@@ -43,7 +43,7 @@ def test_an_integer_below_the_bound_is_refused(value):
     ],
     ids=repr,
 )
-def test_a_count_stays_an_int_and_a_fraction_a_float(value, kind):
+def test_count_is_returned_as_an_int_and_fraction_as_a_float(value, kind):
     """1 is one element and 1.0 all of them, so the kind must survive the check."""
     checked = _checks.count_or_fraction("k", value)
     assert type(checked) is kind
@@ -51,7 +51,7 @@ def test_a_count_stays_an_int_and_a_fraction_a_float(value, kind):
 
 
 @pytest.mark.parametrize("value", [True, "0.5", None, 1j, [1]], ids=repr)
-def test_neither_count_nor_fraction_is_refused(value):
+def test_value_that_is_neither_count_nor_fraction_is_refused(value):
     """The error says what both forms mean."""
     with pytest.raises(TypeError, match=r"`k` must be an int \(a count .*\) or a float in \[0, 1\] \(a fraction"):
         _checks.count_or_fraction("k", value)
@@ -68,19 +68,19 @@ def test_neither_count_nor_fraction_is_refused(value):
         (float("inf"), r"must lie in \[0, 1\], got inf"),
     ],
 )
-def test_a_count_or_fraction_out_of_range_is_refused(value, text):
+def test_count_or_fraction_out_of_range_is_refused(value, text):
     """A float above 1 was probably meant as a count: the error says how to give one."""
     with pytest.raises(ValueError, match=text):
         _checks.count_or_fraction("k", value)
 
 
-def test_one_of_the_allowed_names_passes():
-    """A value among the allowed ones comes back as it is."""
+def test_allowed_name_passes():
+    """It is returned as it is."""
     assert _checks.one_of("hold", "restore", ["restore", "compact"]) == "restore"
 
 
 @pytest.mark.parametrize("value", ["Restore", "", None, 3, ["restore"]], ids=repr)
-def test_another_name_is_refused_with_the_allowed_ones(value):
+def test_name_that_is_not_allowed_is_refused_with_the_allowed_names(value):
     """The error lists every allowed name; an unhashable value gets it too."""
     with pytest.raises(ValueError, match=r"`hold` must be one of 'restore', 'compact', got"):
         _checks.one_of("hold", value, ["restore", "compact"])
@@ -91,13 +91,13 @@ def test_another_name_is_refused_with_the_allowed_ones(value):
     [(None, None), ("*.weight", ("*.weight",)), (["a", "b"], ("a", "b")), (("a",), ("a",)), ([], ())],
     ids=repr,
 )
-def test_patterns_become_a_tuple(value, expected):
-    """One pattern is not taken for a list of letters, and no patterns at all are not None."""
+def test_patterns_are_returned_as_a_tuple(value, expected):
+    """One string is one pattern; no patterns are not the same as None."""
     assert _checks.patterns("include", value) == expected
 
 
 @pytest.mark.parametrize("value", [3, [1, 2], {"a": 1}, ["a", None], b"a"], ids=repr)
-def test_what_is_no_pattern_is_refused(value):
-    """The error shows what came."""
+def test_value_that_is_no_pattern_is_refused(value):
+    """The error shows the value."""
     with pytest.raises(TypeError, match=r"`exclude` must be a parameter-name pattern or a list of them, got"):
         _checks.patterns("exclude", value)

@@ -1,4 +1,4 @@
-"""Exactly k elements, the lowest, ties by position; and which elements take part at all."""
+"""Exactly the k elements with the lowest scores, ties by position; and which parameters are eligible."""
 
 import math
 from itertools import pairwise
@@ -20,7 +20,7 @@ VALUES = [0.0, -0.0, 1.0, -1.0, INF, -INF, 1.0 + 2**-23, 5e-324]
 
 @st.composite
 def named_scores(draw, values=VALUES):
-    """Up to 5 tensors of any of the shapes, in one dtype or several, and a number of elements to choose."""
+    """Draw up to 5 tensors of any of the shapes, in one dtype or several, and a number of elements to choose."""
     scores = {}
     for i, shape in enumerate(draw(st.lists(st.sampled_from(SHAPES), min_size=1, max_size=5))):
         size = math.prod(shape)
@@ -31,12 +31,12 @@ def named_scores(draw, values=VALUES):
 
 
 def flat(named):
-    """All elements in the order that decides ties, as Python numbers."""
+    """Return all elements in the order that decides ties, as Python numbers."""
     return [element for tensor in named.values() for element in tensor.flatten().tolist()]
 
 
 def lowest_by_hand(scores, k):
-    """The oracle: sort the positions by (score, position), take k."""
+    """Sort the positions by (score, position), and take k: the oracle."""
     elements = flat(scores)
     chosen = set(sorted(range(len(elements)), key=lambda i: (elements[i], i))[:k])
     return [i in chosen for i in range(len(elements))]
@@ -46,8 +46,8 @@ def lowest_by_hand(scores, k):
 @given(named_scores())
 @example(({"w": torch.tensor([0.0, -0.0, 0.0, -0.0])}, 2))
 @example(({"w": torch.tensor([INF, -INF, INF])}, 2))
-def test_the_k_lowest_are_chosen_exactly(case):
-    """`lowest` equals a sort in pure Python, whatever the ties, shapes, dtypes, infinities and signs of zero."""
+def test_lowest_k_marks_exactly_the_k_lowest(case):
+    """As a sort in pure Python does, for any ties, shapes, dtypes, infinities and signs of zero."""
     scores, k = case
     masks = selection.lowest_k(scores, k)
     assert [(name, mask.shape, mask.dtype) for name, mask in masks.items()] == [
@@ -60,8 +60,8 @@ def test_the_k_lowest_are_chosen_exactly(case):
 @settings(max_examples=100, deadline=None)
 @given(named_scores())
 @example(({"w": torch.tensor([0.0, -0.0, 0.0, -0.0])}, 2))
-def test_ranks_and_masks_tell_the_same(case):
-    """The ranks are a permutation of 1, …, p, and for every k the k lowest are those of rank <= k: masks are nested."""
+def test_masks_are_the_elements_with_rank_up_to_k(case):
+    """The ranks are a permutation of 1, …, p."""
     scores, k = case
     ranks = selection.ranks(scores)
     assert sorted(flat(ranks)) == list(range(1, len(flat(scores)) + 1))
@@ -74,7 +74,7 @@ def test_ranks_and_masks_tell_the_same(case):
 
 @settings(max_examples=25, deadline=None)
 @given(named_scores(values=[0.0, 1.0, -1.0]))
-def test_the_choice_for_k_is_contained_in_that_for_k_plus_1(case):
+def test_mask_for_k_is_contained_in_the_mask_for_k_plus_1(case):
     """From k = 0 to k = p each mask adds exactly one element to the one before."""
     scores, _ = case
     chosen = [
@@ -86,8 +86,8 @@ def test_the_choice_for_k_is_contained_in_that_for_k_plus_1(case):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.int64], ids=str)
-def test_thousands_of_ties_go_by_position(dtype):
-    """Large enough for every sorting routine to leave its shortcut for small inputs; unstable ones fail here."""
+def test_ties_among_thousands_of_elements_go_by_position(dtype):
+    """Sorting routines have a stable shortcut for small inputs; those that are unstable fail here."""
     scores = {f"w{i}": torch.randint(0, 3, (40, 50)).to(dtype) for i in range(3)}
     ranks = flat(selection.ranks(scores))
     for k in (1, 1000, 2500, 5999):
@@ -95,8 +95,8 @@ def test_thousands_of_ties_go_by_position(dtype):
         assert [rank <= k for rank in ranks] == lowest_by_hand(scores, k)
 
 
-def test_scores_in_any_memory_format_go_row_by_row():
-    """A transposed score tensor has other strides, but the same elements in the same order: ties do not notice."""
+def test_ties_of_scores_that_are_not_contiguous_go_row_by_row():
+    """A transposed tensor has other strides, but the same elements in the same order."""
     scores = torch.randint(0, 2, (7, 5)).float()
     transposed = scores.t().contiguous().t()
     assert not transposed.is_contiguous()
@@ -104,8 +104,8 @@ def test_scores_in_any_memory_format_go_row_by_row():
     assert torch.equal(selection.ranks({"w": transposed})["w"], selection.ranks({"w": scores})["w"])
 
 
-def test_the_example_of_the_paper():
-    """diag(0.3, 0.2, 0.25) has the ranks [3, 1, 2]: a place for every element, not an argsort ([2, 3, 1])."""
+def test_ranks_of_the_example_in_the_paper():
+    """diag(0.3, 0.2, 0.25) has the ranks [3, 1, 2], a rank for every element; argsort gives [2, 3, 1]."""
     scores = {"w": torch.tensor([0.3, 0.2, 0.25])}
     assert selection.ranks(scores)["w"].tolist() == [3, 1, 2]
     assert selection.lowest_k(scores, 2)["w"].tolist() == [False, True, True]
@@ -125,12 +125,12 @@ def test_the_example_of_the_paper():
         (1e-9, 10, 0),
     ],
 )
-def test_what_k_counts(k, eligible, count):
-    """An int is a count, 1 being one element; a float a fraction, 1.0 being all, rounded to the nearest."""
+def test_k_is_resolved_to_a_count(k, eligible, count):
+    """An int is a count, so 1 is one element; a float is a fraction, so 1.0 is all, rounded to the nearest count."""
     assert selection.resolve_count(k, eligible) == count
 
 
-def test_a_count_above_the_eligible_is_refused():
+def test_count_above_the_eligible_elements_is_refused():
     """The error names both numbers and three ways out."""
     with pytest.raises(
         ValueError, match=r"`k=11` is more than the 10 eligible elements\. Lower it, pass a float.*widen"
@@ -144,8 +144,8 @@ class TestCheckScores:
     parameters = {"a": torch.zeros(2, 3), "b": torch.zeros(())}  # noqa: RUF012
 
     @pytest.mark.parametrize("value", [0.0, INF, -INF])
-    def test_one_number_an_element_passes(self, value):
-        """Infinities have a place in the order; the order of the names does not matter here."""
+    def test_one_number_per_element_passes(self, value):
+        """Infinities can be ordered; the order of the names does not matter here."""
         scores = {"b": torch.tensor(value), "a": torch.full((2, 3), value)}
         selection.check_scores(scores, self.parameters)
         assert flat(selection.lowest_k(scores, 3)) == [True, True, True, False, False, False, False]
@@ -189,45 +189,45 @@ class TestEligible:
             (["[bn]*.bias"], None, ("body.bias", "norm.bias")),
         ],
     )
-    def test_names_are_matched_by_patterns(self, module, include, exclude, names):
+    def test_names_that_match_the_patterns_are_eligible(self, module, include, exclude, names):
         """One of `include`, none of `exclude`; the result is in the order of the module, not of the patterns."""
         chosen = selection.eligible(module, torch.optim.SGD(module.parameters()), include, exclude)
         assert tuple(chosen) == names
         assert all(chosen[name] is p for name, p in module.named_parameters() if name in names)
 
     def test_patterns_are_case_sensitive(self):
-        """`fnmatch` itself ignores the case on Windows; names in a module do not."""
+        """`fnmatch` ignores the case on Windows, but names in a module may differ by it."""
         module = nn.ModuleDict({"A": nn.Linear(1, 1, bias=False), "a": nn.Linear(1, 1, bias=False)})
         assert list(selection.eligible(module, torch.optim.SGD(module.parameters()), ["a.*"], None)) == ["a.weight"]
 
-    def test_what_does_not_train_is_left_out(self, module):
+    def test_parameters_that_are_not_trained_are_left_out(self, module):
         """Neither parameters without `requires_grad` nor those that the optimizer does not have."""
         module["norm"].requires_grad_(False)
         groups = [{"params": module["body"].parameters()}, {"params": module["norm"].parameters(), "lr": 1.0}]
         chosen = selection.eligible(module, torch.optim.SGD(groups), None, None)
         assert tuple(chosen) == ("body.weight", "body.bias")
 
-    def test_a_tied_parameter_counts_once(self, module):
+    def test_tied_parameter_is_eligible_once(self, module):
         """Under its first name, as in ``named_parameters()``."""
         module["copy"] = nn.Linear(2, 3)
         module["copy"].weight = module["body"].weight
         chosen = selection.eligible(module, torch.optim.SGD(module.parameters()), ["*.weight"], None)
         assert tuple(chosen) == ("body.weight", "norm.weight", "head.weight")
 
-    def test_none_eligible_is_refused_with_the_names_there_are(self, module):
+    def test_no_eligible_parameter_is_refused_with_the_trained_names(self, module):
         """The error repeats the patterns and lists what the optimizer trains."""
         optimizer = torch.optim.SGD(module["body"].parameters())
         with pytest.raises(ValueError, match=r"`include=\['head\.\*'\]`.*trains body\.weight, body\.bias\."):
             selection.eligible(module, optimizer, ["head.*"], None)
 
-    def test_a_foreign_optimizer_is_refused(self, module):
+    def test_optimizer_of_other_parameters_is_refused(self, module):
         """An optimizer of other parameters has nothing to freeze; the error says what it would need."""
         with pytest.raises(ValueError, match="trains none that belongs to the module and requires a gradient"):
             selection.eligible(module, torch.optim.SGD([torch.zeros(1, requires_grad=True)]), None, None)
 
 
 def by_hand(scores, k, granularity):
-    """Units in the order of their means, one after the other, while they fit: in plain Python."""
+    """Take units in the order of their means while they fit, in plain Python."""
     units = []
     for name, score in scores.items():
         rows = score.reshape(len(score), -1).tolist() if granularity == "row" else [score.flatten().tolist()]
@@ -251,7 +251,9 @@ class TestRowsAndTensors:
         st.sampled_from(["row", "tensor"]),
         st.booleans(),
     )
-    def test_are_taken_in_the_order_of_their_means_while_they_fit(self, shapes, seed, fraction, granularity, ties):
+    def test_units_are_taken_in_the_order_of_their_means_while_they_fit(
+        self, shapes, seed, fraction, granularity, ties
+    ):
         """Against a loop over units, with and without ties."""
         rng = np.random.default_rng(seed)
         draw = (lambda shape: rng.integers(0, 2, shape) * 1.0) if ties else rng.random
@@ -269,15 +271,15 @@ class TestRowsAndTensors:
         places = selection.ranks(pooled)
         assert all(torch.equal(places[name] <= count, mask) for name, mask in masks.items())
 
-    def test_a_larger_one_ends_the_list(self):
-        """What comes later in the order is noisier, even if it would fit: masks stay nested in k."""
+    def test_unit_that_does_not_fit_ends_the_selection(self):
+        """A later unit is noisier, even if it would fit: masks stay nested in k."""
         scores = {"a": torch.tensor([1.0]), "b": torch.tensor([2.0, 2.0, 2.0]), "c": torch.tensor([3.0])}
         masks = [selection.lowest_k(selection.pooled(scores, "tensor"), k, "tensor") for k in range(6)]
         frozen = [[name for name, mask in of_k.items() if mask.all()] for of_k in masks]
         assert frozen == [[], ["a"], ["a"], ["a"], ["a", "b"], ["a", "b", "c"]]
 
-    def test_scalars_and_empty_tensors_are_tensors_too(self):
-        """A scalar is a row of its own; nothing of an empty one is frozen."""
+    def test_scalar_is_one_row_and_empty_tensor_has_no_units(self):
+        """Both are accepted, with either granularity."""
         scores = {"s": torch.tensor(1.0), "e": torch.empty(0, 3), "f": torch.empty(2, 0), "m": torch.ones(2, 2)}
         for granularity in ("row", "tensor"):
             pooled = selection.pooled(scores, granularity)
@@ -285,8 +287,8 @@ class TestRowsAndTensors:
             masks = selection.lowest_k(pooled, 1, granularity)
             assert [int(mask.sum()) for mask in masks.values()] == [1, 0, 0, 0]
 
-    def test_means_of_half_precision_are_wide(self):
-        """A thousand equal scores in bfloat16 have that score as their mean, and one that is a bit higher is higher."""
+    def test_means_of_half_precision_scores_are_computed_in_float64(self):
+        """The mean of a thousand bfloat16 scores differs from that of another row by one score in its last bit."""
         scores = {"a": torch.full((1, 1000), 1.0, dtype=torch.bfloat16), "b": torch.full((1, 1000), 1.0).bfloat16()}
         scores["a"][0, 0] = 1.0078125
         masks = selection.lowest_k(selection.pooled(scores, "row"), 1000, "row")
