@@ -39,14 +39,22 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_gcfreeze import _checks, _modules, delta, misconfiguration, orderings, refusals, reporting, selection
+from lightning_gcfreeze import (
+    _checks,
+    _lightning,
+    _modules,
+    delta,
+    misconfiguration,
+    orderings,
+    refusals,
+    reporting,
+    selection,
+)
 from lightning_gcfreeze._types import Granularity
 from lightning_gcfreeze.distributed import SINGLE_PROCESS, Shards, World, local
 from lightning_gcfreeze.distributed.comm_hook import LiveAllReduce
 from lightning_gcfreeze.estimators import FullCovariance, gains
-from lightning_gcfreeze.freezing import ThawStates, WeightUses
-from lightning_gcfreeze.freezing.hold import Holder
-from lightning_gcfreeze.freezing.savings import Savings
+from lightning_gcfreeze.freezing import Holder, HoldPlan, Savings, ThawStates, WeightUses
 from lightning_gcfreeze.gradients import isolation
 from lightning_gcfreeze.gradients.replay import Window
 from lightning_gcfreeze.gradients.source import How, SampleGradients
@@ -367,7 +375,7 @@ class GradCovFreezeCallback(_Callback):
             callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
             _refuse(refusals.of_callbacks([c for c in callbacks if isinstance(c, GradCovFreezeCallback)]))
             self._start_afresh()
-            self._mean = LiveAllReduce.in_place_of_hook(trainer.strategy)
+            self._mean = _lightning.take_comm_hook(trainer.strategy)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a saved state. Runs between `setup` and `on_fit_start`, under some strategies after it."""
@@ -436,8 +444,10 @@ class GradCovFreezeCallback(_Callback):
         if self._full:
             FullCovariance({name: p.to("meta") for name, p in parameters.items()})  # refuses one that is too large
         self._world = World(trainer.world_size, trainer.strategy.root_device)
-        if self._mean and (why := self._mean.install(trainer.strategy)):
-            rank_zero_info(f"{type(self).__name__}: all gradients go on being sent, since {why}.")
+        if self._mean:
+            _lightning.give_back_comm_hook(trainer.strategy, self._mean)
+            if why := self._mean.register(trainer.strategy.model):
+                rank_zero_info(f"{type(self).__name__}: all gradients go on being sent, since {why}.")
         samples = SampleGradients(
             self.gradients,
             pl_module,
@@ -822,7 +832,7 @@ class GradCovFreezeCallback(_Callback):
 
     def _unbind(self, trainer: pl.Trainer) -> None:
         if self._mean:
-            self._mean.give_back(trainer.strategy)
+            _lightning.give_back_comm_hook(trainer.strategy, self._mean)
         if self._run:
             self._run.samples.forget()
             self._run.positions.stop()
@@ -910,7 +920,7 @@ class GradCovFreezeCallback(_Callback):
         self._plan.decided(self._steps, self._world)
         k = selection.resolve_count(self._plan.k, run.count)
         frozen = phase.freeze(
-            self._ordering, weights, self._seed, k, self.granularity, run.positions.counts, self._world, keep
+            self._ordering, weights, self._seed, k, self.granularity, run.positions.uses_per_step, self._world, keep
         )
         if self._plan.observes:
             frozen.again = self._observing(run)
@@ -964,12 +974,12 @@ class GradCovFreezeCallback(_Callback):
         self._phase = phase
         if self._may_thaw:
             thawing = {name: mask & ~phase.frozen[name] for name, mask in before.items()}
-            self._aside.give_back(optimizer, run.parameters, thawing)
+            self._aside.restore_to(optimizer, run.parameters, thawing)
             if self._plan.growth or not self._plan.unfinished:
                 self._aside.forget()  # where k grows, only the last stage may thaw
             if self._plan.unfinished:
                 freezing = {name: mask & ~before[name] for name, mask in phase.frozen.items()}
-                self._aside.keep(optimizer, run.parameters, freezing)
+                self._aside.store(optimizer, run.parameters, freezing)
         run.decided = True
         self._begin_to_hold(run, phase, resumed=False)
         self._publish(run)
@@ -998,9 +1008,10 @@ class GradCovFreezeCallback(_Callback):
                 rank_zero_info(f"{type(self).__name__}: values are put back. {refusals.of_state_access(of_state)}")
         writing = readers.of_weights(who, run.parameters, optimizer)
         promote = self.promote and not (run.shards or observes or run.in_trial or looking)
-        where = (run.parameters, phase.frozen, phase.positions)
+        where = (run.parameters, phase.frozen, phase.positions, resumed)
         late, run.writes = how == "compact" and bool(looking), bool(writing)
-        run.hold = Holder(how, optimizer, module, trainer.strategy.model, *where, promote, late, run.writes, resumed)
+        how_held = HoldPlan(how, late, run.writes, promote)
+        run.hold = Holder(how_held, optimizer, module, trainer.strategy.model, *where)
         self._held, run.held_since = delta.fingerprints(run.parameters, phase.frozen), self._steps
         self._savings = run.hold.savings
         if self._mean and not (observes or looking):
@@ -1012,8 +1023,8 @@ class GradCovFreezeCallback(_Callback):
         fractions = self._phase.fractions if isinstance(self._phase, Frozen) else dict.fromkeys(run.parameters, 0.0)
         metrics = reporting.scalars(fractions, self.frozen_fraction, self._phase.observed)
         metrics |= self._savings.scalars() if self._savings else {}
-        if self._mean and self._mean.sent is not None:
-            metrics["gcfreeze/gradient_bytes_sent"] = float(self._mean.sent)
+        if self._mean and self._mean.bytes_sent is not None:
+            metrics["gcfreeze/gradient_bytes_sent"] = float(self._mean.bytes_sent)
         with_histograms = "gcfreeze/t0" in self._plan.news
         metrics |= {tag: value for tag, value in self._plan.news.items() if math.isfinite(value)}
         self._plan.news = {}

@@ -21,7 +21,7 @@ OTHERS = {"SparseAdam", "Adafactor", "Muon"}
 @pytest.fixture(autouse=True, params=[0, 2**14], ids=["alone", "together"])
 def small(request, monkeypatch):
     """Up to which size parameters travel together; those here all do, or none."""
-    monkeypatch.setattr(compact, "SMALL", request.param)
+    monkeypatch.setattr(compact, "MAX_BUNDLED_NUMEL", request.param)
     return request.param
 
 
@@ -54,7 +54,7 @@ def compacted(name="Adam", dtype=torch.float64, early=False, **choice):
     for seed in range(10):
         step(parameters, optimizer, seed)
     frozen = half_of(parameters)
-    return parameters, optimizer, frozen, Compact(optimizer, parameters, frozen, early=early)
+    return parameters, optimizer, frozen, Compact(optimizer, parameters, frozen, free_grads_in_backward=early)
 
 
 def test_every_optimizer_of_torch_is_one_or_the_other():
@@ -80,10 +80,10 @@ def test_live_elements_are_stepped_as_if_there_were_no_others(name, choice, dtyp
     optimizer = make(name, parameters.values(), **choice)
     for seed in range(10):
         step(parameters, optimizer, seed)
-    holder = Compact(optimizer, parameters, frozen, early=False)
+    holder = Compact(optimizer, parameters, frozen, free_grads_in_backward=False)
     before = {n: bits(p) for n, p in parameters.items()}
     for seed in range(10, 30):
-        step(parameters, optimizer, seed, holder.take_gradients_, holder.restore_)
+        step(parameters, optimizer, seed, holder.gather_gradients_, holder.scatter_values_)
 
     moved = 0
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 0.1}[dtype]  # kernels round differently
@@ -135,12 +135,12 @@ def test_gradients_are_taken_as_they_come_and_let_go_of(small):
             (factor * (p * torch.arange(4.0)).sum() + q.sum()).backward()
             assert (p.grad is None) == (small == 0)
             assert q.grad is None
-        holder.take_gradients_()
+        holder.gather_gradients_()
         assert p.grad is None
         (vector,) = optimizer.param_groups[0]["params"]
         assert vector.grad.tolist() == [11.0, 33.0]
         optimizer.step()
-        holder.restore_()
+        holder.scatter_values_()
     assert p.tolist() == [1.0, 1.0 - 22.0, 1.0, 1.0 - 66.0]
 
 
@@ -152,9 +152,9 @@ def test_gradients_may_also_be_zeroed_in_place():
     for _ in range(3):
         optimizer.zero_grad(set_to_none=False)
         p.sum().backward()
-        holder.take_gradients_()
+        holder.gather_gradients_()
         optimizer.step()
-        holder.restore_()
+        holder.scatter_values_()
     assert p.tolist() == [1.0, -2.0, -2.0]
 
 
@@ -167,10 +167,10 @@ def test_what_others_write_is_taken_over():
         p.data[1] = 7.0
         optimizer.zero_grad()
         p.sum().backward()
-        holder.take_gradients_()
-        holder.read_()
+        holder.gather_gradients_()
+        holder.gather_values_()
         optimizer.step()
-        holder.restore_()
+        holder.scatter_values_()
     assert p.tolist() == [1.0, 6.0, -1.0]
 
 
@@ -182,11 +182,11 @@ def test_a_gradient_that_is_put_in_the_vectors_place_counts():
     for _ in range(3):
         optimizer.zero_grad(set_to_none=False)
         p.sum().backward()
-        holder.take_gradients_()
+        holder.gather_gradients_()
         (vector,) = optimizer.param_groups[0]["params"]
         vector.grad = 0.5 * vector.grad
         optimizer.step()
-        holder.restore_()
+        holder.scatter_values_()
     assert p.tolist() == [0.0, -1.5, -1.5]
 
 
@@ -196,14 +196,18 @@ def test_parting_company_loses_no_gradient(early):
     parameters = {n: Parameter(torch.zeros(3)) for n in "abc"}
     optimizer = torch.optim.SGD(parameters.values(), lr=1.0)
     holder = Compact(
-        optimizer, parameters, {n: torch.tensor([True, False, False]) for n in "abc"}, early=early, alone=["c"]
+        optimizer,
+        parameters,
+        {n: torch.tensor([True, False, False]) for n in "abc"},
+        free_grads_in_backward=early,
+        unbundled=["c"],
     )
     sum(p.sum() for p in parameters.values()).backward()
-    holder.take_gradients_()
+    holder.gather_gradients_()
     (parameters["b"].sum() + parameters["c"].sum()).backward()
-    holder.take_gradients_()
+    holder.gather_gradients_()
     optimizer.step()
-    holder.restore_()
+    holder.scatter_values_()
     assert [p.tolist()[1:] for p in parameters.values()] == [[-1.0, -1.0], [-2.0, -2.0], [-2.0, -2.0]]
 
 
@@ -220,10 +224,10 @@ def test_sparse_state_becomes_dense():
             layer.weight.grad = None
             layer(torch.tensor([number % 3, 1])).square().sum(1).mean().backward()
             if holder:
-                holder.take_gradients_()
+                holder.gather_gradients_()
             optimizer.step()
             if holder:
-                holder.restore_()
+                holder.scatter_values_()
             if number == 1 and frozen is not None:
                 holder = Compact(optimizer, {"w": layer.weight}, {"w": frozen})
         layers.append(layer.weight.detach())
@@ -239,9 +243,9 @@ def test_sparse_gradients_are_taken_too():
     frozen = torch.tensor([[True, False], [False, False], [True, True], [False, False]])
     holder = Compact(optimizer, {"w": layer.weight}, {"w": frozen})
     layer(torch.tensor([0, 1, 1, 2])).sum().backward()
-    holder.take_gradients_()
+    holder.gather_gradients_()
     optimizer.step()
-    holder.restore_()
+    holder.scatter_values_()
     assert torch.allclose(before - layer.weight, torch.tensor([[0.0, 1.0], [2.0, 2.0], [0.0, 0.0], [0.0, 0.0]]))
 
 
@@ -252,9 +256,9 @@ def test_gradients_from_before_are_let_go_of():
     p.grad = torch.full((3,), 100.0)
     holder = Compact(optimizer, {"p": p}, {"p": torch.tensor([True, False, False])})
     p.sum().backward()
-    holder.take_gradients_()
+    holder.gather_gradients_()
     optimizer.step()
-    holder.restore_()
+    holder.scatter_values_()
     assert p.tolist() == [1.0, 0.0, 0.0]
 
 
@@ -274,15 +278,15 @@ def test_parameters_that_have_taken_fewer_steps_keep_their_count():
             parameters[n].grad, alone[n].grad = gradient.clone(), gradient[~frozen[n]]
         if step_number == 4:
             kept = {n: p.grad for n, p in parameters.items()}
-            holder = Compact(optimizer, parameters, frozen, early=False)
+            holder = Compact(optimizer, parameters, frozen, free_grads_in_backward=False)
             for n, p in parameters.items():
                 p.grad = kept[n]
         if holder:
-            holder.take_gradients_()
+            holder.gather_gradients_()
         optimizer.step()
         oracle.step()
         if holder:
-            holder.restore_()
+            holder.scatter_values_()
     for n in "ab":
         torch.testing.assert_close(parameters[n].detach()[~frozen[n]], alone[n].detach(), rtol=1e-12, atol=1e-12)
 
@@ -298,7 +302,7 @@ def test_a_parameter_without_a_gradient_is_left_alone_in_that_step(name, early):
     frozen = half_of(both[0])
     alone = {n: Parameter(p.detach()[~frozen[n]]) for n, p in both[1].items() if not frozen[n].all()}
     parameters, optimizer, oracle = both[0], make(name, both[0].values()), make(name, alone.values())
-    holder = Compact(optimizer, parameters, frozen, early=early)
+    holder = Compact(optimizer, parameters, frozen, free_grads_in_backward=early)
     absent = {2: {"matrix"}, 3: {"matrix", "conv"}, 5: {"vector"}}
     for seed in range(8):
         optimizer.zero_grad()
@@ -308,10 +312,10 @@ def test_a_parameter_without_a_gradient_is_left_alone_in_that_step(name, early):
                 (parameters[n] * gradient).sum().backward()
                 if n in alone:
                     alone[n].grad = gradient[~frozen[n]]
-        holder.take_gradients_()
+        holder.gather_gradients_()
         before = parameters["matrix"].detach().clone()
         optimizer.step()
-        holder.restore_()
+        holder.scatter_values_()
         oracle.step()
         assert torch.equal(parameters["matrix"], before) == (seed in (2, 3))
     for n, p in alone.items():
@@ -322,7 +326,7 @@ def test_a_parameter_without_a_gradient_is_left_alone_in_that_step(name, early):
 def test_saved_states_have_the_ordinary_shape(name):
     """Keys and shapes are those of an optimizer that was never compacted; live numbers are there, frozen ones zero."""
     parameters, optimizer, frozen, holder = compacted(name)
-    step(parameters, optimizer, 10, holder.take_gradients_, holder.restore_)
+    step(parameters, optimizer, 10, holder.gather_gradients_, holder.scatter_values_)
     twins = conformance.parameters_for(name, torch.float64)
     plain = make(name, twins.values())
     step(twins, plain, 0)
@@ -343,24 +347,24 @@ def test_saved_states_have_the_ordinary_shape(name):
 def test_a_saved_state_goes_on_compacted_and_in_full(name):
     """Loaded into a new optimizer that is compacted then, and into one that is already: the same bits follow."""
     parameters, optimizer, frozen, holder = compacted(name)
-    step(parameters, optimizer, 10, holder.take_gradients_, holder.restore_)
+    step(parameters, optimizer, 10, holder.gather_gradients_, holder.scatter_values_)
     saved = copy.deepcopy(optimizer.state_dict())
     later = {n: p.detach().clone() for n, p in parameters.items()}
     resumed = {n: Parameter(p.detach().clone()) for n, p in parameters.items()}
     for seed in (11, 12):
-        step(parameters, optimizer, seed, holder.take_gradients_, holder.restore_)
+        step(parameters, optimizer, seed, holder.gather_gradients_, holder.scatter_values_)
 
     other = make(name, resumed.values())
     other.load_state_dict(saved)
-    again = Compact(other, resumed, frozen, early=False)
+    again = Compact(other, resumed, frozen, free_grads_in_backward=False)
     for seed in (11, 12):
-        step(resumed, other, seed, again.take_gradients_, again.restore_)
+        step(resumed, other, seed, again.gather_gradients_, again.scatter_values_)
     for n, p in later.items():  # the first one goes back to where it was saved
         parameters[n].data.copy_(p)
     expected = {n: bits(p) for n, p in resumed.items()}
     optimizer.load_state_dict(saved)
     for seed in (11, 12):
-        step(parameters, optimizer, seed, holder.take_gradients_, holder.restore_)
+        step(parameters, optimizer, seed, holder.gather_gradients_, holder.scatter_values_)
     for n in expected:
         assert torch.equal(bits(parameters[n]), expected[n]), n
         assert frozen[n].all() or not torch.equal(bits(later[n]), expected[n])
@@ -391,7 +395,7 @@ def test_names_of_parameters_stay_with_them():
         pytest.skip("this version of torch knows no names")
     parameters = {n: p for n, p in conformance.parameters_for("SGD", torch.float32).items() if p.dim()}
     optimizer = torch.optim.SGD(parameters.items(), lr=0.1)
-    holder = Compact(optimizer, parameters, half_of(parameters), early=False)
+    holder = Compact(optimizer, parameters, half_of(parameters), free_grads_in_backward=False)
     assert len(optimizer.param_groups[0]["param_names"]) == len(optimizer.param_groups[0]["params"])
     assert optimizer.state_dict()["param_groups"][0]["param_names"] == list(parameters)
     holder.release()
@@ -404,7 +408,7 @@ def test_groups_may_be_added_later():
     more = Parameter(torch.ones(3, dtype=torch.float64))
     optimizer.add_param_group({"params": [more], "lr": 0.5})
     more.sum().backward()
-    step(parameters, optimizer, 10, holder.take_gradients_)
+    step(parameters, optimizer, 10, holder.gather_gradients_)
     assert optimizer.state_dict()["param_groups"][1]["params"] == [len(parameters)]
     holder.release()
     assert optimizer.param_groups[1]["params"] == [more]
@@ -439,8 +443,8 @@ def test_an_optimizer_of_ones_own_with_wider_state():
         after()
 
     run()
-    holder = Compact(optimizer, parameters, frozen, early=False)
-    run(holder.take_gradients_, holder.restore_)
+    holder = Compact(optimizer, parameters, frozen, free_grads_in_backward=False)
+    run(holder.gather_gradients_, holder.scatter_values_)
     assert parameters["p"].tolist() == [0.875, 1.25, 0.75, 0.875]
     assert parameters["q"].tolist() == [[0.875, 0.75], [1.25, 0.875]]
     saved = optimizer.state_dict()["state"]

@@ -5,8 +5,8 @@ import torch
 from torch.nn import Parameter
 
 from lightning_gcfreeze.freezing import savings
+from lightning_gcfreeze.freezing.blocks import Block
 from lightning_gcfreeze.freezing.savings import Footprint
-from lightning_gcfreeze.freezing.skipping import Block
 
 
 def masks():
@@ -20,10 +20,10 @@ def masks():
     }
 
 
-def of(frozen, positions=None, index_bytes=16):
-    positions = {"a.weight": 10, "b.weight": 100} if positions is None else positions
-    return savings.of_freeze(
-        frozen, positions, {"a.weight": Block(frozen["a.weight"])}, {"b.weight": None},
+def of(frozen, uses=None, index_bytes=16):
+    uses = {"a.weight": 10, "b.weight": 100} if uses is None else uses
+    return savings.count_savings(
+        frozen, uses, {"a.weight": Block(frozen["a.weight"])}, {"b.weight": None},
         Footprint(2048, 1024), Footprint(512, 256), index_bytes,
     )  # fmt: skip
 
@@ -40,7 +40,7 @@ def test_flops_are_two_for_each_element_and_place():
 
 def test_without_counts_nothing_is_claimed():
     """Where the step before the freeze could not be counted."""
-    found = of(masks(), positions={})
+    found = of(masks(), uses={})
     assert found.weight_gradient_flops_skipped == 0
     assert all(p.flops is None for p in found.parameters.values())
 
@@ -57,14 +57,15 @@ def test_scalars_are_the_totals():
 def test_the_table_has_totals_and_a_row_for_each_parameter():
     """To the letter: people read it."""
     assert of(masks()).table().splitlines() == [
-        "Optimizer state  2.0 KiB -> 512 B (25.0%), and 16 B of indices",
+        "Optimizer state  2.0 KiB -> 512 B (25.0%), plus 16 B of indices",
         "Gradients        1.0 KiB -> 256 B (25.0%)",
-        "Weight gradients 94.6% of the FLOPs skipped; 1 parameters need no gradient at all",
+        "Weight gradients 94.6% of the FLOPs are skipped; parameters without any gradient: 1",
         "Not saved        forward passes, activations, and gradients of activations behind the first live parameter",
-        "parameter  elements  frozen  its gradient's FLOPs a step  skipped",
-        "a.weight         12   50.0%                          240    50.0%",
-        "b.weight         10  100.0%                        2,000   100.0%",
-        "b.bias            2    0.0%                  not counted",
+        "parameter  elements  frozen  gradient FLOPs per step  skipped",
+        "a.weight         12   50.0%                      240    50.0%",
+        "b.weight         10  100.0%                    2,000   100.0%",
+        "b.bias            2    0.0%              not counted",
+        "not counted: not a weight of a linear layer or plain convolution, or its uses are unknown",
     ]
 
 
@@ -72,8 +73,8 @@ def test_of_many_parameters_the_largest_are_listed():
     """In the order of the model."""
     frozen = masks() | {f"w{i}": torch.zeros(100 + i, dtype=torch.bool) for i in range(40)}
     lines = of(frozen).table().splitlines()
-    assert lines[-1] == "… and 13 smaller ones"
-    assert [line.split()[0] for line in lines[5:-1]] == [f"w{i}" for i in range(10, 40)]
+    assert lines[-2] == "… and 13 smaller ones"
+    assert [line.split()[0] for line in lines[5:-2]] == [f"w{i}" for i in range(10, 40)]
 
 
 def test_a_footprint_is_what_the_optimizer_holds():

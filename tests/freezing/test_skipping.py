@@ -10,13 +10,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_gcfreeze.freezing import Compact, GradientSkipper, WeightUses, blocks_worth_it, skipping
+from lightning_gcfreeze.freezing import Compact, GradientSkipper, WeightUses, blocks, blocks_worth_it
 
 
 @pytest.fixture(autouse=True)
 def _every_block_is_worth_it(monkeypatch):
-    monkeypatch.setattr(skipping, "WORTH", 1)
-    monkeypatch.setattr(skipping, "MOST", 1.0)
+    monkeypatch.setattr(blocks, "MIN_SAVED_MACS", 1)
+    monkeypatch.setattr(blocks, "MAX_BLOCK_FRACTION", 1.0)
 
 
 LAYERS = {
@@ -46,7 +46,7 @@ def counted(module, parameters, run):
     positions.listen()
     run()
     positions.stop()
-    return positions.counts
+    return positions.uses_per_step
 
 
 def promoted(module, frozen, x, compact=True):
@@ -57,7 +57,7 @@ def promoted(module, frozen, x, compact=True):
     blocks = blocks_worth_it(parameters, frozen, positions)
     assert blocks
     optimizer = torch.optim.SGD(module.parameters(), 0.1)
-    holder = Compact(optimizer, parameters, frozen, alone=blocks) if compact else None
+    holder = Compact(optimizer, parameters, frozen, unbundled=blocks) if compact else None
     return holder, GradientSkipper(module, parameters, frozen, blocks, holder.leaf if holder else None)
 
 
@@ -90,7 +90,7 @@ def test_live_elements_have_their_gradient(name, kind, compact):
         loss(module(x)).backward()
     live = ~frozen["1.weight"]
     if compact:
-        holder.take_gradients_()
+        holder.gather_gradients_()
         (found,) = [p.grad for p in holder._optimizer.param_groups[0]["params"] if p.dim() == 1 and p is not layer.bias]
         assert layer.weight.grad is None
     else:
@@ -206,7 +206,7 @@ def test_a_layer_that_is_called_twice_and_a_weight_that_two_layers_share():
     frozen = {"first.weight": torch.tensor([[True] * 4, [False] * 4, [True] * 4, [False, True, False, False]])}
     holder, _ = promoted(module, frozen, x)
     module(x).sum().backward()
-    holder.take_gradients_()
+    holder.gather_gradients_()
     (vector,) = holder._optimizer.param_groups[0]["params"]
     torch.testing.assert_close(vector.grad, expected[~frozen["first.weight"]], rtol=1e-10, atol=1e-12)
 
@@ -229,7 +229,7 @@ def test_under_autocast_and_activation_checkpointing(around):
     frozen["0.weight"][[1, 2]] = True
     holder, _ = promoted(module, frozen, x)
     run().float().square().sum().backward()
-    holder.take_gradients_()
+    holder.gather_gradients_()
     (found,) = [p for p in holder._optimizer.param_groups[0]["params"] if p.numel() == 36]
     tolerance = 1e-6 if around == "checkpoint" else 0.02
     live = expected[~frozen["0.weight"]]
@@ -250,7 +250,7 @@ def test_asking_for_other_gradients_leaves_none_behind():
     torch.autograd.grad(layer(x.requires_grad_()).sum(), x)
     assert holder.leaf("weight").grad is None
     layer(x).sum().backward()
-    holder.take_gradients_()
+    holder.gather_gradients_()
     assert [p.grad is None for p in holder._optimizer.param_groups[0]["params"]] == [False, False]
 
 
@@ -264,7 +264,7 @@ def test_gradients_of_gradients_are_noticed_before_or_refused():
 
     assert counted(layer, dict(layer.named_parameters()), penalised) == {}
     layer, _, _, x = rows_frozen()
-    with pytest.raises(RuntimeError, match="promote=False"):
+    with pytest.raises(RuntimeError, match="skip_frozen_gradients=False"):
         torch.autograd.grad(layer(x.requires_grad_()).square().sum(), x, create_graph=True)
 
 
@@ -284,9 +284,9 @@ def test_positions_are_the_places_where_a_weight_is_applied():
     positions.stop()
     sum(losses).backward()
     run().backward()
-    assert positions.counts == {"0.weight": 2 * 5 * 36, "2.weight": 2 * 5 * 3}
+    assert positions.uses_per_step == {"0.weight": 2 * 5 * 36, "2.weight": 2 * 5 * 3}
     positions.clear()
-    assert positions.counts == {}
+    assert positions.uses_per_step == {}
 
 
 def test_small_blocks_and_unknown_layers_are_left_alone(monkeypatch):
@@ -307,14 +307,14 @@ def test_small_blocks_and_unknown_layers_are_left_alone(monkeypatch):
         frozen[n][0] = True
     positions = counted(module, parameters, lambda: module(x).sum().backward())
     assert positions == {"4.weight": 8}
-    monkeypatch.setattr(skipping, "WORTH", 8 * 8)
+    monkeypatch.setattr(blocks, "MIN_SAVED_MACS", 8 * 8)
     assert blocks_worth_it(parameters, frozen, positions).keys() == {"4.weight"}
-    monkeypatch.setattr(skipping, "MOST", 7 / 8)
+    monkeypatch.setattr(blocks, "MAX_BLOCK_FRACTION", 7 / 8)
     assert blocks_worth_it(parameters, frozen, positions).keys() == {"4.weight"}
-    monkeypatch.setattr(skipping, "MOST", 7 / 8 - 0.01)
+    monkeypatch.setattr(blocks, "MAX_BLOCK_FRACTION", 7 / 8 - 0.01)
     assert not blocks_worth_it(parameters, frozen, positions)
-    monkeypatch.setattr(skipping, "MOST", 1.0)
-    monkeypatch.setattr(skipping, "WORTH", 8 * 8 + 1)
+    monkeypatch.setattr(blocks, "MAX_BLOCK_FRACTION", 1.0)
+    monkeypatch.setattr(blocks, "MIN_SAVED_MACS", 8 * 8 + 1)
     assert not blocks_worth_it(parameters, frozen, positions)
 
 
@@ -349,7 +349,7 @@ def test_an_error_in_the_layer_leaves_its_weight_in_place():
         layer(torch.randn(4, 7))
     assert layer._parameters["weight"] is weight
     layer(input=x).sum().backward()
-    holder.take_gradients_()
+    holder.gather_gradients_()
     assert weight.grad is None
     assert holder._optimizer.param_groups[0]["params"][-1].grad is not None
 
@@ -386,7 +386,7 @@ def test_hooks_of_others_see_what_the_layer_returns(first):
     if not first:
         layer.register_forward_hook(threefold)
     layer(x).sum().backward()
-    holder.take_gradients_()
+    holder.gather_gradients_()
     torch.testing.assert_close(holder._optimizer.param_groups[0]["params"][-1].grad, 3 * x.sum(0).repeat(3))
 
 

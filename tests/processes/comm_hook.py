@@ -55,11 +55,15 @@ def of_all(ddp: nn.Module, batches: list[Tensor]) -> dict[str, Tensor]:
 
 
 def check(
-    ddp: DistributedDataParallel, mean: LiveAllReduce, batches: list[Tensor], masks: dict[str, Tensor], compressed: bool
+    ddp: DistributedDataParallel,
+    all_reduce: LiveAllReduce,
+    batches: list[Tensor],
+    masks: dict[str, Tensor],
+    compressed: bool,
 ) -> None:
     """One step of several backward passes, the last of which is averaged."""
     ddp.zero_grad()
-    mean.begin_step()
+    all_reduce.begin_step()
     expected = of_all(ddp, batches)
     with ddp.no_sync():
         for x in batches[:-1]:
@@ -70,7 +74,7 @@ def check(
         if p.grad is None:
             assert "unused" in name, name
             continue
-        frozen = masks[name] if mean.packs and not p.grad.is_sparse else torch.zeros_like(masks[name])
+        frozen = masks[name] if all_reduce.packs and not p.grad.is_sparse else torch.zeros_like(masks[name])
         ours = p.grad.to_dense()
         torch.testing.assert_close(ours, expected[name] * ~frozen, **tolerance, msg=name)
         assert not ours[frozen].any()
@@ -79,7 +83,7 @@ def check(
         elements = p.numel() if name == "words.weight" else int((~masks[name]).sum())
         sent += elements * (2 if compressed else p.element_size())
     if name != "words.weight":
-        assert mean.sent == (sent if mean.packs else None), (mean.sent, sent)
+        assert all_reduce.bytes_sent == (sent if all_reduce.packs else None), (all_reduce.bytes_sent, sent)
 
 
 OPTIONS = [
@@ -107,33 +111,33 @@ def main() -> None:
         module = Network()
         # What is never used has to be looked for, or to be known from the first pass.
         ddp = DistributedDataParallel(module, find_unused_parameters="static_graph" not in option, **option)
-        mean = LiveAllReduce(*hook)
-        why = mean.register(ddp)
-        assert (why is None) == mean.packs == (name != "low rank"), why
+        all_reduce = LiveAllReduce(*hook)
+        why = all_reduce.register(ddp)
+        assert (why is None) == all_reduce.packs == (name != "low rank"), why
         assert LiveAllReduce().register(ddp) == "DDP has another communication hook"
         compressed = name in ("half", "brain", "wrapped")
         batches = [torch.randn(4, 3, 6, 6, generator=generator) for _ in range(2)]
         whole = {n: torch.zeros(p.shape, dtype=torch.bool) for n, p in module.named_parameters()}
         for _ in range(2):  # the buckets are made anew after the first
-            check(ddp, mean, batches[:1], whole, compressed)
+            check(ddp, all_reduce, batches[:1], whole, compressed)
         drawn = {n: torch.rand(m.shape, generator=torch.Generator().manual_seed(3)) < 0.9 for n, m in whole.items()}
         by_layer = {n: m ^ (n.startswith("wide")) for n, m in whole.items()}
         for masks in (drawn, by_layer, {n: ~m for n, m in whole.items()}):
-            mean.leave_out({p: masks[n] for n, p in module.named_parameters()})
+            all_reduce.leave_out({p: masks[n] for n, p in module.named_parameters()})
             for count in (1, 2) if "static_graph" not in option else (1,):  # torch: no_sync comes with a fixed graph
-                check(ddp, mean, batches[:count], masks, compressed)
+                check(ddp, all_reduce, batches[:count], masks, compressed)
     words = Words()
-    ddp, mean = DistributedDataParallel(words), LiveAllReduce()
-    assert mean.register(ddp) is None
+    ddp, all_reduce = DistributedDataParallel(words), LiveAllReduce()
+    assert all_reduce.register(ddp) is None
     tokens = [torch.randint(7, (5,), generator=generator)]
     masks = {
         "words.weight": torch.ones(7, 4).bool(),
         "out.weight": torch.eye(2, 4).bool(),
         "out.bias": torch.ones(2) > 0,
     }
-    mean.leave_out({p: masks[n] for n, p in words.named_parameters()})
+    all_reduce.leave_out({p: masks[n] for n, p in words.named_parameters()})
     for _ in range(2):
-        check(ddp, mean, tokens, masks, compressed=False)
+        check(ddp, all_reduce, tokens, masks, compressed=False)
 
 
 if __name__ == "__main__":
