@@ -45,8 +45,7 @@ from lightning_gcfreeze import orderings, selection
 from lightning_gcfreeze._types import Granularity, Named
 from lightning_gcfreeze.distributed import Shards, World, local
 from lightning_gcfreeze.distributed.comm_hook import Hook, LiveAllReduce
-from lightning_gcfreeze.freezing import WeightUses
-from lightning_gcfreeze.freezing.hold import Holder
+from lightning_gcfreeze.freezing import Holder, HoldPlan, WeightUses
 
 PROCESSES = 2
 
@@ -64,19 +63,19 @@ class Parallel(Plain):
         granularity: Granularity | None = None,
         hook: Hook | None = None,
     ) -> None:
-        self.granularity, self.hook, self.mean = granularity, hook, LiveAllReduce(hook)
+        self.granularity, self.hook, self.all_reduce = granularity, hook, LiveAllReduce(hook)
         super().__init__(model, batch, decision, fused=False)
 
     def adapted(self, model: nn.Module) -> nn.Module:
         self.ddp = DistributedDataParallel(model)
         if self.granularity:
-            assert self.mean.register(self.ddp) is None
+            assert self.all_reduce.register(self.ddp) is None
         elif self.hook:
             self.ddp.register_comm_hook(None, self.hook)
         return model
 
     def __call__(self) -> None:
-        self.mean.begin_step()
+        self.all_reduce.begin_step()
         loss = F.cross_entropy(self.ddp(self.batch[0]), self.batch[1])
         if self.held:
             self.held.begin_step()
@@ -95,19 +94,19 @@ class Parallel(Plain):
             return
         masks = self.decision.masks(self.granularity)
         Shards(world=World(PROCESSES)).check_agreement(masks)
-        positions = WeightUses(self.model, self.parameters)
-        positions.listen()
+        uses = WeightUses(self.model, self.parameters)
+        uses.listen()
         self()
-        positions.stop()
-        where = (self.parameters, masks, positions.counts)
-        held = {"promote": True, "late": False, "puts_back": False, "resumed": False}
-        self.held = Holder("compact", self.optimizer, self.model, self.ddp, *where, **held)
-        self.mean.leave_out({self.parameters[name]: mask for name, mask in masks.items()})
+        uses.stop()
+        plan = HoldPlan("compact", late=False, puts_back=False, skips_gradients=True)
+        where = (self.parameters, masks, uses.uses_per_step)
+        self.held = Holder(plan, self.optimizer, self.model, self.ddp, *where, resumed=False)
+        self.all_reduce.leave_out({self.parameters[name]: mask for name, mask in masks.items()})
 
     def sent(self) -> int:
         """Bytes of one step."""
         if self.granularity:
-            return self.mean.sent or 0
+            return self.all_reduce.bytes_sent or 0
         return self.trained * (2 if self.hook else 4)
 
 

@@ -38,8 +38,7 @@ from torch import Tensor, nn
 from benchmarks.observe import MODELS, Batch, Step, alternated, built, keep_freed_memory
 from lightning_gcfreeze import orderings, selection
 from lightning_gcfreeze._types import Granularity, Named
-from lightning_gcfreeze.freezing import WeightUses
-from lightning_gcfreeze.freezing.hold import Holder, How
+from lightning_gcfreeze.freezing import Holder, HoldMode, HoldPlan, WeightUses
 
 warnings.filterwarnings("ignore", "Sparse invariant checks")  # SHiRA's
 
@@ -102,21 +101,21 @@ class Plain:
 class Ours(Plain):
     """What the callback does at t0 and after it, without the Trainer."""
 
-    def __init__(self, granularity: Granularity, how: How, promote: bool, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, granularity: Granularity, mode: HoldMode, skip: bool, *args: Any, **kwargs: Any) -> None:
         self.held: Holder | None = None
-        self.granularity, self.how, self.promote = granularity, how, promote
+        self.granularity = granularity
+        self.plan = HoldPlan(mode, late=False, puts_back=False, skips_gradients=skip)  # nobody else reads or writes
         super().__init__(*args, **kwargs)
 
     def freeze(self) -> None:
         masks = self.decision.masks(self.granularity)
         self.trained = sum(int((~mask).sum()) for mask in masks.values())
-        positions = WeightUses(self.model, self.parameters)
-        positions.listen()
+        uses = WeightUses(self.model, self.parameters)
+        uses.listen()
         self()
-        positions.stop()
-        where = (self.parameters, masks, positions.counts)
-        alone = {"late": False, "puts_back": False, "resumed": False}  # nobody else looks at gradients, or writes
-        self.held = Holder(self.how, self.optimizer, self.model, None, *where, self.promote, **alone)
+        uses.stop()
+        where = (self.parameters, masks, uses.uses_per_step)
+        self.held = Holder(self.plan, self.optimizer, self.model, None, *where, resumed=False)
 
     def before_step(self) -> None:
         if self.held:
@@ -221,9 +220,9 @@ class NoOptimizer(Plain):
 
 Maker = Callable[..., Plain]
 OURS: dict[str, Maker] = {
-    f"{granularity}, {how}{', promote=False' * (not promote)}": partial(Ours, granularity, how, promote)
+    f"{granularity}, {mode}{', skip_frozen_gradients=False' * (not skip)}": partial(Ours, granularity, mode, skip)
     for granularity in ("element", "row", "tensor")
-    for how, promote in (("compact", True), ("compact", False), ("restore", True))
+    for mode, skip in (("compact", True), ("compact", False), ("restore", True))
 }
 PEERS: dict[str, Maker] = {
     "gradient mask, torch.where": GradientMask,

@@ -100,7 +100,7 @@ FROZEN: dict[str, tuple[str, Callable[..., Plain]]] = {
     "plain": ("variance", Plain),
     "no optimizer (a limit)": ("variance", NoOptimizer),
     "element": ("variance", partial(Ours, "element", "compact", True)),
-    "element, promote=False": ("variance", partial(Ours, "element", "compact", False)),
+    "element, skip_frozen_gradients=False": ("variance", partial(Ours, "element", "compact", False)),
     "element, restore": ("variance", partial(Ours, "element", "restore", True)),
     "row": ("variance", partial(Ours, "row", "compact", True)),
     "tensor": ("variance", partial(Ours, "tensor", "compact", True)),

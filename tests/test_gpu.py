@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from lightning_gcfreeze import FreezeSchedule, GradCovFreezeCallback, Growth, Settled, apply_delta, selection
-from lightning_gcfreeze.freezing import skipping
+from lightning_gcfreeze.freezing import blocks
 from tests import cases
 from tests.callback.test_freezing import Witness
 from tests.callback.test_resume import DropoutByStep, Interrupted, SaveAndStop
@@ -47,9 +47,9 @@ T0 = 6
 
 @pytest.fixture(autouse=True)
 def _small_is_large_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Promote blocks of any size, and keep convolutions in float32."""
-    monkeypatch.setattr(skipping, "WORTH", 1)
-    monkeypatch.setattr(skipping, "MOST", 1.0)
+    """Compute blocks of any size, and keep convolutions in float32."""
+    monkeypatch.setattr(blocks, "MIN_SAVED_MACS", 1)
+    monkeypatch.setattr(blocks, "MAX_BLOCK_FRACTION", 1.0)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
@@ -414,14 +414,14 @@ from torch.distributed.fsdp import fully_shard
 
 from lightning_gcfreeze import GradCovFreezeCallback
 from lightning_gcfreeze.distributed import World
-from lightning_gcfreeze.freezing import skipping
+from lightning_gcfreeze.freezing import blocks
 from tests import cases, test_gpu
 from tests.oracles.freezing import PlainFreeze
 from tests.callback.test_freezing import Witness
 from tests.callback.test_resume import Interrupted, SaveAndStop
 
 warnings.simplefilter("ignore")
-skipping.WORTH, skipping.MOST = 1, 1.0
+blocks.MIN_SAVED_MACS, blocks.MAX_BLOCK_FRACTION = 1, 1.0
 folder, backend, nodes = Path(sys.argv[1]), os.environ["BACKEND"], int(os.environ["NODES"])
 
 

@@ -233,10 +233,10 @@ def alone(start: Start, frozen: Named) -> tuple[Figures, Named]:
     compact = Compact(optimizer, parameters, frozen)
     for x, y in start.batches:
         model.loss(model(x), y).backward()
-        compact.take_gradients_()
-        compact.read_()
+        compact.gather_gradients_()
+        compact.gather_values_()
         optimizer.step()
-        compact.restore_()
+        compact.scatter_values_()
         optimizer.zero_grad()
     compact.release()
     for name, w in start.weights.items():

@@ -1,9 +1,26 @@
-"""Holding elements constant to the bit while an optimizer moves their neighbours, and saving what that allows."""
+"""Hold frozen elements constant to the bit while the optimizer moves the others, and save what that allows."""
 
-from lightning_gcfreeze._masks import ELEMENTWISE
+from lightning_gcfreeze.freezing.blocks import WeightUses, blocks_worth_it
 from lightning_gcfreeze.freezing.compact import Compact
+from lightning_gcfreeze.freezing.holder import Holder, HoldMode, HoldPlan
+from lightning_gcfreeze.freezing.optimizer_state import ELEMENTWISE
 from lightning_gcfreeze.freezing.restore import Restore
-from lightning_gcfreeze.freezing.skipping import GradientSkipper, WeightUses, blocks_worth_it
+from lightning_gcfreeze.freezing.savings import Footprint, ParameterSavings, Savings
+from lightning_gcfreeze.freezing.skipping import GradientSkipper
 from lightning_gcfreeze.freezing.thawing import ThawStates
 
-__all__ = ["ELEMENTWISE", "Compact", "GradientSkipper", "Restore", "ThawStates", "WeightUses", "blocks_worth_it"]
+__all__ = [
+    "ELEMENTWISE",
+    "Compact",
+    "Footprint",
+    "GradientSkipper",
+    "HoldMode",
+    "HoldPlan",
+    "Holder",
+    "ParameterSavings",
+    "Restore",
+    "Savings",
+    "ThawStates",
+    "WeightUses",
+    "blocks_worth_it",
+]

@@ -1,73 +1,79 @@
-"""What a freeze saves, counted: bytes of optimizer state and of gradients, and work for the weights' gradients."""
+"""What a freeze saves: bytes of optimizer state and of gradients, and FLOPs of the weights' gradients."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_gcfreeze import _torch
 from lightning_gcfreeze._types import Named
 from lightning_gcfreeze.distributed import local
+from lightning_gcfreeze.freezing.blocks import Block
 
-_ROWS = 30  # of the table
+_MAX_TABLE_ROWS = 30
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What an optimizer holds, on this process."""
+    """Memory of an optimizer on this process."""
 
     state: int
-    """Bytes of its state."""
+    """Bytes of the optimizer's state."""
     gradients: int
-    """Bytes of the gradients that it steps by."""
+    """Bytes of the gradients of the optimizer's parameters, if all of them that require a gradient have one."""
 
     @classmethod
     def of(cls, optimizer: Optimizer) -> "Footprint":
-        """As it is now."""
+        """Measure an optimizer as it is now."""
         entries = [
             v for entry in optimizer.state.values() for v in (entry.values() if isinstance(entry, dict) else [entry])
         ]
         state = [value for value in entries if isinstance(value, Tensor)]
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-        return cls(sum(map(_bytes, state)), sum(map(_bytes, parameters)))
+        return cls(sum(map(_nbytes, state)), sum(map(_nbytes, parameters)))
 
 
 @dataclass(frozen=True)
 class ParameterSavings:
-    """One parameter's share."""
+    """What the freeze saves for one parameter."""
 
     elements: int
+    """Number of its elements; of a sharded parameter, those on this process."""
     frozen: int
+    """Number of its frozen elements."""
     flops: int | None
-    """What the gradient of a weight takes in a step without promotion, adds and multiplies; None: not counted."""
+    """Additions and multiplications of its gradient in a step if nothing is skipped; None: not counted, because it is
+    no weight of a linear layer or a plain convolution, or because the step before the freeze could not be counted."""
     flops_skipped: int | None
+    """How many of them are skipped; None: not counted."""
 
 
 @dataclass(frozen=True)
 class Savings:
-    """What the freeze saved, and what it did not: see `not_saved`."""
+    """What the freeze saves, and what it does not save: see `not_saved`."""
 
     parameters: dict[str, ParameterSavings]
-    """By name, the eligible ones."""
+    """Savings of each eligible parameter, by name."""
     before: Footprint
-    """All of the optimizer, before the freeze."""
+    """Memory of the whole optimizer before the freeze."""
     after: Footprint
+    """Memory of the whole optimizer after the freeze."""
     index_bytes: int
-    """What knowing where the live elements lie takes, in exchange."""
+    """Bytes that were added: indices of the live or frozen elements, and copies of frozen values."""
     without_backward: tuple[str, ...]
-    """Parameters that require no gradient any more; before the first other one there is no backward pass."""
+    """Names of parameters that no longer require a gradient. There is no backward pass before the first other one."""
 
     not_saved = "forward passes, activations, and gradients of activations behind the first live parameter"
 
     @property
     def weight_gradient_flops_skipped(self) -> float:
-        """The skipped part of what the weights' gradients take, where that was counted; in [0, 1]."""
+        """Fraction of the counted FLOPs of the weights' gradients that is skipped, in [0, 1]."""
         counted = [p for p in self.parameters.values() if p.flops]
         return sum(p.flops_skipped or 0 for p in counted) / max(1, sum(p.flops or 0 for p in counted))
 
     def scalars(self) -> dict[str, float]:
-        """The totals, as tags for a logger."""
+        """Return the totals by tag, for loggers."""
         return {
             "gcfreeze/optimizer_state_bytes": float(self.after.state + self.index_bytes),
             "gcfreeze/gradient_bytes": float(self.after.gradients),
@@ -75,68 +81,73 @@ class Savings:
         }
 
     def table(self) -> str:
-        """Totals, then the largest parameters, as text for people."""
-        largest = sorted(self.parameters, key=lambda name: -self.parameters[name].elements)[:_ROWS]
-        rows = [("parameter", "elements", "frozen", "its gradient's FLOPs a step", "skipped")]
-        for name in (name for name in self.parameters if name in largest):
-            p = self.parameters[name]
-            flops = (
-                ("not counted", "") if p.flops is None else (f"{p.flops:,}", f"{_ratio(p.flops_skipped, p.flops):.1%}")
-            )
-            rows.append((name, f"{p.elements:,}", f"{_ratio(p.frozen, p.elements):.1%}", *flops))
+        """Return the totals and the largest parameters, in the order of the model, as text."""
+        largest = sorted(self.parameters, key=lambda name: -self.parameters[name].elements)[:_MAX_TABLE_ROWS]
+        shown = [name for name in self.parameters if name in largest]
+        rows = [("parameter", "elements", "frozen", "gradient FLOPs per step", "skipped")]
+        rows += [(name, *_cells(self.parameters[name])) for name in shown]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(
-                [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
-            ).rstrip()
-            for row in rows
-        ]
-        if (more := len(self.parameters) - len(largest)) > 0:
+        lines = []
+        for name, *cells in rows:
+            right = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
+            lines.append("  ".join([name.ljust(widths[0]), *right]).rstrip())
+        if more := len(self.parameters) - len(shown):
             lines.append(f"… and {more} smaller ones")
+        if any(self.parameters[name].flops is None for name in shown):
+            lines.append("not counted: not a weight of a linear layer or plain convolution, or its uses are unknown")
         return "\n".join(
             [
-                f"Optimizer state  {_change(self.before.state, self.after.state)}, and {_size(self.index_bytes)} of"
+                f"Optimizer state  {_change(self.before.state, self.after.state)}, plus {_size(self.index_bytes)} of"
                 " indices",
                 f"Gradients        {_change(self.before.gradients, self.after.gradients)}",
-                f"Weight gradients {self.weight_gradient_flops_skipped:.1%} of the FLOPs skipped;"
-                f" {len(self.without_backward)} parameters need no gradient at all",
+                f"Weight gradients {self.weight_gradient_flops_skipped:.1%} of the FLOPs are skipped;"
+                f" parameters without any gradient: {len(self.without_backward)}",
                 f"Not saved        {self.not_saved}",
                 *lines,
             ]
         )
 
 
-def of_freeze(
+def count_savings(
     frozen: Named,
-    positions: Mapping[str, int],
-    blocks: Mapping[str, Any],
-    without_backward: Mapping[str, Any],
+    uses_per_step: Mapping[str, int],
+    blocks: Mapping[str, Block],
+    without_backward: Collection[str],
     before: Footprint,
     after: Footprint,
     index_bytes: int,
 ) -> Savings:
-    """Put the counts together.
+    """Count what a freeze saves.
 
     Args:
         frozen: ``{name: bool (*p.shape)}``, True = held constant.
-        positions: by name of a weight, at how many places of a step's batch it is applied.
-        blocks: by name of a weight, the `Block` of its gradient that is computed.
-        without_backward: by name, what requires no gradient.
+        uses_per_step: how often a step uses each weight, by name; see `WeightUses`.
+        blocks: the block of the weight's gradient that is computed, by name of the weight.
+        without_backward: names of parameters that no longer require a gradient.
+        before: memory of the optimizer before the freeze.
+        after: memory of the optimizer after the freeze.
+        index_bytes: bytes of indices and copies that the freeze added.
     """
     parameters = {}
     for name, mask in frozen.items():
-        flops = 2 * positions[name] * mask.numel() if name in positions else None
+        flops = 2 * uses_per_step[name] * mask.numel() if name in uses_per_step else None
         skipped = None
         if flops is not None:
             computed = 0 if name in without_backward else blocks[name].numel if name in blocks else mask.numel()
-            skipped = flops - 2 * positions[name] * computed
+            skipped = flops - 2 * uses_per_step[name] * computed
         parameters[name] = ParameterSavings(mask.numel(), int(mask.sum()), flops, skipped)
     return Savings(parameters, before, after, index_bytes, tuple(without_backward))
 
 
-def _bytes(tensor: Tensor) -> int:
+def _cells(p: ParameterSavings) -> tuple[str, str, str, str]:
+    """Return a parameter's row of the table, without its name."""
+    counted = ("not counted", "") if p.flops is None else (f"{p.flops:,}", f"{_ratio(p.flops_skipped, p.flops):.1%}")
+    return f"{p.elements:,}", f"{_ratio(p.frozen, p.elements):.1%}", *counted
+
+
+def _nbytes(tensor: Tensor) -> int:
     tensor = local(tensor)
-    return tensor._values().nbytes + tensor._indices().nbytes if tensor.is_sparse else tensor.nbytes
+    return _torch.sparse_nbytes(tensor) if tensor.is_sparse else tensor.nbytes
 
 
 def _ratio(part: int | None, whole: int) -> float:

@@ -20,11 +20,11 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_gcfreeze import GradCovFreezeCallback
-from lightning_gcfreeze.freezing import skipping
+from lightning_gcfreeze.freezing import blocks
 from tests import cases
 
 warnings.simplefilter("ignore")  # find_unused_parameters=True finds none before the freeze
-skipping.WORTH, skipping.MOST = 1, 1.0
+blocks.MIN_SAVED_MACS, blocks.MAX_BLOCK_FRACTION = 1, 1.0
 
 
 def network():

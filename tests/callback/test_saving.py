@@ -21,8 +21,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_gcfreeze import GradCovFreezeCallback, apply_delta
-from lightning_gcfreeze.freezing import skipping
-from lightning_gcfreeze.freezing.savings import Footprint
+from lightning_gcfreeze.freezing import Footprint, blocks
 from tests import cases
 from tests.callback.test_freezing import OPTIMIZERS, Witness, bits
 from tests.callback.test_resume import Interrupted, SaveAndStop
@@ -33,8 +32,8 @@ GRANULARITIES = ["element", "row", "tensor"]
 
 @pytest.fixture(autouse=True)
 def _every_block_is_worth_it(monkeypatch):
-    monkeypatch.setattr(skipping, "WORTH", 1)
-    monkeypatch.setattr(skipping, "MOST", 1.0)
+    monkeypatch.setattr(blocks, "MIN_SAVED_MACS", 1)
+    monkeypatch.setattr(blocks, "MAX_BLOCK_FRACTION", 1.0)
 
 
 def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:

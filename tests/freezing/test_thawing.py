@@ -1,4 +1,4 @@
-"""Optimizer states that are kept while their elements are frozen."""
+"""`ThawStates` keeps the optimizer state of frozen elements and gives it back when they thaw."""
 
 from collections.abc import Iterator
 
@@ -23,34 +23,34 @@ def by_element(optimizer: torch.optim.Optimizer, p: Parameter) -> Iterator[Tenso
     return (v for v in optimizer.state[p].values() if isinstance(v, Tensor) and v.shape == p.shape)
 
 
-@pytest.mark.parametrize("saved", [False, True], ids=["kept", "saved and loaded"])
+@pytest.mark.parametrize("saved", [False, True], ids=["stored", "saved and loaded"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
-def test_what_thaws_has_the_state_that_it_froze_with(optimizer, saved):
-    """Frozen at two times, thawed in two parts; what is not, has whatever the optimizer has."""
+def test_thawed_elements_have_the_state_they_froze_with(optimizer, saved):
+    """Elements freeze at two times and thaw in two parts; the state of all others stays the optimizer's."""
     torch.manual_seed(0)
     parameters = {"w": Parameter(torch.randn(6, 5)), "b": Parameter(torch.randn(5))}
     masks = [{n: torch.rand(p.shape) < 0.4 for n, p in parameters.items()} for _ in range(3)]
     first, second = masks[0], {n: masks[1][n] & ~masks[0][n] for n in parameters}
     optimizer = optimizer(list(parameters.values()))
-    aside = ThawStates()
+    kept = ThawStates()
 
     steps(optimizer, parameters, 5)
     at_first = {n: [s.clone() for s in by_element(optimizer, p)] for n, p in parameters.items()}
-    aside.keep(optimizer, parameters, first)
+    kept.store(optimizer, parameters, first)
     steps(optimizer, parameters, 3)
     at_second = {n: [s.clone() for s in by_element(optimizer, p)] for n, p in parameters.items()}
-    aside.keep(optimizer, parameters, second)
+    kept.store(optimizer, parameters, second)
     steps(optimizer, parameters, 2)
     if saved:
-        state = aside.state_dict()
-        aside = ThawStates()
-        aside.load_state_dict(state)
+        state = kept.state_dict()
+        kept = ThawStates()
+        kept.load_state_dict(state)
 
     frozen = {n: first[n] | second[n] for n in parameters}
     for part in (masks[2], {n: ~masks[2][n] for n in parameters}):
         thawing = {n: frozen[n] & part[n] for n in parameters}
         before = {n: [s.clone() for s in by_element(optimizer, p)] for n, p in parameters.items()}
-        aside.give_back(optimizer, parameters, thawing)
+        kept.restore_to(optimizer, parameters, thawing)
         for n, p in parameters.items():
             for now, then, one, two in zip(by_element(optimizer, p), before[n], at_first[n], at_second[n], strict=True):
                 expected = torch.where(thawing[n] & first[n], one, torch.where(thawing[n] & second[n], two, then))
@@ -61,27 +61,27 @@ def test_what_thaws_has_the_state_that_it_froze_with(optimizer, saved):
         assert not torch.equal(at_first["w"][0], at_second["w"][0])
 
 
-def test_a_parameter_without_a_state_has_none_to_keep():
+def test_parameter_without_state_gets_none_when_it_thaws():
     p = {"w": Parameter(torch.ones(3))}
-    optimizer, aside = torch.optim.SGD([p["w"]], 0.1), ThawStates()
+    optimizer, kept = torch.optim.SGD([p["w"]], 0.1), ThawStates()
     mask = {"w": torch.tensor([True, False, True])}
-    aside.keep(optimizer, p, mask)
-    aside.give_back(optimizer, p, mask)
+    kept.store(optimizer, p, mask)
+    kept.restore_to(optimizer, p, mask)
     assert not optimizer.state[p["w"]]
 
 
-def test_a_sparse_state_is_kept_too():
-    """SGD's momentum of an embedding with sparse gradients; it comes back dense."""
+def test_sparse_state_is_stored_and_comes_back_dense():
+    """SGD's momentum of an embedding with sparse gradients."""
     layer = torch.nn.Embedding(4, 2, sparse=True)
-    optimizer, aside = torch.optim.SGD(layer.parameters(), 0.1, momentum=0.9), ThawStates()
+    optimizer, kept = torch.optim.SGD(layer.parameters(), 0.1, momentum=0.9), ThawStates()
     layer(torch.tensor([1, 3])).sum().backward()
     optimizer.step()
     p = {"w": layer.weight}
     before = optimizer.state[layer.weight]["momentum_buffer"].to_dense().clone()
     mask = {"w": torch.tensor([[True, False]] * 4)}
-    aside.keep(optimizer, p, mask)
+    kept.store(optimizer, p, mask)
     optimizer.state[layer.weight]["momentum_buffer"].coalesce().values().zero_()
-    aside.give_back(optimizer, p, mask)
+    kept.restore_to(optimizer, p, mask)
     after = optimizer.state[layer.weight]["momentum_buffer"]
     assert torch.equal(after[mask["w"]], before[mask["w"]])
     assert before[mask["w"]].any()

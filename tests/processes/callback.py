@@ -187,7 +187,7 @@ def hooks_are_composed() -> None:
     live = everything - round(0.9 * everything)
     for hook in (default_hooks.fp16_compress_hook, default_hooks.bf16_compress_hook):
         callback, _ = fit(strategy := DDPStrategy(ddp_comm_hook=hook))
-        assert callback._mean.sent == 2 * live
+        assert callback._mean.bytes_sent == 2 * live
         assert strategy._ddp_comm_hook is hook  # given back
     strategy = DDPStrategy(ddp_comm_hook=default_hooks.fp16_compress_hook)
     with pytest.raises(ValueError, match="No parameter is eligible"):  # before DDP's first step
@@ -195,7 +195,7 @@ def hooks_are_composed() -> None:
     assert strategy._ddp_comm_hook is default_hooks.fp16_compress_hook
     state = PowerSGDState(None, start_powerSGD_iter=1000)
     callback, _ = fit(DDPStrategy(ddp_comm_hook=powerSGD_hook, ddp_comm_state=state))
-    assert callback._mean.sent is None
+    assert callback._mean.bytes_sent is None
     assert state.iter > 0  # it ran
     assert callback.frozen_fraction == pytest.approx(0.9, abs=1e-3)
 
@@ -205,7 +205,7 @@ def hooks_are_composed() -> None:
             self.model.register_comm_hook(None, default_hooks.allreduce_hook)  # type: ignore[union-attr,operator]
 
     callback, _ = fit(Own())
-    assert callback._mean.sent is None
+    assert callback._mean.bytes_sent is None
     assert callback.frozen_fraction == pytest.approx(0.9, abs=1e-3)
 
 

@@ -1,0 +1,155 @@
+"""After the decision: hold frozen elements constant, skip the work they do not need, and count what that saves."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
+
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from lightning_gcfreeze._types import Named
+from lightning_gcfreeze.freezing.blocks import blocks_worth_it
+from lightning_gcfreeze.freezing.compact import Compact
+from lightning_gcfreeze.freezing.optimizer_state import ELEMENTWISE
+from lightning_gcfreeze.freezing.restore import Restore
+from lightning_gcfreeze.freezing.savings import Footprint, count_savings
+from lightning_gcfreeze.freezing.skipping import GradientSkipper
+
+HoldMode: TypeAlias = Literal["compact", "restore"]
+
+
+@dataclass(frozen=True)
+class HoldPlan:
+    """How frozen elements are held, and what is skipped: chosen by the optimizer, and by what other code reads."""
+
+    mode: HoldMode
+    """Either "compact", the optimizer receives only the live elements, or "restore", frozen values are put back."""
+    late: bool
+    """With "compact": the optimizer has its ordinary parameters between steps, and gradients stay where they are."""
+    puts_back: bool
+    """Frozen values are also written back although the optimizer never moves them: other code may write to weights."""
+    skips_gradients: bool
+    """No gradient work is done for fully frozen parameters, rows and columns."""
+
+
+class Holder:
+    """Holds the elements of a decision at the values they have now, until `release`.
+
+    Args:
+        plan: how they are held.
+        optimizer: the optimizer of the parameters; its state has the ordinary shapes.
+        module: the module that is trained.
+        wrapper: what the strategy calls in place of the module, if anything.
+        parameters: the eligible parameters, by name.
+        frozen: ``{name: bool (*p.shape)}``, True = held constant; for a sharded parameter, of its local part.
+        uses_per_step: how often a step uses each weight, by name; see `WeightUses`.
+        resumed: the optimizer's state was saved with these elements frozen.
+    """
+
+    def __init__(
+        self,
+        plan: HoldPlan,
+        optimizer: Optimizer,
+        module: nn.Module,
+        wrapper: nn.Module | None,
+        parameters: Mapping[str, Parameter],
+        frozen: Named,
+        uses_per_step: Mapping[str, int],
+        resumed: bool,
+    ) -> None:
+        ddp = wrapper if isinstance(wrapper, DistributedDataParallel) else None
+        before = Footprint.of(optimizer)
+        on_device = {name: mask.to(parameters[name].device) for name, mask in frozen.items()}
+        blocks = blocks_worth_it(parameters, on_device, uses_per_step) if plan.skips_gradients else {}
+        self._compact: Compact | None = None
+        self._restore: Restore | None = None
+        if plan.mode == "compact":
+            self._compact = Compact(optimizer, parameters, on_device, ddp is None, unbundled=blocks, late=plan.late)
+        if plan.mode == "restore" or plan.puts_back:
+            self._restore = Restore(parameters, on_device)
+            if plan.mode == "restore" and not resumed:
+                self._restore.clear_state_(optimizer)
+        self._late = plan.late
+        self._gathered = False  # this step's gradients
+        self._skipper = None
+        if plan.skips_gradients:
+            leaf = self._compact.leaf if self._compact and not ddp else None
+            stepped = {p for group in optimizer.param_groups for p in group["params"]}
+            fully_frozen = {parameters[name] for name, mask in on_device.items() if mask.all()}
+            # Code that reads the gradients of all parameters, as clipping does, fails if there are none.
+            skip_whole = type(optimizer) in ELEMENTWISE and (plan.mode == "compact" or not stepped <= fully_frozen)
+            waits = ddp is not None and not ddp.find_unused_parameters
+            self._skipper = GradientSkipper(module, parameters, on_device, blocks, leaf, waits, skip_whole)
+        after = Footprint.of(optimizer)  # all gradients, if they are gathered late
+        self.savings = count_savings(
+            frozen,
+            uses_per_step,
+            blocks,
+            self._skipper.without_gradient if self._skipper else {},
+            before,
+            replace(after, gradients=before.gradients) if ddp else after,  # DDP's buckets stay
+            sum(part.index_bytes for part in (self._compact, self._restore) if part),
+        )
+
+    @property
+    def puts_back(self) -> bool:
+        """Whether frozen values are put back after each step."""
+        return self._restore is not None
+
+    def begin_step(self) -> None:
+        """Run when the optimizer's gradients are set to zero: before the first backward pass of a step."""
+        if self._compact and not self._late:
+            self._compact.drop_gradients_()
+            self._gathered = False
+
+    def begin_backward(self, loss: Tensor) -> None:
+        """Run before every backward pass."""
+        if self._skipper:
+            self._skipper.begin_backward(loss)
+
+    def after_backward(self) -> None:
+        """Run after the last backward pass of a step, before gradients are unscaled."""
+        if self._compact and not self._late:
+            self._compact.gather_gradients_()
+            self._gathered = True
+
+    def before_step(self) -> None:
+        """Run before gradients are clipped."""
+        if self._compact and not self._late:
+            if not self._gathered:  # the last batch of the step had no loss
+                self._compact.gather_gradients_()
+            self._compact.gather_values_()
+        elif masked := self._compact or self._restore:
+            masked.mask_gradients_()
+
+    def before_late_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run in a pre-hook of the optimizer's step, after all other hooks; see `Compact.before_late_step`."""
+        return self._compact.before_late_step(args, kwargs) if self._compact and self._late else None
+
+    def after_step(self) -> None:
+        """Run right after the optimizer's step."""
+        if self._compact:
+            self._compact.scatter_values_()
+        if self._restore:
+            self._restore.restore_()
+
+    def after_batch(self, first: bool) -> None:
+        """Run after a batch if other code may have written to weights since the step.
+
+        Args:
+            first: whether this is the batch of the decision; its written values are the ones to hold.
+        """
+        if self._restore:
+            if first:
+                self._restore.take_values()
+            else:
+                self._restore.restore_()
+
+    def release(self) -> None:
+        """Leave module and optimizer as they were before, except for the values."""
+        if self._skipper:
+            self._skipper.release()
+        if self._compact:
+            self._compact.release()
