@@ -47,9 +47,9 @@ from lightning_gcfreeze.estimators import FullCovariance, gains
 from lightning_gcfreeze.freezing import ThawStates, WeightUses
 from lightning_gcfreeze.freezing.hold import Holder
 from lightning_gcfreeze.freezing.savings import Savings
-from lightning_gcfreeze.gradients import isolation
-from lightning_gcfreeze.gradients.replay import Window
-from lightning_gcfreeze.gradients.source import How, SampleGradients
+from lightning_gcfreeze.gradients.batch import batch_gradients
+from lightning_gcfreeze.gradients.choice import Source, SourceChoice
+from lightning_gcfreeze.gradients.source import SampleGradients
 from lightning_gcfreeze.phases import Frozen, Observing
 from lightning_gcfreeze.planning import plan
 from lightning_gcfreeze.planning.growing import Growth
@@ -178,7 +178,7 @@ class GradCovFreezeCallback(_Callback):
         every: int = 1,
         covariance: Literal["diagonal", "full"] = "diagonal",
         gain: gains.Gain = "1/t",
-        gradients: How = "auto",
+        gradients: Source = "auto",
         granularity: Granularity = "element",
         hold: Literal["auto", "compact", "restore"] = "auto",
         promote: bool = True,
@@ -202,7 +202,7 @@ class GradCovFreezeCallback(_Callback):
         plan.check_every(self.every, self._decisions)
         self.gain = gains.check(gain)
         _checks.one_of("gradients", gradients, ["auto", "replay", "capture"])
-        self.gradients: How = gradients
+        self.gradients: Source = gradients
         _checks.one_of("granularity", granularity, ["element", "row", "tensor"])
         self.granularity: Granularity = granularity
         _checks.one_of("hold", hold, ["auto", "compact", "restore"])
@@ -445,9 +445,10 @@ class GradCovFreezeCallback(_Callback):
             _training_step(pl_module),
             lambda: _aside(trainer),
             lambda sentence: rank_zero_info(f"{type(self).__name__}: {sentence}"),
-            count=self._count,
-            singly=self._full,
-            total=self._world.all_reduce_sum if shards else None,
+            SourceChoice.initial(self.gradients, parameters),
+            n_samples=self._count,
+            keep_each=self._full,
+            world=self._world if shards else None,
         )
         data = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
         replicas = data.get("num_replicas", 1)
@@ -482,12 +483,12 @@ class GradCovFreezeCallback(_Callback):
             self._aside.to(run.parameters)
             self._noise = self._watched.has_noise if self._watched else self._noise
         run.logged_step, run.tried, run.in_trial = self._steps, False, False
-        run.samples.forget()
+        run.samples.reset()
         if watched := self._watched:
             if watched.decided is None:
-                watched.decided = run.samples.decided
+                watched.decided = run.samples.choice
             else:
-                run.samples.decided = watched.decided
+                run.samples.choice = watched.decided
         if isinstance(self._phase, Frozen):
             run.shards.check_agreement(self._phase.frozen, self._world)
             self._begin_to_hold(run, self._phase, resumed=True)
@@ -521,7 +522,7 @@ class GradCovFreezeCallback(_Callback):
         if run.in_trial:  # that was not rolled back
             self._attach(run)
         if batch_idx % trainer.accumulate_grad_batches == 0:
-            run.samples.forget()  # Lightning zeroes the gradients here, also of a window that was broken off
+            run.samples.reset()  # Lightning zeroes the gradients here, also of a window that was broken off
             run.positions.clear()
             run.micro_batches = 0
             self._watch_gradients(run)
@@ -532,7 +533,7 @@ class GradCovFreezeCallback(_Callback):
         if self._plan.may_decide_after(self._steps + 1):
             run.positions.listen()
         if self._watched and self._noise and (self._due or self._steps == 0):
-            run.samples.keep(batch, batch_idx)
+            run.samples.begin_batch(batch, batch_idx)
 
     def on_before_zero_grad(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
         """Zero what the optimizer does not know of, too. Runs between forward and backward of a step's first batch."""
@@ -564,10 +565,14 @@ class GradCovFreezeCallback(_Callback):
         if run.hold and not trainer.fit_loop._should_accumulate():
             run.hold.after_backward()
         watched, run.micro_batches = self._watched, run.micro_batches + 1
-        if watched is None or not (run.samples.join() or not self._noise) or trainer.fit_loop._should_accumulate():
+        if (
+            watched is None
+            or not (run.samples.end_backward() or not self._noise)
+            or trainer.fit_loop._should_accumulate()
+        ):
             return
-        window = run.samples.take() if self._noise else None
-        size = None if window is None or window.batch_size is None else window.batch_size * run.replicas
+        size = run.samples.batch_size if self._noise else None
+        size = None if size is None else size * run.replicas
         if size == 1 and self._steps == 0:  # at the first step it is no short last batch
             raise MisconfigurationException(
                 "The batch holds one sample: its gradient is the batch's, and there is no noise to see. Use batches of"
@@ -583,8 +588,9 @@ class GradCovFreezeCallback(_Callback):
             self._observed_step = self._steps  # a loss scaler left the optimizer step out, and it comes again
         if self._due and self._observed_step <= self._steps:
             run.tried = True
-            if self._observe(watched, run, window, size):
+            if self._observe(watched, run, size):
                 self._observed_step = self._steps + 1
+        run.samples.reset()
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -607,7 +613,7 @@ class GradCovFreezeCallback(_Callback):
         now: list[Any] = run.trainer.callbacks  # type: ignore[attr-defined]
         if not run.in_trial and not any(callback is known for callback in now for known in run.callbacks):
             run.in_trial = True
-            run.samples.forget()
+            run.samples.reset()
             run.positions.stop()
             if isinstance(self._phase, Frozen):
                 self._begin_to_hold(run, self._phase, resumed=True)
@@ -637,7 +643,7 @@ class GradCovFreezeCallback(_Callback):
         if watched and self._due and not run.tried and self._observed_step <= self._steps:
             watched.skipped += 1  # `training_step` returned no loss
         run.tried = False
-        run.samples.forget()
+        run.samples.reset()
         self._steps += 1
         if run.hold:
             self._check_held(run)
@@ -813,7 +819,7 @@ class GradCovFreezeCallback(_Callback):
         """Become the same on all processes."""
         if self._watched:
             self._watched.share(self._world)
-            run.samples.share(self._world)
+            run.samples.choice.synchronize(self._world)
         self._plan.share(self._world)
 
     def _publish(self, run: _Run) -> None:
@@ -824,7 +830,7 @@ class GradCovFreezeCallback(_Callback):
         if self._mean:
             self._mean.give_back(trainer.strategy)
         if self._run:
-            self._run.samples.forget()
+            self._run.samples.reset()
             self._run.positions.stop()
             if self._run.watch is not None:
                 self._run.watch.disarm()
@@ -845,20 +851,20 @@ class GradCovFreezeCallback(_Callback):
         kept = {name: v for name, v in self.__dict__.items() if name not in ("log", "log_dict")}
         return kept | {"_run": None, "_module": _gone, "_mean": None}
 
-    def _observe(self, phase: Observing, run: _Run, window: Window | None, size: int | None) -> bool:
+    def _observe(self, phase: Observing, run: _Run, size: int | None) -> bool:
         """Take one pair into the statistics, if it can be had and is finite; tell whether it was."""
         # Lightning divides each loss by the full number of micro-batches, also in the short last window of an epoch.
         share = run.micro_batches / run.trainer.accumulate_grad_batches
         loss_scale = self._loss_scale(run.trainer)
-        g_batch = isolation.of_batch(run.parameters if phase.reads_gradients else {}, share * loss_scale)
-        if window is None:
+        g_batch = batch_gradients(run.parameters if phase.reads_gradients else {}, share * loss_scale)
+        if not self._noise:
             return phase.observe({}, g_batch, self.gain)
         scale = loss_scale / run.trainer.accumulate_grad_batches
-        found = None if size == 1 else run.samples.gradients(window, scale, g_batch, size)
+        found = None if size == 1 else run.samples.gradients(scale, g_batch, size)
         if found is None:
             phase.skipped += 1
             return False
-        return phase.observe(found.by_name, g_batch, self.gain, size, found.centred)
+        return phase.observe(found.by_name, g_batch, self.gain, size, found.mean_is_g_batch)
 
     @staticmethod
     def _loss_scale(trainer: pl.Trainer) -> float:
@@ -914,9 +920,9 @@ class GradCovFreezeCallback(_Callback):
         )
         if self._plan.observes:
             frozen.again = self._observing(run)
-            frozen.again.decided = run.samples.decided
+            frozen.again.decided = run.samples.choice
         else:
-            run.samples.release()
+            run.samples.close()
         rank_zero_info(
             f"{type(self).__name__}: after {self._steps} optimizer steps ({phase.observed} observed, {phase.skipped}"
             f" left out) {frozen.fraction:.1%} of the eligible elements are frozen: {frozen.count:,}."

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_gcfreeze import _modules
-from lightning_gcfreeze.gradients import isolation
+from lightning_gcfreeze.gradients.batch import batch_gradients
+from lightning_gcfreeze.gradients.replay import isolated_gradient
 
 X = torch.randn(1, 5, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
 TOKENS = torch.tensor([[3, 1, 3, 0]])
@@ -124,7 +125,7 @@ def test_g_1_is_the_gradient_of_the_formula(case):
     make, x, formula = CASES[case]
     module = make()
     parameters = dict(module.named_parameters())
-    g_one = isolation.of_sample(module, lambda: module(x).square().mean(), parameters)
+    g_one = isolated_gradient(module, lambda: module(x).square().mean(), parameters)
     expected = backward_by_hand(module, lambda leaves: formula(leaves, x))
     assert list(g_one) == list(expected)
     assert any(g.any() for g in expected.values())
@@ -138,7 +139,7 @@ def test_batch_norm_s_own_statistics_would_be_another_gradient():
     module = batch_norm()
     rows = torch.randn(3, 5).double()
     loss = lambda: module(rows).square().mean()  # noqa: E731
-    replayed = isolation.of_sample(module, loss, dict(module.named_parameters()))
+    replayed = isolated_gradient(module, loss, dict(module.named_parameters()))
     loss().backward()
     assert not torch.allclose(replayed["0.weight"], module[0].weight.grad)
 
@@ -148,7 +149,7 @@ def test_only_the_parameters_asked_for():
     module = mlp()
     module[2].weight.requires_grad_(False)
     asked = {"a": module[0].bias, "b": module[2].weight}
-    g_one = isolation.of_sample(module, lambda: module(X).square().mean(), asked)
+    g_one = isolated_gradient(module, lambda: module(X).square().mean(), asked)
     expected = backward_by_hand(module, lambda leaves: by_hand_mlp(leaves, X))
     assert list(g_one) == ["a", "b"]
     torch.testing.assert_close(g_one["a"], expected["0.bias"], rtol=1e-12, atol=1e-14)
@@ -160,7 +161,7 @@ def test_gradients_may_be_switched_off_outside():
     """As they are in hooks that run under `torch.no_grad`."""
     module = mlp()
     with torch.no_grad():
-        g_one = isolation.of_sample(module, lambda: module(X).square().mean(), dict(module.named_parameters()))
+        g_one = isolated_gradient(module, lambda: module(X).square().mean(), dict(module.named_parameters()))
     expected = backward_by_hand(module, lambda leaves: by_hand_mlp(leaves, X))
     for name, g in g_one.items():
         torch.testing.assert_close(g, expected[name], rtol=1e-12, atol=1e-14)
@@ -168,7 +169,7 @@ def test_gradients_may_be_switched_off_outside():
 
 def test_no_loss_is_no_gradient():
     """A `training_step` that returns None skips its batch; so does the replay."""
-    assert isolation.of_sample(mlp(), lambda: None, {}) is None
+    assert isolated_gradient(mlp(), lambda: None, {}) is None
 
 
 def test_hooks_on_a_parameter_s_gradient_shape_g_1_as_they_shape_g_s():
@@ -177,7 +178,7 @@ def test_hooks_on_a_parameter_s_gradient_shape_g_1_as_they_shape_g_s():
     expected = backward_by_hand(module, lambda leaves: by_hand_mlp(leaves, X))
     module[0].weight.register_hook(lambda g: g / 2)
     module[0].weight.register_post_accumulate_grad_hook(accumulated.append)
-    g_one = isolation.of_sample(module, lambda: module(X).square().mean(), dict(module.named_parameters()))
+    g_one = isolated_gradient(module, lambda: module(X).square().mean(), dict(module.named_parameters()))
     assert accumulated == []
     torch.testing.assert_close(g_one["0.weight"], expected["0.weight"] / 2, rtol=1e-12, atol=1e-14)
     module(X).square().mean().backward()
@@ -190,7 +191,7 @@ def test_dropout_draws_from_the_stream_as_it_stands():
     module = nn.Sequential(nn.Dropout(0.5), nn.Linear(5, 1)).double()
     parameters = dict(module.named_parameters())
     torch.manual_seed(3)
-    once, again = (isolation.of_sample(module, lambda: module(X).sum(), parameters) for _ in range(2))
+    once, again = (isolated_gradient(module, lambda: module(X).sum(), parameters) for _ in range(2))
     dropped = F.dropout(X, 0.5)
     assert dropped.any()
     assert not dropped.all()
@@ -206,7 +207,7 @@ class TestOfBatch:
         module = mlp()
         module(X).square().mean().backward()
         parameters = dict(module.named_parameters())
-        g_batch = isolation.of_batch(parameters)
+        g_batch = batch_gradients(parameters)
         assert all(
             g_batch[name] is not None and g_batch[name].data_ptr() == p.grad.data_ptr()
             for name, p in parameters.items()
@@ -221,7 +222,7 @@ class TestOfBatch:
         (1024 * module(X).square().mean()).backward()
         before = module[0].weight.grad.clone()
         expected = backward_by_hand(module, lambda leaves: by_hand_mlp(leaves, X))
-        for name, g in isolation.of_batch(dict(module.named_parameters()), scale=1024.0).items():
+        for name, g in batch_gradients(dict(module.named_parameters()), scale=1024.0).items():
             torch.testing.assert_close(g, expected[name], rtol=1e-12, atol=1e-14)
         assert torch.equal(module[0].weight.grad, before)
 
@@ -230,7 +231,7 @@ class TestOfBatch:
         """Rows that occurred twice are added up; ``p.grad`` stays sparse."""
         module = embedding(sparse=True)
         (scale * module(TOKENS).square().mean()).backward()
-        g_batch = isolation.of_batch(dict(module.named_parameters()), scale)
+        g_batch = batch_gradients(dict(module.named_parameters()), scale)
         expected = backward_by_hand(module, lambda leaves: by_hand_embedding(leaves, TOKENS))
         torch.testing.assert_close(g_batch["0.weight"], expected["0.weight"], rtol=1e-12, atol=1e-14)
         assert module[0].weight.grad.is_sparse
@@ -238,7 +239,7 @@ class TestOfBatch:
     def test_is_zero_without_a_gradient(self):
         """A parameter that took no part in the loss has zeros of its shape and dtype; it gets no ``p.grad``."""
         parameter = nn.Parameter(torch.ones(2, 3, dtype=torch.float64))
-        g_batch = isolation.of_batch({"w": parameter})
+        g_batch = batch_gradients({"w": parameter})
         assert torch.equal(g_batch["w"], torch.zeros(2, 3, dtype=torch.float64))
         assert not g_batch["w"].requires_grad
         assert parameter.grad is None
@@ -450,7 +451,7 @@ class TestNoTrace:
         parameters = dict(module.layer.named_parameters())
         before = bits(module.look())
         for _ in range(2):
-            g_one = isolation.of_sample(module, module.loss, parameters)
+            g_one = isolated_gradient(module, module.loss, parameters)
             assert g_one["weight"].any()
             assert bits(module.look()) == before
         module.loss()
@@ -467,7 +468,7 @@ class TestNoTrace:
             raise ArithmeticError("in the loss")
 
         with pytest.raises(ArithmeticError, match="in the loss"):
-            isolation.of_sample(module, fails, dict(module.layer.named_parameters()))
+            isolated_gradient(module, fails, dict(module.layer.named_parameters()))
         assert bits(module.look()) == before
         with pytest.raises(ArithmeticError, match="in the loss"):
             fails()
@@ -481,7 +482,7 @@ class TestNoTrace:
         torch.manual_seed(1)
         twin = TRACES[kind]()
         for _ in range(3):
-            isolation.of_sample(replayed, replayed.loss, dict(replayed.layer.named_parameters()))
+            isolated_gradient(replayed, replayed.loss, dict(replayed.layer.named_parameters()))
             replayed.loss()
             twin.loss()
         assert bits(replayed.look()) == bits(twin.look())
@@ -493,7 +494,7 @@ class TestNoTrace:
         module = mlp()
         module[0].weight.grad = kept = torch.full((4, 5), 2.0, dtype=torch.float64)
         before = bits([p.grad for p in module.parameters()])
-        isolation.of_sample(module, lambda: module(X).square().mean(), dict(module.named_parameters()))
+        isolated_gradient(module, lambda: module(X).square().mean(), dict(module.named_parameters()))
         assert module[0].weight.grad is kept
         assert bits([p.grad for p in module.parameters()]) == before
         module(X).square().mean().backward()
@@ -525,7 +526,7 @@ class TestNoTrace:
                 self.inner.change(x)
 
         module = Nests()
-        isolation.of_sample(module, module.loss, dict(module.layer.named_parameters()))
+        isolated_gradient(module, module.loss, dict(module.layer.named_parameters()))
         assert logged == []
         module.loss()
         assert logged == ["loss", "a", "b"] * 2
@@ -542,7 +543,7 @@ class TestNoTrace:
         module = nn.Sequential(
             nn.Linear(5, 3), nn.BatchNorm1d(3), nn.Dropout(), Watches(), nn.Dropout().eval()
         ).double()
-        isolation.of_sample(module, lambda: module(X).square().sum(), dict(module.named_parameters()))
+        isolated_gradient(module, lambda: module(X).square().sum(), dict(module.named_parameters()))
         assert seen == {"": True, "0": True, "1": False, "2": True, "3": True, "4": False}
         assert [m.training for m in module.modules()] == [True, True, True, True, True, False]
 
@@ -558,7 +559,7 @@ class TestNoTrace:
             seen.append((len(module.layer.common), module.layer.part.tolist()))
             return module.loss()
 
-        isolation.of_sample(module, loss, dict(module.layer.named_parameters()))
+        isolated_gradient(module, loss, dict(module.layer.named_parameters()))
         assert seen == [(2, [1.0, 1.0])]
         assert module.layer.common is module.common
         assert module.layer.part is module.common[0]
@@ -575,7 +576,7 @@ class TestNoTrace:
             seen.append("n" in module.tree["children"][0]["parent"])
             return module.loss()
 
-        isolation.of_sample(module, loss, dict(module.layer.named_parameters()))
+        isolated_gradient(module, loss, dict(module.layer.named_parameters()))
         assert seen == [True]
         assert module.tree.keys() == {"children"}
         assert module.tree["children"][0]["parent"] is module.tree

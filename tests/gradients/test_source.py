@@ -13,7 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_gcfreeze.distributed import World
 from lightning_gcfreeze.estimators.per_sample import Summed
-from lightning_gcfreeze.gradients import capture, isolation
+from lightning_gcfreeze.gradients import capture
+from lightning_gcfreeze.gradients.batch import batch_gradients
+from lightning_gcfreeze.gradients.choice import SourceChoice
 from lightning_gcfreeze.gradients.source import SampleGradients
 
 S = 6
@@ -169,12 +171,13 @@ class StepLeftOut(Exception):
 class Observer:
     """What the callback does of an optimizer step, with the Trainer left out."""
 
-    def __init__(self, module, how="auto", parameters=None, count=1, singly=True):
+    def __init__(self, module, mode="auto", parameters=None, n_samples=1, keep_each=True):
         self.module, self.told = module, []
         self.parameters = dict(module.named_parameters()) if parameters is None else parameters
-        self.samples = SampleGradients(
-            how, module, self.parameters, module.training_step, contextlib.nullcontext, self.told.append, count, singly
-        )
+        self.source = SampleGradients(
+            mode, module, self.parameters, module.training_step, contextlib.nullcontext, self.told.append,
+            SourceChoice.initial(mode, self.parameters), n_samples, keep_each,
+        )  # fmt: skip
 
     def step(self, *batches, scale=1.0):
         """g_1 of an optimizer step over micro-batches."""
@@ -185,20 +188,20 @@ class Observer:
         """`PerSample`s by name."""
         self.batches = batches
         for i, batch in enumerate(batches):
-            self.samples.keep(batch, i)
+            self.source.begin_batch(batch, i)
             loss = self.module.training_step(batch, i) * (scale / len(batches))
             if i == 0:
                 self.module.zero_grad()  # between forward and backward, as Lightning does
-            self.samples.begin_backward()
+            self.source.begin_backward()
             loss.backward()
-            self.samples.join()
+            self.source.end_backward()
         return self.taken(scale).by_name
 
     def taken(self, scale=1.0):
         """What there is at the end of an optimizer step, of a loss that was scaled."""
         size = sum(len(batch[0]) for batch in self.batches)
-        g_batch = isolation.of_batch(self.parameters, scale)
-        found = self.samples.gradients(self.samples.take(), scale / len(self.batches), g_batch, size)
+        g_batch = batch_gradients(self.parameters, scale)
+        found = self.source.gradients(scale / len(self.batches), g_batch, size)
         if found is None:
             raise StepLeftOut
         return found
@@ -210,7 +213,7 @@ class Observer:
 
     @property
     def captured(self):
-        return set(self.samples.decided["captured"])
+        return set(self.source.choice.captured)
 
 
 def of_first_sample(module, batch):
@@ -228,12 +231,12 @@ def built(name, kind=Module):
     return kind(NETWORKS[name][0]())
 
 
-@pytest.mark.parametrize("how", ["auto", "replay", "capture"])
+@pytest.mark.parametrize("mode", ["auto", "replay", "capture"])
 @pytest.mark.parametrize("name", [name for name in NETWORKS if name != "positions"])
-def test_g_1_is_the_gradient_on_the_first_sample(name, how):
+def test_g_1_is_the_gradient_on_the_first_sample(name, mode):
     """At a step that compares and at one that does not, whatever way it is had."""
     module = built(name)
-    observer = Observer(module, how)
+    observer = Observer(module, mode)
     for batch in ((X, Y), (X.flip(0), Y.flip(0)), (X.roll(2, 0), Y.roll(2, 0))):
         assert_close(observer.step(batch), of_first_sample(module, batch), rtol=1e-9, atol=1e-11)
 
@@ -324,19 +327,20 @@ def test_a_mean_over_tokens_is_replayed_as_soon_as_there_is_padding():
         assert_close(observer.step((batch,)), of_first_sample(module, (batch,)), rtol=1e-9, atol=1e-11)
     assert observer.captured == set()
     assert len(observer.told) == 2
-    assert "the two differ: table.weight, head.weight, head.bias" in observer.told[1]
+    assert "capture and replay differ: table.weight, head.weight, head.bias" in observer.told[1]
 
 
 def test_comparisons_are_made_at_the_powers_of_two(monkeypatch):
     observer = Observer(built("perceptron"))
     compared = []
-    monkeypatch.setattr(observer.samples, "_compare", lambda *_: compared.append(observer.samples.decided["tries"]))
+    choice = observer.source.choice
+    monkeypatch.setattr(observer.source._comparison, "run", lambda *_: compared.append(choice.n_attempts))
     for _ in range(20):
         observer.step((X, Y))
     assert compared == [1, 2, 4, 8, 16]
-    for how in ("capture", "replay"):
-        other = Observer(built("perceptron"), how)
-        monkeypatch.setattr(other.samples, "_compare", lambda *_: pytest.fail("compared"))
+    for mode in ("capture", "replay"):
+        other = Observer(built("perceptron"), mode)
+        assert other.source._comparison is None
         other.step((X, Y))
 
 
@@ -354,12 +358,12 @@ def test_what_is_captured_needs_no_second_pass(monkeypatch):
     assert len(passes) == 3
 
 
-@pytest.mark.parametrize("how", ["auto", "capture"])
+@pytest.mark.parametrize("mode", ["auto", "capture"])
 @pytest.mark.parametrize("scale", [1.0, 1024.0])
-def test_the_first_sample_is_that_of_the_first_of_several_batches(how, scale):
+def test_the_first_sample_is_that_of_the_first_of_several_batches(mode, scale):
     """Their losses are divided by their number, and multiplied by a loss scale."""
     module = built("perceptron")
-    found = Observer(module, how).step((X[:4], Y[:4]), (X[4:], Y[4:]), (X[:2], Y[:2]), scale=scale)
+    found = Observer(module, mode).step((X[:4], Y[:4]), (X[4:], Y[4:]), (X[:2], Y[:2]), scale=scale)
     assert_close(found, of_first_sample(module, (X, Y)), rtol=1e-9, atol=1e-11)
 
 
@@ -380,13 +384,13 @@ def gradient(module, batch):
 
 
 @pytest.mark.parametrize("little", [0, 2**19])
-@pytest.mark.parametrize("how", ["auto", "capture", "replay"])
+@pytest.mark.parametrize("mode", ["auto", "capture", "replay"])
 @pytest.mark.parametrize("name", ["perceptron", "convolution", "LSTM", "called twice", "in place", "attention"])
-def test_the_squared_noise_of_all_samples_is_that_of_a_loop(name, how, little, monkeypatch):
+def test_the_squared_noise_of_all_samples_is_that_of_a_loop(name, mode, little, monkeypatch):
     """At steps that compare and at one that does not, where large layers are done with in the backward pass."""
-    monkeypatch.setattr(capture, "_LITTLE", little)
+    monkeypatch.setattr(capture, "MAX_KEPT_NUMEL", little)
     module = built(name)
-    observer = Observer(module, how, count=None, singly=False)
+    observer = Observer(module, mode, n_samples=None, keep_each=False)
     for _ in range(3):
         found = observer.all_of_step((X, Y))
         g_batch = gradient(module, (X, Y))
@@ -395,17 +399,17 @@ def test_the_squared_noise_of_all_samples_is_that_of_a_loop(name, how, little, m
             out = torch.zeros_like(g_batch[own])
             g.add_squared_noise_(out, g_batch[own], S / g.count)
             assert_close(out, expected[own], rtol=1e-8, atol=1e-11)
-    in_pass = [own for own, g in found.items() if isinstance(g, Summed) and g.unchecked() is None]
-    assert bool(in_pass) == (little == 0 and how != "replay")
-    assert not observer.samples._capture or not observer.samples._capture._seen
+    in_pass = [own for own, g in found.items() if isinstance(g, Summed) and g.finiteness_probe() is None]
+    assert bool(in_pass) == (little == 0 and mode != "replay")
+    assert not observer.source._capture or not observer.source._capture._calls
 
 
 @pytest.mark.parametrize("scale", [1.0, 1024.0])
 def test_noise_summed_in_the_pass_is_around_the_mean_of_its_micro_batch(scale, monkeypatch):
     """Of S = 4 of 10 samples, on the scale of noise around the mean of all 10."""
-    monkeypatch.setattr(capture, "_LITTLE", 0)
+    monkeypatch.setattr(capture, "MAX_KEPT_NUMEL", 0)
     module = built("convolution")
-    observer = Observer(module, "auto", count=None, singly=False)
+    observer = Observer(module, "auto", n_samples=None, keep_each=False)
     batches = (X[:4], Y[:4]), (X[4:], Y[4:]), (X[:4], Y[:4])
     for _ in range(3):
         found = observer.all_of_step(*batches, scale=scale)
@@ -417,7 +421,7 @@ def test_noise_summed_in_the_pass_is_around_the_mean_of_its_micro_batch(scale, m
     out = torch.zeros_like(g_batch[own])
     found[own].add_squared_noise_(out, of_window[own], 1.0)
     assert_close(out, expected[own] * (1 - 1 / 10) / (1 - 1 / 4), rtol=1e-8, atol=1e-11)
-    assert found[own].unchecked() is None
+    assert found[own].finiteness_probe() is None
 
 
 @pytest.mark.parametrize("scale", [1.0, 1024.0])
@@ -426,7 +430,7 @@ def test_noise_summed_in_the_pass_is_around_the_mean_of_its_micro_batch(scale, m
 def test_noise_under_accumulation_is_around_the_mean_of_all(name, count, scale):
     """Of layers without a rule, run once more on each sample, and of small ones."""
     module = built(name)
-    observer = Observer(module, "auto", count=count, singly=False)
+    observer = Observer(module, "auto", n_samples=count, keep_each=False)
     batches = (X[:4], Y[:4]), (X[4:], Y[4:])
     for _ in range(3):
         found = observer.all_of_step(*batches, scale=scale)
@@ -453,23 +457,23 @@ class Keywords(nn.Module):
         return self.head(self.layer(x[..., None], hx=(h, h))[0][:, -1])
 
 
-@pytest.mark.parametrize("how", ["auto", "capture"])
-def test_a_layer_with_keywords_is_replayed(how):
+@pytest.mark.parametrize("mode", ["auto", "capture"])
+def test_a_layer_with_keywords_is_replayed(mode):
     torch.manual_seed(3)
     module = Module(Keywords())
-    assert_close(Observer(module, how).step((X, Y)), of_first_sample(module, (X, Y)), rtol=1e-9, atol=1e-11)
+    assert_close(Observer(module, mode).step((X, Y)), of_first_sample(module, (X, Y)), rtol=1e-9, atol=1e-11)
 
 
 def test_memory_is_the_same_in_each_step_and_let_go_of_at_the_end():
-    observer = Observer(built("convolution"), "capture", count=2)
+    observer = Observer(built("convolution"), "capture", n_samples=2)
     kept = []
     for _ in range(3):
         observer.step((X, Y))
-        kept.append({key: tensor.data_ptr() for key, tensor in observer.samples._capture._memory.items()})
+        kept.append({key: tensor.data_ptr() for key, tensor in observer.source._capture._buffers.items()})
     assert len(kept[0]) == 4
     assert kept[0] == kept[1] == kept[2]
-    observer.samples.release()
-    assert not observer.samples._capture._memory
+    observer.source.close()
+    assert not observer.source._capture._buffers
 
 
 def test_dropout_is_the_batchs_own():
@@ -525,8 +529,8 @@ def test_only_what_is_asked_for_is_found():
     module = built("perceptron")
     asked = {"network.2.bias": module.network[2].bias}
     module.network[0].weight.requires_grad_(False)
-    for how in ("auto", "capture", "replay"):
-        found = Observer(module, how, asked).step((X, Y))
+    for mode in ("auto", "capture", "replay"):
+        found = Observer(module, mode, asked).step((X, Y))
         assert list(found) == ["network.2.bias"]
         assert_close(found, {"network.2.bias": of_first_sample_bias(module)}, rtol=1e-9, atol=1e-11)
 
@@ -545,17 +549,17 @@ def test_hooks_are_there_for_the_pass_alone():
         return any(layer._forward_hooks for layer in module.modules())
 
     assert not hooked()
-    observer.samples.keep((X, Y), 0)
+    observer.source.begin_batch((X, Y), 0)
     assert hooked()
-    observer.samples.forget()
+    observer.source.reset()
     assert not hooked()
-    observer.samples.keep((X, Y), 0)
+    observer.source.begin_batch((X, Y), 0)
     module.training_step((X, Y), 0).backward()
-    observer.samples.join()
+    observer.source.end_backward()
     assert not hooked()
     observer.g_one()
     assert not hooked()
-    assert not observer.samples._capture._seen
+    assert not observer.source._capture._calls
 
 
 def test_where_nothing_can_be_captured_nothing_is_watched():
@@ -564,10 +568,10 @@ def test_where_nothing_can_be_captured_nothing_is_watched():
     module = Weighted(mlp())
     observer, watched = Observer(module), []
     for batch in ((X, Y), (X.flip(0), Y.flip(0)), (X.roll(2, 0), Y.roll(2, 0)), (X, Y)):
-        observer.samples.keep(batch, 0)
+        observer.source.begin_batch(batch, 0)
         watched.append(any(layer._forward_hooks for layer in module.modules()))
         module.training_step(batch, 0).backward()
-        observer.samples.join()
+        observer.source.end_backward()
         observer.g_one()
     assert observer.captured == set()
     assert watched == [True, False, False, False]
@@ -605,16 +609,16 @@ def test_a_step_that_cannot_be_taken_twice_is_replayed():
     assert_close(observer.step((X, Y)), expected, rtol=1e-9, atol=1e-11)
     assert observer.captured == set()
     (said,) = observer.told
-    assert "cannot take the batch for a comparison (RuntimeError('taken already'))" in said
+    assert "cannot run on the batch again for a comparison with capture (RuntimeError('taken already'))" in said
     assert not any(layer._forward_hooks for layer in module.modules())
 
 
 def test_only_the_first_sample_of_an_activation_is_kept():
     module = built("convolution")
     observer = Observer(module, "capture")
-    observer.samples.keep((X, Y), 0)
+    observer.source.begin_batch((X, Y), 0)
     module.training_step((X, Y), 0).backward()
-    seen = observer.samples._capture._seen
+    seen = observer.source._capture._calls
     kept = [tensor for layer in seen.values() for tensor in (layer.x, *layer.deltas)]
     assert len(kept) == 4
     assert all(tensor.shape[0] == 1 for tensor in kept)
@@ -672,11 +676,11 @@ class Prompt(nn.Module):
         return self.prompt
 
 
-@pytest.mark.parametrize("how", ["auto", "capture"])
-def test_a_layer_for_some_of_the_samples_is_replayed(how):
+@pytest.mark.parametrize("mode", ["auto", "capture"])
+def test_a_layer_for_some_of_the_samples_is_replayed(mode):
     torch.manual_seed(3)
     module = Module(Routed())
-    observer = Observer(module, how)
+    observer = Observer(module, mode)
     signs = torch.tensor([1.0, 1, -1, 1, -1, 1], dtype=torch.float64)
     left_out = []
     for t, first in enumerate((signs, torch.ones(S), signs, -signs, -torch.ones(S), torch.ones(S), signs.roll(2))):
@@ -686,7 +690,7 @@ def test_a_layer_for_some_of_the_samples_is_replayed(how):
         except StepLeftOut:
             left_out.append(t)
     # Once all samples went through, and it was captured; when they no longer did, a step was lost, and no other.
-    assert left_out == ([2] if how == "auto" else [])
+    assert left_out == ([2] if mode == "auto" else [])
 
 
 @pytest.mark.parametrize(
@@ -713,17 +717,17 @@ def test_what_no_rule_can_know_is_replayed(network, unseen):
 
 def test_a_parameter_that_a_layer_returns_gets_no_hook():
     observer = Observer(Module(nn.Sequential(Prompt(), nn.Linear(5, 1))), "capture")
-    observer.samples.keep((X, Y), 0)
+    observer.source.begin_batch((X, Y), 0)
     observer.module.training_step((X, Y), 0).backward()
-    observer.samples.join()
-    assert {name for name, *_ in observer.samples._capture.shares()} == {"network.1.weight", "network.1.bias"}
+    observer.source.end_backward()
+    assert {name for name, *_ in observer.source._capture.first_shares()} == {"network.1.weight", "network.1.bias"}
     assert not any(p._backward_hooks for p in observer.module.parameters())
 
 
-@pytest.mark.parametrize("how", ["auto", "capture"])
-def test_parameters_frozen_in_mid_training_have_no_gradient(how):
+@pytest.mark.parametrize("mode", ["auto", "capture"])
+def test_parameters_frozen_in_mid_training_have_no_gradient(mode):
     module = built("perceptron")
-    observer = Observer(module, how)
+    observer = Observer(module, mode)
     observer.step((X, Y))
     observer.step((X, Y))
     module.network[0].weight.requires_grad_(False)
@@ -750,11 +754,11 @@ def test_gradients_that_the_training_step_takes_itself_do_not_count():
     observer = Observer(module)
     for _ in range(3):
         observer.module.zero_grad()
-        observer.samples.keep((X, Y), 0)
+        observer.source.begin_batch((X, Y), 0)
         loss = module.training_step((X, Y), 0)
-        observer.samples.begin_backward()
+        observer.source.begin_backward()
         loss.backward()
-        observer.samples.join()
+        observer.source.end_backward()
         assert_close(observer.g_one(), expected, rtol=1e-9, atol=1e-11)
     assert observer.captured == set(observer.parameters)
 
@@ -762,11 +766,11 @@ def test_gradients_that_the_training_step_takes_itself_do_not_count():
 def test_a_copy_made_in_the_pass_keeps_no_watch():
     module = built("perceptron")
     observer = Observer(module)
-    observer.samples.keep((X, Y), 0)
+    observer.source.begin_batch((X, Y), 0)
     twin = copy.deepcopy(module.network)
     module.training_step((X, Y), 0).backward()
     twin(X).sum().backward()
-    observer.samples.join()
+    observer.source.end_backward()
     assert_close(observer.g_one(), of_first_sample(module, (X, Y)))
     assert observer.captured == set(observer.parameters)
 
@@ -798,23 +802,23 @@ def test_processes_that_share_capture_what_all_of_them_do():
     """A parameter that one of them has found to differ, or to be reduced otherwise, is replayed by all from then on."""
 
     class Two(World):
-        def of_all(self, value):
+        def all_gather_object(self, value):
             return [value, other]
 
     observer = Observer(built("perceptron"))
     observer.step((X, Y))
     first, second, third, *rest = observer.parameters
     assert observer.captured == set(observer.parameters)
-    by = observer.samples.decided["captured"]
-    other = copy.deepcopy(observer.samples.decided) | {
-        "captured": {first: by[first], third: "sum"} | {name: by[name] for name in rest}, "replayed": [second],
-        "missed": True,
+    choice = observer.source.choice
+    other = choice.state_dict() | {
+        "captured": choice.captured | {third: "sum"}, "replayed": [second], "missed": True,
     }  # fmt: skip
-    observer.samples.share(Two(2))
+    del other["captured"][second]
+    choice.synchronize(Two(2))
     assert observer.captured == {first, *rest}
-    assert observer.samples.decided["replayed"] == [second]
-    assert observer.samples.decided["missed"]
-    observer.samples.share(World())
+    assert choice.replayed == [second]
+    assert choice.missed_once
+    choice.synchronize(World())
     assert observer.captured == {first, *rest}
     assert_close(observer.step((X, Y)), of_first_sample(observer.module, (X, Y)))
 
