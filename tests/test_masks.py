@@ -1,4 +1,4 @@
-"""Marked elements are taken out in the order of the rows and put back, whatever the shape, dtype and memory format."""
+"""`MaskIndex` gathers and scatters in row-major order, whatever the shape, dtype and memory format."""
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ def mask_of(shape, seed, kind):
     st.booleans(),
     st.integers(0, 4),
 )
-def test_takes_and_puts_as_numpy_does(shape, seed, kind, dtype, as_it_lies, offset):
+def test_gathers_scatters_and_fills_as_numpy_does(shape, seed, kind, dtype, as_it_lies, offset):
     """NumPy's boolean indexing is the oracle; what is not marked is not written, what is marked is."""
     mask = mask_of(shape, seed, kind)
     tensor = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
@@ -51,8 +51,8 @@ def test_takes_and_puts_as_numpy_does(shape, seed, kind, dtype, as_it_lies, offs
     np.testing.assert_array_equal(tensor.double().numpy(), np.where(marked, -7.0, before))
 
 
-def test_rows_keep_every_bit():
-    """The sign of a zero, infinities, the smallest numbers, the payload of a NaN; also where rows are copied wide."""
+def test_scattered_rows_keep_every_bit():
+    """The sign of a zero, infinities, the smallest numbers, the payload of a NaN; rows that are 16-byte aligned or not."""
     integers = torch.tensor([0, 1, -1, 5, -(2**31), 2**31 - 1, 0x7F800001, 0x7FC00123], dtype=torch.int64).int()
     tensor = torch.zeros(3, 8)
     places = MaskIndex(torch.tensor([[False] * 8, [True] * 8, [False] * 8]))
@@ -64,8 +64,8 @@ def test_rows_keep_every_bit():
         assert not tensor[[0, 2]].any()
 
 
-def test_whole_rows_need_an_index_each_and_elements_four_bytes():
-    """What knowing the places costs."""
+def test_index_has_one_entry_per_whole_row_or_per_element():
+    """An entry per element takes four bytes where torch scatters by them."""
     rows = MaskIndex(torch.tensor([[False] * 100, [True] * 100]))
     assert rows.index.tolist() == [1]
     mask = torch.zeros(2, 100, dtype=torch.bool)
@@ -80,8 +80,8 @@ def test_whole_rows_need_an_index_each_and_elements_four_bytes():
         assert elements.index.nbytes == 8
 
 
-def test_where_torch_wants_long_indices_it_gets_them(monkeypatch):
-    """As older versions do."""
+def test_index_is_int64_where_torch_does_not_scatter_by_int32(monkeypatch):
+    """Older versions of torch do not."""
     monkeypatch.setattr(_masks, "_scatters_int32", lambda device: False)
     tensor = torch.zeros(3, 2)
     places = MaskIndex(torch.tensor([[False, True], [True, False], [False, False]]))

@@ -37,7 +37,7 @@ class BatchSecondMoment:
 
 
 class RecentBatchMean:
-    """r_t = (1 - λ_t) r_{t-1} + λ_t g_S, λ_t = max(κ_t, 5 / (t + 4)): the running mean of g_S, recent steps weighted most.
+    """r_t = (1 - λ_t) r_{t-1} + λ_t g_S, λ_t = max(κ_t, 5 / (t + 4)): a mean of g_S, recent steps weighted most.
 
     With κ_t = 1/t the weight of step i grows as i⁴: the last eighth of the steps makes half of the mean. Since all sums
     are decayed by κ_t, this one is multiplied by the quotient of the two decays. See `Estimator` for the contract.

@@ -1,4 +1,4 @@
-"""The communication hook on two gloo processes: what is averaged, and how many bytes that takes."""
+"""`LiveAllReduce` on two gloo processes: the gradients, and the bytes that are sent."""
 
 import pytest
 
@@ -6,6 +6,6 @@ from tests.processes.launch import SCRIPTS, assert_agreed, launch
 
 
 @pytest.mark.slow
-def test_live_gradients_are_the_means_by_hand_and_frozen_ones_zero(tmp_path):
-    """Under every option of the wrapper and every hook of torch's; what is counted is the live elements' bytes."""
+def test_all_reduce_gives_means_of_live_gradients_and_zeros_where_frozen(tmp_path):
+    """With every option of DDP and every hook of torch; the bytes counted are those of the live elements."""
     assert_agreed(launch(SCRIPTS / "comm_hook.py", tmp_path, timeout=120), 2)

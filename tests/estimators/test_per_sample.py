@@ -59,7 +59,7 @@ def squares(written_out, g_batch):
 
 @pytest.mark.parametrize("chunk", [1, 7, 2**20])
 @pytest.mark.parametrize("name", FORMS)
-def test_squared_noise_is_that_of_a_loop_whatever_is_written_out_at_once(name, chunk, monkeypatch):
+def test_squared_noise_equals_a_loop_for_any_chunk_size(name, chunk, monkeypatch):
     """Scaled, on top of what there is, around any g_S."""
     torch.manual_seed(0)
     for module in (per_sample, outer_products):
@@ -76,7 +76,7 @@ def test_squared_noise_is_that_of_a_loop_whatever_is_written_out_at_once(name, c
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_around_their_mean_it_need_not_be_computed(name):
+def test_squared_noise_around_a_known_mean(name):
     torch.manual_seed(0)
     g, written_out = FORMS[name]()
     out = torch.zeros(written_out.shape[1:], dtype=torch.float64)
@@ -85,7 +85,7 @@ def test_around_their_mean_it_need_not_be_computed(name):
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_a_gate_lets_all_through_or_nothing(name):
+def test_valid_flag_adds_everything_or_nothing(name):
     """Also what is not a number; the host is not asked."""
     torch.manual_seed(0)
     g, written_out = FORMS[name]()
@@ -98,7 +98,7 @@ def test_a_gate_lets_all_through_or_nothing(name):
 
 @pytest.mark.parametrize("positions", [1, 2, 4, 9])
 @pytest.mark.parametrize("mean", [0.0, 10.0, 1000.0])
-def test_a_large_mean_gradient_does_not_cancel_the_noise(mean, positions):
+def test_large_mean_gradient_does_not_cancel_the_noise(mean, positions):
     """In float32, δ and x of 1000 ± 1: the mean of squares minus the squared mean has no correct digit left."""
     torch.manual_seed(0)
     g, written_out = products(positions=positions, mean=mean, dtype=torch.float32)
@@ -113,7 +113,7 @@ def test_a_large_mean_gradient_does_not_cancel_the_noise(mean, positions):
         assert ((naive - expected) / expected).abs().max() > 10 * error
 
 
-def test_a_constant_position_is_not_excused_by_a_noisy_one():
+def test_constant_position_beside_a_noisy_one_keeps_its_digits():
     """The first of two carries nearly the whole gradient; it is 100 in each sample, as a token that begins all is."""
     torch.manual_seed(0)
     delta, x = drawn(32, 1, 2, 3) * 1e-3, drawn(32, 1, 2, 4) * 40
@@ -125,7 +125,7 @@ def test_a_constant_position_is_not_excused_by_a_noisy_one():
     assert_close(out.double(), squares(written_out, g_batch), rtol=1e-2, atol=0.0)
 
 
-def test_threads_have_memory_of_their_own():
+def test_scratch_memory_is_per_thread_and_reused():
     like, found = torch.zeros(1), []
     thread = threading.Thread(target=lambda: found.append(scratch("noise", (50_000,), like)))
     thread.start()
@@ -135,7 +135,7 @@ def test_threads_have_memory_of_their_own():
     assert mine.data_ptr() == scratch("noise", (40_000,), like).data_ptr()
 
 
-def test_dead_units_and_inputs_have_no_noise_and_do_not_slow_the_others_down(monkeypatch):
+def test_dead_units_and_inputs_keep_the_fast_path_and_have_no_noise(monkeypatch):
     """Columns of zeros among noisy ones: still one matrix product, and exact zeros."""
     torch.manual_seed(0)
     delta, x = drawn(M, 1, 1, 3, dtype=torch.float32), drawn(M, 1, 1, 4, dtype=torch.float32)
@@ -149,7 +149,7 @@ def test_dead_units_and_inputs_have_no_noise_and_do_not_slow_the_others_down(mon
 
 
 @given(places=st.integers(1, 6), rows=st.integers(1, 5), samples=st.integers(1, 4))
-def test_lookups_of_any_kind(places, rows, samples):
+def test_lookups_of_any_shape_equal_a_loop(places, rows, samples):
     torch.manual_seed(0)
     index, delta = torch.randint(0, rows, (samples, places)), drawn(samples, places, 2)
     written_out = torch.zeros(samples, rows, 2, dtype=torch.float64)
@@ -162,7 +162,7 @@ def test_lookups_of_any_kind(places, rows, samples):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["stacked", "products", "lookups"])
-def test_half_precision_is_computed_in_the_precision_of_the_sum(name, dtype):
+def test_half_precision_gradients_are_squared_in_the_dtype_of_the_sum(name, dtype):
     """What enters is rounded; differences, squares and sums are not."""
     torch.manual_seed(0)
     g, _ = FORMS[name]()
@@ -177,7 +177,7 @@ def test_half_precision_is_computed_in_the_precision_of_the_sum(name, dtype):
     assert_close(out, squares(written_out, g_batch.float()), rtol=1e-5, atol=1e-5)
 
 
-def test_one_by_one_they_are_kept_or_added_up():
+def test_one_by_one_keeps_gradients_or_sums_their_noise():
     """A name that one of them lacks is left out."""
     torch.manual_seed(0)
     values = drawn(M, 3, 2)

@@ -1,4 +1,4 @@
-"""The optimizer steps live elements alone: as if it had never had others, on bare tensors."""
+"""`Compact` on bare tensors: live elements are stepped as if the optimizer had never had other ones."""
 
 import copy
 import inspect
@@ -18,9 +18,9 @@ VARIANTS = [case for case in variants() if case.values[0] in NAMES]
 OTHERS = {"SparseAdam", "Adafactor", "Muon"}
 
 
-@pytest.fixture(autouse=True, params=[0, 2**14], ids=["alone", "together"])
+@pytest.fixture(autouse=True, params=[0, 2**14], ids=["unbundled", "bundled"])
 def small(request, monkeypatch):
-    """Up to which size parameters travel together; those here all do, or none."""
+    """Set the size up to which parameters are bundled; all parameters here are, or none."""
     monkeypatch.setattr(compact, "SMALL", request.param)
     return request.param
 
@@ -30,7 +30,7 @@ def make(name, parameters, **choice):
 
 
 def noise(parameters, seed):
-    """The same gradients whatever the parameters have become."""
+    """Return gradients that depend only on the seed."""
     generator = torch.Generator().manual_seed(seed)
     return {
         n: torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype) for n, p in parameters.items()
@@ -47,7 +47,7 @@ def step(parameters, optimizer, seed, before=lambda: None, after=lambda: None):
 
 
 def compacted(name="Adam", dtype=torch.float64, early=False, **choice):
-    """Parameters, warm optimizer, masks, holder."""
+    """Return parameters, an optimizer with ten steps of state, masks, and the holder."""
     torch.manual_seed(3)
     parameters = conformance.parameters_for(name, dtype)
     optimizer = make(name, parameters.values(), **choice)
@@ -57,15 +57,15 @@ def compacted(name="Adam", dtype=torch.float64, early=False, **choice):
     return parameters, optimizer, frozen, Compact(optimizer, parameters, frozen, early=early)
 
 
-def test_every_optimizer_of_torch_is_one_or_the_other():
-    """A new class in `torch.optim` has to be looked at."""
+def test_every_optimizer_of_torch_is_classified_as_elementwise_or_not():
+    """A new class in `torch.optim` fails here until somebody has classified it."""
     assert {*NAMES, *OTHERS} == set(conformance.optimizers_of_torch())
 
 
 @DTYPES
 @pytest.mark.parametrize(("name", "choice"), VARIANTS)
 def test_live_elements_are_stepped_as_if_there_were_no_others(name, choice, dtype):
-    """The oracle has had the live elements alone from its first step on. Frozen bits stay, also on the way to it."""
+    """The oracle has had only the live elements from its first step on. Frozen elements keep their bits, live ones move."""
     torch.manual_seed(3)
     parameters = conformance.parameters_for(name, dtype)
     frozen = half_of(parameters)
@@ -96,8 +96,8 @@ def test_live_elements_are_stepped_as_if_there_were_no_others(name, choice, dtyp
     assert moved > 0.5 * sum(int((~mask).sum()) for mask in frozen.values())
 
 
-def test_the_optimizer_has_one_vector_a_group_and_live_state_alone():
-    """Its own state, the vectors and the gradients are as large as the live elements; frozen ones are nowhere."""
+def test_optimizer_has_one_vector_per_group_and_state_of_live_elements_only():
+    """The vectors and the moments have as many elements as are live; each group keeps its learning rate."""
     parameters = conformance.parameters_for("Adam", torch.float32)
     groups = [{"params": [parameters["vector"], parameters["matrix"]], "lr": 0.1}, {"params": [parameters["conv"]]}]
     optimizer = torch.optim.Adam(groups)
@@ -114,8 +114,8 @@ def test_the_optimizer_has_one_vector_a_group_and_live_state_alone():
     assert sum(v.numel() for v in moments) == 2 * sum(live.values())
 
 
-def test_what_is_wholly_live_stays_and_what_is_wholly_frozen_leaves():
-    """Neither is copied."""
+def test_fully_live_parameters_stay_and_fully_frozen_ones_leave_the_optimizer():
+    """The fully live parameter is not copied."""
     weights = {n: Parameter(torch.randn(3)) for n in "abc"}
     optimizer = torch.optim.SGD(weights.values(), lr=0.1, momentum=0.9)
     frozen = {"a": torch.zeros(3, dtype=torch.bool), "b": torch.ones(3, dtype=torch.bool)}
@@ -123,8 +123,8 @@ def test_what_is_wholly_live_stays_and_what_is_wholly_frozen_leaves():
     assert optimizer.param_groups[0]["params"] == [weights["a"], weights["c"]]
 
 
-def test_gradients_are_taken_as_they_come_and_let_go_of(small):
-    """Of two backward passes the sum, live elements alone; parameters, also wholly frozen ones, keep none."""
+def test_gradients_are_gathered_during_backward_and_freed(small):
+    """Two backward passes add up; partly and fully frozen parameters keep no gradient."""
     p, q = Parameter(torch.ones(4)), Parameter(torch.ones(2))
     optimizer = torch.optim.SGD([p, q], lr=1.0)
     frozen = torch.tensor([True, False, True, False])
@@ -144,22 +144,26 @@ def test_gradients_are_taken_as_they_come_and_let_go_of(small):
     assert p.tolist() == [1.0, 1.0 - 22.0, 1.0, 1.0 - 66.0]
 
 
-def test_gradients_may_also_be_zeroed_in_place():
-    """`zero_grad(set_to_none=False)`, as some loops have it."""
-    p = Parameter(torch.ones(3))
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_gradients_that_are_zeroed_in_place_or_replaced_are_stepped(factor):
+    """Some loops call `zero_grad(set_to_none=False)`; some clipping puts a new tensor in place of the vector's gradient."""
+    p = Parameter(torch.zeros(3))
     optimizer = torch.optim.SGD([p], lr=1.0)
     holder = Compact(optimizer, {"p": p}, {"p": torch.tensor([True, False, False])})
     for _ in range(3):
         optimizer.zero_grad(set_to_none=False)
         p.sum().backward()
-        holder.take_gradients_()
+        holder.gather_gradients_()
+        (vector,) = optimizer.param_groups[0]["params"]
+        if factor < 1:
+            vector.grad = factor * vector.grad
         optimizer.step()
-        holder.restore_()
-    assert p.tolist() == [1.0, -2.0, -2.0]
+        holder.scatter_values_()
+    assert p.tolist() == [0.0, -3 * factor, -3 * factor]
 
 
-def test_what_others_write_is_taken_over():
-    """Clipped weights, a rollback, an average: the optimizer goes on from what is there."""
+def test_values_written_by_other_code_are_stepped_from():
+    """Clipped weights, a rollback, an average: the next step starts from the value in the parameter."""
     p = Parameter(torch.ones(3))
     optimizer = torch.optim.SGD([p], lr=1.0)
     holder = Compact(optimizer, {"p": p}, {"p": torch.tensor([True, False, False])})
@@ -174,25 +178,9 @@ def test_what_others_write_is_taken_over():
     assert p.tolist() == [1.0, 6.0, -1.0]
 
 
-def test_a_gradient_that_is_put_in_the_vectors_place_counts():
-    """As some clipping does; also where gradients are zeroed in place and the next one is added."""
-    p = Parameter(torch.zeros(3))
-    optimizer = torch.optim.SGD([p], lr=1.0)
-    holder = Compact(optimizer, {"p": p}, {"p": torch.tensor([True, False, False])})
-    for _ in range(3):
-        optimizer.zero_grad(set_to_none=False)
-        p.sum().backward()
-        holder.take_gradients_()
-        (vector,) = optimizer.param_groups[0]["params"]
-        vector.grad = 0.5 * vector.grad
-        optimizer.step()
-        holder.restore_()
-    assert p.tolist() == [0.0, -1.5, -1.5]
-
-
 @pytest.mark.parametrize("early", [True, False])
-def test_parting_company_loses_no_gradient(early):
-    """In the second pass of a step one small parameter has none; what the first pass gave all of them is kept."""
+def test_unbundling_between_backward_passes_loses_no_gradient(early):
+    """In the second pass of a step one small parameter has no gradient; the gradients of the first pass are kept."""
     parameters = {n: Parameter(torch.zeros(3)) for n in "abc"}
     optimizer = torch.optim.SGD(parameters.values(), lr=1.0)
     holder = Compact(
@@ -208,7 +196,7 @@ def test_parting_company_loses_no_gradient(early):
 
 
 def test_sparse_state_becomes_dense():
-    """SGD with momentum on an embedding with sparse gradients: against the same without freezing, live elements."""
+    """SGD with momentum on an embedding with sparse gradients, against the same without freezing, live elements."""
     layers = []
     for frozen in (None, torch.tensor([[True, False]] * 3)):
         torch.manual_seed(0)
@@ -231,8 +219,8 @@ def test_sparse_state_becomes_dense():
     assert (layers[0][:, 0] != layers[1][:, 0]).any()
 
 
-def test_sparse_gradients_are_taken_too():
-    """Rows that did not occur have no gradient."""
+def test_sparse_gradients_are_gathered():
+    """Rows that did not occur have a gradient of zero."""
     layer = nn.Embedding(4, 2, sparse=True)
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
     before = layer.weight.detach().clone()
@@ -245,8 +233,8 @@ def test_sparse_gradients_are_taken_too():
     assert torch.allclose(before - layer.weight, torch.tensor([[0.0, 1.0], [2.0, 2.0], [0.0, 0.0], [0.0, 0.0]]))
 
 
-def test_gradients_from_before_are_let_go_of():
-    """What the parameters had when they were compacted belongs to a step that has been taken."""
+def test_gradients_from_before_the_freeze_are_dropped():
+    """They belong to a step that has been taken."""
     p = Parameter(torch.ones(3))
     optimizer = torch.optim.SGD([p], lr=1.0)
     p.grad = torch.full((3,), 100.0)
@@ -258,8 +246,8 @@ def test_gradients_from_before_are_let_go_of():
     assert p.tolist() == [1.0, 0.0, 0.0]
 
 
-def test_parameters_that_have_taken_fewer_steps_keep_their_count():
-    """Adam corrects its bias by the steps that had a gradient: two counts in one group are two vectors."""
+def test_parameters_with_fewer_steps_keep_their_count():
+    """Adam corrects its bias by the number of steps with a gradient: two counts in one group become two vectors."""
     generator = torch.Generator().manual_seed(0)
     parameters = {n: Parameter(torch.ones(4, dtype=torch.float64)) for n in "ab"}
     alone = {n: Parameter(torch.ones(3, dtype=torch.float64)) for n in "ab"}
@@ -289,8 +277,8 @@ def test_parameters_that_have_taken_fewer_steps_keep_their_count():
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("early", [True, False])
-def test_a_parameter_without_a_gradient_is_left_alone_in_that_step(name, early):
-    """As the optimizer does with whole parameters: no momentum, no decay, no count of it."""
+def test_parameter_without_a_gradient_is_not_stepped(name, early):
+    """As with whole parameters, such a step changes no momentum, no decay and no count of steps."""
     torch.manual_seed(3)
     both = [conformance.parameters_for(name, torch.float64) for _ in range(2)]
     for ours, theirs in zip(both[0].values(), both[1].values(), strict=True):
@@ -319,8 +307,8 @@ def test_a_parameter_without_a_gradient_is_left_alone_in_that_step(name, early):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_saved_states_have_the_ordinary_shape(name):
-    """Keys and shapes are those of an optimizer that was never compacted; live numbers are there, frozen ones zero."""
+def test_state_dict_has_the_ordinary_shapes(name):
+    """Keys and shapes are those of an optimizer that was never compacted; frozen elements are zero."""
     parameters, optimizer, frozen, holder = compacted(name)
     step(parameters, optimizer, 10, holder.take_gradients_, holder.restore_)
     twins = conformance.parameters_for(name, torch.float64)
@@ -340,8 +328,8 @@ def test_saved_states_have_the_ordinary_shape(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_saved_state_goes_on_compacted_and_in_full(name):
-    """Loaded into a new optimizer that is compacted then, and into one that is already: the same bits follow."""
+def test_loaded_state_continues_to_the_bit_before_or_after_compacting(name):
+    """Loaded into a new optimizer that is compacted afterwards, and into one that is compacted already."""
     parameters, optimizer, frozen, holder = compacted(name)
     step(parameters, optimizer, 10, holder.take_gradients_, holder.restore_)
     saved = copy.deepcopy(optimizer.state_dict())
@@ -367,8 +355,8 @@ def test_a_saved_state_goes_on_compacted_and_in_full(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_released_the_optimizer_is_an_ordinary_one(name):
-    """Its parameters and state are full again, and it goes on to move everything."""
+def test_released_optimizer_is_an_ordinary_one(name):
+    """Its parameters and state are full again, and frozen elements move."""
     parameters, optimizer, frozen, holder = compacted(name)
     saved = copy.deepcopy(optimizer.state_dict())
     holder.release()
@@ -385,8 +373,8 @@ def test_released_the_optimizer_is_an_ordinary_one(name):
     assert sum(int((bits(p) != before[n])[frozen[n].flatten()].sum()) for n, p in parameters.items()) > 0
 
 
-def test_names_of_parameters_stay_with_them():
-    """Optimizers may be given named parameters; the saved names are the given ones."""
+def test_state_dict_has_the_names_that_the_optimizer_was_given():
+    """Some versions of torch accept named parameters; the optimizer's own groups have a name for each vector."""
     if "param_names" not in inspect.getsource(Optimizer):
         pytest.skip("this version of torch knows no names")
     parameters = {n: p for n, p in conformance.parameters_for("SGD", torch.float32).items() if p.dim()}
@@ -398,8 +386,8 @@ def test_names_of_parameters_stay_with_them():
     assert optimizer.param_groups[0]["param_names"] == list(parameters)
 
 
-def test_groups_may_be_added_later():
-    """As finetuning callbacks do when they unfreeze layers."""
+def test_groups_added_later_are_saved_and_kept_on_release():
+    """Finetuning callbacks add groups when they unfreeze layers."""
     parameters, optimizer, _, holder = compacted("AdamW")
     more = Parameter(torch.ones(3, dtype=torch.float64))
     optimizer.add_param_group({"params": [more], "lr": 0.5})
@@ -410,8 +398,8 @@ def test_groups_may_be_added_later():
     assert optimizer.param_groups[1]["params"] == [more]
 
 
-def test_an_optimizer_of_ones_own_with_wider_state():
-    """Any class whose update goes element by element, and state in another dtype than its parameters'."""
+def test_custom_optimizer_with_wider_state_is_compacted():
+    """Its state has another dtype than its parameters."""
 
     class Lion(Optimizer):
         def __init__(self, params, lr=0.125):

@@ -19,7 +19,7 @@ OPTIMIZERS = conformance.optimizers_of_torch()
 
 
 def variants():
-    """Every optimizer in each of its implementations: one loop, many tensors at once, one kernel."""
+    """Return every optimizer in each of its implementations: one loop, many tensors at once, one kernel."""
     found = []
     for name, optimizer in OPTIMIZERS.items():
         arguments = inspect.signature(optimizer).parameters
@@ -33,12 +33,12 @@ def variants():
 
 
 def bits(tensor):
-    """A copy of the elements, row by row, as integers: -0.0 is not 0.0, and a NaN is itself."""
+    """Return a copy of the elements, row by row, as integers: -0.0 differs from 0.0, and a NaN equals itself."""
     return tensor.detach().contiguous().view(-1).view(INTEGER[tensor.dtype]).clone()
 
 
 def start(name, dtype, **choice):
-    """Parameters by name and their optimizer with warm state, ten steps old."""
+    """Return parameters by name, and their optimizer with ten steps of state."""
     parameters = conformance.parameters_for(name, dtype)
     optimizer = OPTIMIZERS[name](parameters.values(), **conformance.OPTIMIZERS[name], **choice)
     for _ in range(10):
@@ -54,7 +54,7 @@ def step(parameters, optimizer, before=lambda: None, after=lambda: None):
 
 
 def half_of(parameters):
-    """Masks of about half the elements of every parameter, in its memory format; all of a scalar."""
+    """Return masks of about half the elements of each parameter, in its memory format; a scalar is frozen."""
     generator = torch.Generator().manual_seed(5)
     masks = {}
     for name, p in parameters.items():
@@ -64,7 +64,7 @@ def half_of(parameters):
     return masks
 
 
-def test_every_optimizer_of_torch_is_held():
+def test_every_optimizer_of_torch_is_tested():
     """A new class in `torch.optim` needs a line in the table; LBFGS is refused by the callback."""
     classes = {cls for cls in vars(torch.optim).values() if inspect.isclass(cls) and issubclass(cls, Optimizer)}
     assert classes - {Optimizer, LBFGS} == set(OPTIMIZERS.values())
@@ -97,8 +97,8 @@ def test_frozen_elements_keep_their_bits(name, choice, dtype):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_restoring_alone_holds_without_masked_gradients(name):
-    """What the optimizer made of the frozen elements' gradients does not matter; without restoring they would move."""
+def test_restoring_holds_values_without_masked_gradients(name):
+    """The optimizer's step moves frozen elements; `restore_` puts their values back."""
     parameters, optimizer = start(name, torch.float32)
     frozen = half_of(parameters)
     before = {n: bits(p) for n, p in parameters.items()}
@@ -111,7 +111,7 @@ def test_restoring_alone_holds_without_masked_gradients(name):
 
 
 @DTYPES
-def test_special_values_come_back_as_they_were(dtype):
+def test_special_values_are_restored_to_the_bit(dtype):
     """The sign of a zero, infinities, the smallest numbers and the payload of a NaN."""
     integers = torch.tensor([0, 1, -1, 5], dtype=INTEGER[dtype])  # 0.0, the smallest number, two NaN
     values = torch.cat([torch.tensor([-0.0, float("inf"), float("-inf"), 1.0], dtype=dtype), integers.view(dtype)])
@@ -125,11 +125,11 @@ def test_special_values_come_back_as_they_were(dtype):
 
 
 class TestLayouts:
-    """Parameters that do not lie row by row in memory, or that have no axes."""
+    """Parameters that are not contiguous, or that have no axes."""
 
     @pytest.mark.parametrize("name", ["scalar", "vector", "matrix", "transposed", "conv"])
-    def test_the_right_elements_are_held_in_place(self, name):
-        """By position in the tensor, not in memory; the parameter keeps its memory and strides."""
+    def test_elements_are_held_by_position_in_the_tensor(self, name):
+        """The position in memory does not matter; the parameter keeps its memory and strides."""
         p = conformance.parameters_for("Adam", torch.float32)[name]
         assert p.is_contiguous() == (name not in ("transposed", "conv"))
         where, strides = p.data_ptr(), p.stride()
@@ -147,8 +147,8 @@ class TestLayouts:
         assert torch.equal(p, expected)
         assert (p.data_ptr(), p.stride()) == (where, strides)
 
-    def test_a_gradient_in_another_format_than_its_parameter(self):
-        """A channels-last gradient of a rows-first weight is masked by position, too."""
+    def test_gradient_in_another_format_than_its_parameter_is_masked_by_position(self):
+        """A channels-last gradient of a contiguous weight."""
         p = Parameter(torch.zeros(2, 3, 4, 4))
         p.grad = torch.ones_like(p).to(memory_format=torch.channels_last)
         mask = torch.rand(p.shape) < 0.5
@@ -176,7 +176,7 @@ class TestGradients:
             assert not bits(p.grad)[mask].any()
             assert torch.equal(bits(p.grad)[~mask], before[n][~mask])
 
-    def test_nan_and_infinity_among_the_frozen_become_zero(self, parameters):
+    def test_nan_and_infinity_of_frozen_elements_become_zero(self, parameters):
         """They would survive a multiplication by 0, and make the norm of everything NaN."""
         frozen = half_of(parameters)
         before = {n: p.grad.clone() for n, p in parameters.items()}
@@ -199,8 +199,8 @@ class TestGradients:
         assert norm < 0.99 * np.linalg.norm(every)
 
     @pytest.mark.parametrize("coalesced", [True, False])
-    def test_a_sparse_gradient_stays_sparse(self, coalesced):
-        """The frozen elements of its rows are zero, repeated rows are added up, NaN is cleared."""
+    def test_sparse_gradient_stays_sparse(self, coalesced):
+        """The frozen elements of its rows are zero, repeated rows are added up."""
         table = nn.Embedding(6, 3, sparse=True)
         (table(torch.tensor([4, 1, 4])) * torch.arange(1.0, 10.0).view(3, 3)).sum().backward()
         if coalesced:
@@ -215,25 +215,25 @@ class TestGradients:
         assert table.weight.grad._nnz() <= 3
         assert torch.equal(table.weight.grad.to_dense(), torch.where(frozen, 0.0, expected))
 
-    def test_nan_in_a_sparse_gradient_becomes_zero(self):
-        """Where it is frozen; where it is live it stays for others to see."""
+    def test_nan_of_a_frozen_element_in_a_sparse_gradient_becomes_zero(self):
+        """A NaN of a live element stays."""
         p = Parameter(torch.zeros(3, 2))
         p.grad = torch.sparse_coo_tensor([[1]], [[float("nan"), 2.0]], (3, 2), check_invariants=True)
         Restore({"w": p}, {"w": torch.tensor([[True, False]] * 3)}).mask_gradients_()
         assert p.grad.to_dense().tolist() == [[0.0, 0.0], [0.0, 2.0], [0.0, 0.0]]
 
-    def test_a_parameter_without_a_gradient_gets_none(self):
-        """It took no part in the loss; an optimizer passes it by, and so it must stay."""
+    def test_parameter_without_a_gradient_gets_none(self):
+        """It took no part in the loss; the optimizer passes it by, and still has to."""
         p = Parameter(torch.zeros(3))
         Restore({"w": p}, {"w": torch.tensor([True, True, False])}).mask_gradients_()
         assert p.grad is None
 
 
 class TestState:
-    """What an optimizer remembers of frozen elements is cleared when they freeze."""
+    """The optimizer's state of frozen elements is cleared when they freeze."""
 
     @pytest.mark.parametrize("name", OPTIMIZERS)
-    def test_exactly_the_frozen_part_is_cleared(self, name):
+    def test_state_by_element_is_cleared_where_frozen(self, name):
         """State of the parameter's shape is zero where frozen, else as before; Adam's step and its like stay.
 
         All of it stays where an entry of that shape need not be by element.
@@ -258,8 +258,8 @@ class TestState:
         assert bool(cleared) is (type(optimizer) in ELEMENTWISE)
 
     @pytest.mark.parametrize("name", OPTIMIZERS)
-    def test_training_goes_on_after_it(self, name):
-        """A cleared state does not make the optimizer fail or a live value NaN; frozen bits stay."""
+    def test_training_continues_after_the_state_was_cleared(self, name):
+        """The optimizer does not fail, no live value becomes NaN, and frozen bits stay."""
         parameters, optimizer = start(name, torch.float32)
         frozen = half_of(parameters)
         before = {n: bits(p) for n, p in parameters.items()}
@@ -273,7 +273,7 @@ class TestState:
             assert not (bits(p) != before[n])[mask].any()
             assert mask.all() or (bits(p) != before[n])[~mask].any()
 
-    def test_an_optimizer_without_state_is_left_alone(self):
+    def test_optimizer_without_state_gets_none(self):
         """Before its first step, and SGD without momentum at any time."""
         p = Parameter(torch.ones(3))
         optimizer = torch.optim.SGD([p], lr=0.1)
@@ -281,8 +281,8 @@ class TestState:
         assert not optimizer.state
 
 
-def test_only_the_parameters_with_frozen_elements_are_touched():
-    """A mask of False alone, and a parameter without a mask, change nothing: neither value nor gradient."""
+def test_parameters_without_frozen_elements_keep_values_and_gradients():
+    """A mask without True, and a parameter without a mask, change nothing."""
     parameters = {name: Parameter(torch.zeros(3)) for name in ("held", "free", "unnamed")}
     masks = {"held": torch.tensor([True, False, True]), "free": torch.zeros(3, dtype=torch.bool)}
     holder = Restore(parameters, masks)
@@ -299,8 +299,8 @@ def test_only_the_parameters_with_frozen_elements_are_touched():
     }
 
 
-def test_an_empty_parameter_is_no_obstacle():
-    """A tensor of no elements has nothing to hold."""
+def test_empty_parameter_is_ignored():
+    """A tensor without elements has nothing to hold."""
     p = Parameter(torch.zeros(0, 3))
     holder = Restore({"w": p}, {"w": torch.zeros(0, 3, dtype=torch.bool)})
     p.grad = torch.zeros(0, 3)

@@ -1,4 +1,4 @@
-"""Counts become totals, shares and a table that people can read."""
+"""`Savings`: totals, fractions and the table are those counted by hand."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from lightning_gcfreeze.freezing.skipping import Block
 
 
 def masks():
-    """A weight with two of four rows frozen, one wholly frozen, a bias."""
+    """Return masks of a weight with two of four rows frozen, of a fully frozen weight, and of a live bias."""
     half = torch.zeros(4, 3, dtype=torch.bool)
     half[:2] = True
     return {
@@ -28,7 +28,7 @@ def of(frozen, positions=None, index_bytes=16):
     )  # fmt: skip
 
 
-def test_flops_are_two_for_each_element_and_place():
+def test_flops_are_two_for_each_element_and_use():
     """Half of a's product and all of b's are skipped; a bias is not counted."""
     found = of(masks())
     assert (found.parameters["a.weight"].flops, found.parameters["a.weight"].flops_skipped) == (240, 120)
@@ -38,15 +38,15 @@ def test_flops_are_two_for_each_element_and_place():
     assert found.without_backward == ("b.weight",)
 
 
-def test_without_counts_nothing_is_claimed():
-    """Where the step before the freeze could not be counted."""
+def test_without_counted_uses_no_flops_are_claimed():
+    """The step before the freeze could not be counted."""
     found = of(masks(), positions={})
     assert found.weight_gradient_flops_skipped == 0
     assert all(p.flops is None for p in found.parameters.values())
 
 
 def test_scalars_are_the_totals():
-    """The indices count as state: that is what they are kept for."""
+    """Bytes of indices are added to those of the state."""
     assert of(masks()).scalars() == {
         "gcfreeze/optimizer_state_bytes": 512 + 16,
         "gcfreeze/gradient_bytes": 256,
@@ -55,7 +55,7 @@ def test_scalars_are_the_totals():
 
 
 def test_the_table_has_totals_and_a_row_for_each_parameter():
-    """To the letter: people read it."""
+    """The whole text is compared."""
     assert of(masks()).table().splitlines() == [
         "Optimizer state  2.0 KiB -> 512 B (25.0%), and 16 B of indices",
         "Gradients        1.0 KiB -> 256 B (25.0%)",
@@ -68,7 +68,7 @@ def test_the_table_has_totals_and_a_row_for_each_parameter():
     ]
 
 
-def test_of_many_parameters_the_largest_are_listed():
+def test_table_lists_the_largest_of_many_parameters():
     """In the order of the model."""
     frozen = masks() | {f"w{i}": torch.zeros(100 + i, dtype=torch.bool) for i in range(40)}
     lines = of(frozen).table().splitlines()
@@ -76,8 +76,8 @@ def test_of_many_parameters_the_largest_are_listed():
     assert [line.split()[0] for line in lines[5:-1]] == [f"w{i}" for i in range(10, 40)]
 
 
-def test_a_footprint_is_what_the_optimizer_holds():
-    """Two moments and a count of steps for each; gradients for what requires them."""
+def test_footprint_counts_state_and_gradients_of_the_optimizer():
+    """Adam: two moments and a count of steps for each parameter; gradients of parameters that require one."""
     parameters = [Parameter(torch.zeros(10)), Parameter(torch.zeros(3, dtype=torch.bfloat16))]
     optimizer = torch.optim.Adam(parameters)
     assert Footprint.of(optimizer) == Footprint(0, 46)
@@ -90,6 +90,6 @@ def test_a_footprint_is_what_the_optimizer_holds():
 
 
 @pytest.mark.parametrize(("count", "said"), [(1023, "1023 B"), (2**20, "1.0 MiB"), (5 * 2**40, "5120.0 GiB")])
-def test_sizes_are_said_in_units(count, said):
-    """Of 1024."""
+def test_sizes_have_binary_units(count, said):
+    """1 KiB is 1024 bytes."""
     assert savings._size(count) == said

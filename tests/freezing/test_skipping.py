@@ -1,4 +1,4 @@
-"""What froze as a whole is not computed, and what is live has the gradient that plain autograd gives it."""
+"""Gradients of frozen rows, columns and parameters are not computed; live elements have the gradient of plain autograd."""
 
 import copy
 import io
@@ -31,7 +31,7 @@ LAYERS = {
 
 
 def masks(weight):
-    """Rows, columns, both with holes inside; in each something lives."""
+    """Return masks of rows, of columns, of both, and of both with holes inside; each leaves live elements."""
     generator = torch.Generator().manual_seed(1)
     rows, columns = torch.zeros_like(weight, dtype=torch.bool), torch.zeros_like(weight, dtype=torch.bool)
     rows[[0, 3]] = True
@@ -40,21 +40,21 @@ def masks(weight):
     return {"rows": rows, "columns": columns, "both": rows | columns, "holes": rows | columns | holes}
 
 
-def counted(module, parameters, run):
-    """Positions of a step."""
-    positions = WeightUses(module, parameters)
-    positions.listen()
+def uses_of(module, parameters, run):
+    """Return the uses of each weight in a step."""
+    uses = WeightUses(module, parameters)
+    uses.listen()
     run()
-    positions.stop()
-    return positions.counts
+    uses.stop()
+    return uses.counts
 
 
-def promoted(module, frozen, x, compact=True):
-    """The module after a counted step, promoted; with the holder whose vector takes the gradients."""
+def skipped(module, frozen, x, compact=True):
+    """Skip gradients of a module after a counted step. Return the holder whose vector receives them, and the skipper."""
     parameters = dict(module.named_parameters())
-    positions = counted(module, parameters, lambda: module(x).sum().backward())
+    uses = uses_of(module, parameters, lambda: module(x).sum().backward())
     module.zero_grad()
-    blocks = blocks_worth_it(parameters, frozen, positions)
+    blocks = blocks_worth_it(parameters, frozen, uses)
     assert blocks
     optimizer = torch.optim.SGD(module.parameters(), 0.1)
     holder = Compact(optimizer, parameters, frozen, alone=blocks) if compact else None
@@ -71,11 +71,11 @@ def plain_gradients(module, x, loss):
     )
 
 
-@pytest.mark.parametrize("compact", [True, False], ids=["live alone", "in place"])
+@pytest.mark.parametrize("compact", [True, False], ids=["live elements", "in place"])
 @pytest.mark.parametrize("kind", ["rows", "columns", "both", "holes"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_live_elements_have_their_gradient(name, kind, compact):
-    """Two backward passes add up; what follows may change the output in place; the input's gradient is right, too."""
+def test_live_elements_have_the_gradient_of_plain_autograd(name, kind, compact):
+    """Two backward passes add up; the output can be changed in place; the input's gradient is right, too."""
     torch.manual_seed(0)
     make, shape = LAYERS[name]
     layer = make().double()
@@ -85,7 +85,7 @@ def test_live_elements_have_their_gradient(name, kind, compact):
     loss = lambda y: (y * torch.arange(y.numel(), dtype=y.dtype).view_as(y)).sum()  # noqa: E731
     expected = plain_gradients(module, x, loss)
     by_x = torch.autograd.grad(loss(module(x)), x)[0]
-    holder, _ = promoted(module, frozen, x.detach(), compact)
+    holder, _ = skipped(module, frozen, x.detach(), compact)
     for _ in range(2):
         loss(module(x)).backward()
     live = ~frozen["1.weight"]
@@ -109,8 +109,8 @@ def flops(module, x):
 
 
 @pytest.mark.parametrize(("name", "outside"), [("linear", 12 / 30), ("conv2d", 12 / 30)])
-def test_the_product_is_smaller_by_what_is_frozen(name, outside):
-    """The counter is torch's: of 5 x 6 the two rows are not computed. The released module computes all again."""
+def test_flops_shrink_by_the_frozen_rows_until_release(name, outside):
+    """torch's counter: 2 of 5 rows are not computed."""
     make, shape = LAYERS[name]
     module, x = make(), torch.randn(shape)
     before = flops(module, x)
@@ -119,76 +119,76 @@ def test_the_product_is_smaller_by_what_is_frozen(name, outside):
     assert forward == pytest.approx(before / 2)
     module.requires_grad_(True)
     frozen = {"weight": masks(module.weight)["rows"]}
-    _, promotion_ = promoted(module, frozen, x.detach())
+    _, skipper = skipped(module, frozen, x.detach())
     assert flops(module, x.detach()) == pytest.approx(before / 2 * (1 + 1 - outside))
-    promotion_.release()
+    skipper.release()
     assert flops(module, x.detach()) == before
 
 
-def test_a_frozen_prefix_has_no_backward_pass():
-    """Wholly frozen parameters require no gradient, and so neither do activations before the first live one."""
+def test_fully_frozen_first_layers_have_no_backward_pass():
+    """Their parameters require no gradient, and neither do activations before the first live parameter."""
     module = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
     x, parameters = torch.randn(3, 4), dict(module.named_parameters())
     total = flops(module, x)
     frozen = {n: torch.full_like(p, n[0] in "02", dtype=torch.bool) for n, p in parameters.items()}
-    promotion_ = GradientSkipper(module, parameters, frozen, {})
+    skipper = GradientSkipper(module, parameters, frozen, {})
     assert not module[3](module[:3](x)).requires_grad
     assert flops(module, x) == total - 2 * 3 * (
         2 * 16 + 16 + 8
     )  # of two weights, of the activations before them and behind
-    assert set(promotion_.without_gradient) == {"0.weight", "0.bias", "2.weight", "2.bias"}
-    promotion_.release()
+    assert set(skipper.without_gradient) == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    skipper.release()
     assert all(p.requires_grad for p in parameters.values())
 
 
-def test_what_the_user_keeps_from_training_stays_so():
-    """`release` gives back what `GradientSkipper` took, and nothing else."""
+def test_parameters_that_the_user_does_not_train_are_left_alone():
+    """`release` lets exactly those parameters require a gradient that `GradientSkipper` has changed."""
     module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)).requires_grad_(False)
     module[1:].requires_grad_(True)
     parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
     frozen = {n: torch.full_like(p, n.startswith("1"), dtype=torch.bool) for n, p in parameters.items()}
-    promotion_ = GradientSkipper(module, parameters, frozen, {})
+    skipper = GradientSkipper(module, parameters, frozen, {})
     assert [p.requires_grad for p in module.parameters()] == [False] * 4 + [True] * 2
-    promotion_.release()
+    skipper.release()
     assert [p.requires_grad for p in module.parameters()] == [False] * 2 + [True] * 4
 
 
-def test_a_loss_of_frozen_parameters_alone_still_has_a_backward_pass():
-    """Everything is frozen, or what is live takes no part in this step."""
+def test_loss_of_frozen_parameters_only_has_a_backward_pass():
+    """Everything is frozen, or the live parameters take no part in this step."""
     module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
     parameters = dict(module.named_parameters())
     frozen = {n: torch.ones_like(p, dtype=torch.bool) for n, p in parameters.items()}
     holder = Compact(torch.optim.SGD(module.parameters(), 0.1), parameters, frozen)
-    promotion_ = GradientSkipper(module, parameters, frozen, {}, holder.leaf)
+    skipper = GradientSkipper(module, parameters, frozen, {}, holder.leaf)
     loss = module(torch.ones(3, 2)).sum()
     assert not loss.requires_grad
-    promotion_.begin_backward(loss)
+    skipper.begin_backward(loss)
     loss.backward()
     assert all(p.grad is None for p in parameters.values())
 
 
-def test_weights_with_hooks_and_patched_layers_keep_their_whole_gradient():
-    """A hook on the weight sees it; a forward method of the user's own may compute anything."""
+def test_weights_with_hooks_and_patched_layers_have_no_block():
+    """A hook on the weight reads the whole gradient; a patched forward method may compute anything."""
     module = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 5), nn.Linear(5, 5))
     module[1].weight.register_hook(lambda gradient: 2 * gradient)
     module[2].forward = lambda x: 3 * torch.nn.functional.linear(x, module[2].weight)
     parameters, x = dict(module.named_parameters()), torch.randn(4, 6)
     frozen = {n: torch.arange(5)[:, None].expand(p.shape) < 2 for n, p in parameters.items() if p.dim() == 2}
-    positions = counted(module, parameters, lambda: module(x).sum().backward())
-    assert set(blocks_worth_it(parameters, frozen, positions)) == {"0.weight"}
+    uses = uses_of(module, parameters, lambda: module(x).sum().backward())
+    assert set(blocks_worth_it(parameters, frozen, uses)) == {"0.weight"}
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
-def test_layers_whose_weight_is_made_by_others():
-    """As old-style normalisations and pruning do: the weight is no parameter then."""
+def test_layers_whose_weight_is_no_parameter_are_ignored():
+    """Old-style normalisations and pruning compute the weight from other parameters."""
     layer = torch.nn.utils.weight_norm(nn.Linear(3, 2))
     parameters = dict(layer.named_parameters())
-    assert counted(layer, parameters, lambda: layer(torch.ones(1, 3)).sum().backward()) == {}
+    assert uses_of(layer, parameters, lambda: layer(torch.ones(1, 3)).sum().backward()) == {}
     GradientSkipper(layer, parameters, {n: torch.zeros_like(p, dtype=torch.bool) for n, p in parameters.items()}, {})
 
 
-def test_a_layer_that_is_called_twice_and_a_weight_that_two_layers_share():
-    """All calls add up, promoted or not: here a third use is a plain product outside of any layer."""
+def test_layer_called_twice_and_weight_shared_by_two_layers_add_up_gradients():
+    """A third use is a plain product outside of any layer."""
     torch.manual_seed(0)
     first, second = nn.Linear(4, 4, bias=False).double(), nn.Linear(4, 4, bias=False).double()
     second.weight = first.weight
@@ -204,7 +204,7 @@ def test_a_layer_that_is_called_twice_and_a_weight_that_two_layers_share():
     module, x = Shared(), torch.randn(3, 4, dtype=torch.float64)
     expected = plain_gradients(module, x, torch.sum)["first.weight"]
     frozen = {"first.weight": torch.tensor([[True] * 4, [False] * 4, [True] * 4, [False, True, False, False]])}
-    holder, _ = promoted(module, frozen, x)
+    holder, _ = skipped(module, frozen, x)
     module(x).sum().backward()
     holder.take_gradients_()
     (vector,) = holder._optimizer.param_groups[0]["params"]
@@ -212,8 +212,8 @@ def test_a_layer_that_is_called_twice_and_a_weight_that_two_layers_share():
 
 
 @pytest.mark.parametrize("around", ["autocast", "checkpoint"])
-def test_under_autocast_and_activation_checkpointing(around):
-    """Computed in bfloat16, or in a second forward pass, gradients are those of the same module without promotion."""
+def test_gradients_are_right_under_autocast_and_activation_checkpointing(around):
+    """Computed in bfloat16, or in a second forward pass, they are those of the same module without skipping."""
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))
     x = torch.randn(16, 6)
@@ -227,7 +227,7 @@ def test_under_autocast_and_activation_checkpointing(around):
     expected = torch.autograd.grad(run().float().square().sum(), list(module.parameters()))[0]
     frozen = {"0.weight": torch.zeros(8, 6, dtype=torch.bool)}
     frozen["0.weight"][[1, 2]] = True
-    holder, _ = promoted(module, frozen, x)
+    holder, _ = skipped(module, frozen, x)
     run().float().square().sum().backward()
     holder.take_gradients_()
     (found,) = [p for p in holder._optimizer.param_groups[0]["params"] if p.numel() == 36]
@@ -237,15 +237,15 @@ def test_under_autocast_and_activation_checkpointing(around):
 
 
 def rows_frozen():
-    """A promoted linear layer of which two rows live, its holder, an input."""
+    """Return a linear layer with two frozen rows, its holder, its skipper and an input."""
     torch.manual_seed(0)
     layer, x = nn.Linear(6, 5), torch.randn(4, 6)
     frozen = {"weight": masks(layer.weight)["rows"]}
-    return layer, *promoted(layer, frozen, x), x
+    return layer, *skipped(layer, frozen, x), x
 
 
-def test_asking_for_other_gradients_leaves_none_behind():
-    """`torch.autograd.grad` of the input inside a training step computes and keeps nothing of the weight."""
+def test_autograd_grad_of_the_input_keeps_no_gradient_of_the_weight():
+    """`torch.autograd.grad` inside a training step computes and keeps nothing of the weight."""
     layer, holder, _, x = rows_frozen()
     torch.autograd.grad(layer(x.requires_grad_()).sum(), x)
     assert holder.leaf("weight").grad is None
@@ -254,43 +254,43 @@ def test_asking_for_other_gradients_leaves_none_behind():
     assert [p.grad is None for p in holder._optimizer.param_groups[0]["params"]] == [False, False]
 
 
-def test_gradients_of_gradients_are_noticed_before_or_refused():
-    """Seen in the counted step, no block is made; seen first afterwards, an error names the way out."""
+def test_gradients_of_gradients_prevent_blocks_or_raise():
+    """In the counted step they prevent blocks; after it they raise an error that names the way out."""
     layer, x = nn.Linear(6, 5), torch.randn(4, 6, requires_grad=True)
 
     def penalised():
         (slope,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
         slope.square().sum().backward()
 
-    assert counted(layer, dict(layer.named_parameters()), penalised) == {}
+    assert uses_of(layer, dict(layer.named_parameters()), penalised) == {}
     layer, _, _, x = rows_frozen()
     with pytest.raises(RuntimeError, match="promote=False"):
         torch.autograd.grad(layer(x.requires_grad_()).square().sum(), x, create_graph=True)
 
 
-def test_positions_are_the_places_where_a_weight_is_applied():
-    """Samples, tokens, pixels of the output; not in passes without a graph, of copies, or later ones."""
+def test_uses_are_counted_per_sample_token_and_pixel():
+    """Not in passes without a graph, passes of copies, or passes after `stop`."""
     module = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(2), nn.Linear(36, 4), nn.BatchNorm1d(3), nn.Linear(4, 4))
-    positions = WeightUses(module, {n: p for n, p in module.named_parameters() if n != "4.weight"})
+    uses = WeightUses(module, {n: p for n, p in module.named_parameters() if n != "4.weight"})
 
     def run():
         return module(torch.randn(5, 2, 8, 8)).sum()
 
-    positions.listen()
+    uses.listen()
     losses = [run(), run()]
     with torch.no_grad():
         run()
     copy.deepcopy(module)(torch.randn(5, 2, 8, 8))
-    positions.stop()
+    uses.stop()
     sum(losses).backward()
     run().backward()
-    assert positions.counts == {"0.weight": 2 * 5 * 36, "2.weight": 2 * 5 * 3}
-    positions.clear()
-    assert positions.counts == {}
+    assert uses.counts == {"0.weight": 2 * 5 * 36, "2.weight": 2 * 5 * 3}
+    uses.clear()
+    assert uses.counts == {}
 
 
-def test_small_blocks_and_unknown_layers_are_left_alone(monkeypatch):
-    """A block must be worth its hooks; grouped, reflected and subclassed layers compute something else."""
+def test_small_blocks_and_unknown_layers_are_not_used(monkeypatch):
+    """A block must save more than its hooks cost; grouped, reflected and subclassed layers compute something else."""
 
     class Doubled(nn.Linear):
         def forward(self, x):
@@ -305,21 +305,21 @@ def test_small_blocks_and_unknown_layers_are_left_alone(monkeypatch):
     for n, p in parameters.items():
         frozen[n] = torch.zeros_like(p, dtype=torch.bool)
         frozen[n][0] = True
-    positions = counted(module, parameters, lambda: module(x).sum().backward())
-    assert positions == {"4.weight": 8}
+    uses = uses_of(module, parameters, lambda: module(x).sum().backward())
+    assert uses == {"4.weight": 8}
     monkeypatch.setattr(skipping, "WORTH", 8 * 8)
-    assert blocks_worth_it(parameters, frozen, positions).keys() == {"4.weight"}
+    assert blocks_worth_it(parameters, frozen, uses).keys() == {"4.weight"}
     monkeypatch.setattr(skipping, "MOST", 7 / 8)
-    assert blocks_worth_it(parameters, frozen, positions).keys() == {"4.weight"}
+    assert blocks_worth_it(parameters, frozen, uses).keys() == {"4.weight"}
     monkeypatch.setattr(skipping, "MOST", 7 / 8 - 0.01)
-    assert not blocks_worth_it(parameters, frozen, positions)
+    assert not blocks_worth_it(parameters, frozen, uses)
     monkeypatch.setattr(skipping, "MOST", 1.0)
     monkeypatch.setattr(skipping, "WORTH", 8 * 8 + 1)
-    assert not blocks_worth_it(parameters, frozen, positions)
+    assert not blocks_worth_it(parameters, frozen, uses)
 
 
 def test_copies_with_other_weights_are_ordinary_modules():
-    """A deep copy, a pickle and a functional call train weights of their own; the original goes on as it was."""
+    """A deep copy, a pickle and a functional call train weights of their own; the original is not affected."""
     layer, holder, _, x = rows_frozen()
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         other.zero_grad()
@@ -341,8 +341,8 @@ def test_copies_with_other_weights_are_ordinary_modules():
     assert layer.weight.grad is None
 
 
-def test_an_error_in_the_layer_leaves_its_weight_in_place():
-    """And the next call works."""
+def test_error_in_the_layer_leaves_its_weight_in_place():
+    """The next call works."""
     layer, holder, _, x = rows_frozen()
     weight = layer.weight
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
@@ -354,26 +354,26 @@ def test_an_error_in_the_layer_leaves_its_weight_in_place():
     assert holder._optimizer.param_groups[0]["params"][-1].grad is not None
 
 
-def test_after_an_interrupt_in_the_layer_the_weight_is_put_back():
-    """Ctrl-C is no error that hooks are told of."""
+def test_release_puts_the_weight_back_after_an_interrupt_in_the_layer():
+    """Forward hooks do not run after a KeyboardInterrupt."""
 
     class Interrupting(torch.Tensor):
         @classmethod
         def __torch_function__(cls, *args, **kwargs):
             raise KeyboardInterrupt
 
-    layer, _, promotion_, x = rows_frozen()
+    layer, _, skipper, x = rows_frozen()
     weight = layer.weight
     with pytest.raises(KeyboardInterrupt):
         layer(x.as_subclass(Interrupting))
     assert layer.weight is not weight
-    promotion_.release()
+    skipper.release()
     assert layer.weight is weight
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_hooks_of_others_see_what_the_layer_returns(first):
-    """One that replaces the output comes after ours, whenever it was registered, and the gradient is right."""
+def test_other_forward_hooks_run_after_ours(first):
+    """One that replaces the output, registered before or after ours, gets the layer's output, and the gradient is right."""
     torch.manual_seed(0)
     layer, x = nn.Linear(6, 5), torch.randn(4, 6)
 
@@ -382,7 +382,7 @@ def test_hooks_of_others_see_what_the_layer_returns(first):
 
     if first:
         layer.register_forward_hook(threefold)
-    holder, _ = promoted(layer, {"weight": masks(layer.weight)["rows"]}, x)
+    holder, _ = skipped(layer, {"weight": masks(layer.weight)["rows"]}, x)
     if not first:
         layer.register_forward_hook(threefold)
     layer(x).sum().backward()
@@ -390,26 +390,26 @@ def test_hooks_of_others_see_what_the_layer_returns(first):
     torch.testing.assert_close(holder._optimizer.param_groups[0]["params"][-1].grad, 3 * x.sum(0).repeat(3))
 
 
-def test_compiled_code_is_made_again(monkeypatch):
-    """After the change some versions take the old graph (pytorch#139476); compiled layers get no hooks."""
+def test_compiled_code_is_compiled_again_after_requires_grad_changes(monkeypatch):
+    """Some versions reuse the old graph (pytorch#139476); compiled layers get no hooks."""
     resets = []
     reset = torch.compiler.reset
     monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(reset()))
     module = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
     compiled = torch.compile(module, backend="aot_eager")
     x, parameters = torch.randn(3, 4), dict(module.named_parameters())
-    assert counted(compiled, parameters, lambda: compiled(x).sum().backward()) == {}
+    assert uses_of(compiled, parameters, lambda: compiled(x).sum().backward()) == {}
     expected = compiled(x)
     expected.sum().backward()
     frozen = {n: torch.full_like(p, n[0] == "0", dtype=torch.bool) for n, p in parameters.items()}
     for p in parameters.values():
         p.grad = None
-    promotion_ = GradientSkipper(compiled, parameters, frozen, {})
+    skipper = GradientSkipper(compiled, parameters, frozen, {})
     assert len(resets) == 1
     torch.testing.assert_close(compiled(x), expected)
     compiled(x).sum().backward()
     assert [p.grad is None for p in parameters.values()] == [True, True, False, False]
-    promotion_.release()
+    skipper.release()
     torch.compiler.reset()
     compiled(x).sum().backward()
     assert all(p.grad is not None for p in parameters.values())

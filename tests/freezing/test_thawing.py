@@ -1,4 +1,4 @@
-"""Optimizer states that are kept while their elements are frozen."""
+"""`ThawStates` keeps the optimizer state of frozen elements and gives it back when they thaw."""
 
 from collections.abc import Iterator
 
@@ -23,10 +23,10 @@ def by_element(optimizer: torch.optim.Optimizer, p: Parameter) -> Iterator[Tenso
     return (v for v in optimizer.state[p].values() if isinstance(v, Tensor) and v.shape == p.shape)
 
 
-@pytest.mark.parametrize("saved", [False, True], ids=["kept", "saved and loaded"])
+@pytest.mark.parametrize("saved", [False, True], ids=["stored", "saved and loaded"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
-def test_what_thaws_has_the_state_that_it_froze_with(optimizer, saved):
-    """Frozen at two times, thawed in two parts; what is not, has whatever the optimizer has."""
+def test_thawed_elements_have_the_state_they_froze_with(optimizer, saved):
+    """Elements freeze at two times and thaw in two parts; the state of all others stays the optimizer's."""
     torch.manual_seed(0)
     parameters = {"w": Parameter(torch.randn(6, 5)), "b": Parameter(torch.randn(5))}
     masks = [{n: torch.rand(p.shape) < 0.4 for n, p in parameters.items()} for _ in range(3)]
@@ -61,7 +61,7 @@ def test_what_thaws_has_the_state_that_it_froze_with(optimizer, saved):
         assert not torch.equal(at_first["w"][0], at_second["w"][0])
 
 
-def test_a_parameter_without_a_state_has_none_to_keep():
+def test_parameter_without_state_gets_none_when_it_thaws():
     p = {"w": Parameter(torch.ones(3))}
     optimizer, aside = torch.optim.SGD([p["w"]], 0.1), ThawStates()
     mask = {"w": torch.tensor([True, False, True])}
@@ -70,8 +70,8 @@ def test_a_parameter_without_a_state_has_none_to_keep():
     assert not optimizer.state[p["w"]]
 
 
-def test_a_sparse_state_is_kept_too():
-    """SGD's momentum of an embedding with sparse gradients; it comes back dense."""
+def test_sparse_state_is_stored_and_comes_back_dense():
+    """SGD's momentum of an embedding with sparse gradients."""
     layer = torch.nn.Embedding(4, 2, sparse=True)
     optimizer, aside = torch.optim.SGD(layer.parameters(), 0.1, momentum=0.9), ThawStates()
     layer(torch.tensor([1, 3])).sum().backward()

@@ -1,4 +1,4 @@
-"""DDP gradients on two gloo processes, started by torchrun, against each rank's own, gathered and averaged by hand."""
+"""DDP gradients on two gloo processes, started by torchrun, against the mean of each rank's own, computed by hand."""
 
 import itertools
 import sys
@@ -14,7 +14,7 @@ from lightning_gcfreeze.distributed.comm_hook import LiveAllReduce
 
 
 class Network(nn.Module):
-    """A convolution that lies in memory with its channels last, linear layers of two dtypes, one that is not used."""
+    """A channels-last convolution, linear layers of two dtypes, and a layer that is not used."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Network(nn.Module):
 
 
 class Words(nn.Module):
-    """Sparse gradients beside a dense one."""
+    """A parameter with sparse gradients next to dense ones."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,8 +39,8 @@ class Words(nn.Module):
         return self.out(self.words(x)).tanh()
 
 
-def of_all(ddp: nn.Module, batches: list[Tensor]) -> dict[str, Tensor]:
-    """The mean over both ranks of the gradients of their batches' losses, summed over batches."""
+def mean_gradients(ddp: nn.Module, batches: list[Tensor]) -> dict[str, Tensor]:
+    """Return the mean over both ranks of their gradients, summed over batches."""
     module = ddp.module
     assert isinstance(module, nn.Module)
     names, parameters = zip(*module.named_parameters(), strict=True)
@@ -57,10 +57,10 @@ def of_all(ddp: nn.Module, batches: list[Tensor]) -> dict[str, Tensor]:
 def check(
     ddp: DistributedDataParallel, mean: LiveAllReduce, batches: list[Tensor], masks: dict[str, Tensor], compressed: bool
 ) -> None:
-    """One step of several backward passes, the last of which is averaged."""
+    """Check one step of several backward passes, of which DDP averages the last."""
     ddp.zero_grad()
     mean.begin_step()
-    expected = of_all(ddp, batches)
+    expected = mean_gradients(ddp, batches)
     with ddp.no_sync():
         for x in batches[:-1]:
             ddp(x).square().mean().backward()
@@ -92,20 +92,20 @@ HOOKS = {
     "half": (default_hooks.fp16_compress_hook, None),
     "brain": (default_hooks.bf16_compress_hook, None),
     "wrapped": (default_hooks.allreduce_hook, None, default_hooks.fp16_compress_wrapper),
-    "wrapper alone": (None, None, default_hooks.fp16_compress_wrapper),  # of nothing: as Lightning, we ignore it
+    "wrapper alone": (None, None, default_hooks.fp16_compress_wrapper),  # without a hook Lightning ignores a wrapper, and so do we
     "low rank": (powerSGD_hook, "state"),
 }
 
 
 def main() -> None:
-    """Every option with every hook, every one frozen in three ways."""
+    """Check every option with every hook, each with three kinds of masks."""
     rank = dist.get_rank()
     generator = torch.Generator().manual_seed(rank)
     for option, (name, hook) in itertools.product(OPTIONS, HOOKS.items()):
         if name == "low rank":
             hook = (powerSGD_hook, PowerSGDState(None, start_powerSGD_iter=1000))
         module = Network()
-        # What is never used has to be looked for, or to be known from the first pass.
+        # DDP has to find unused parameters in each pass, or to know them from the first one.
         ddp = DistributedDataParallel(module, find_unused_parameters="static_graph" not in option, **option)
         mean = LiveAllReduce(*hook)
         why = mean.register(ddp)
@@ -120,7 +120,7 @@ def main() -> None:
         by_layer = {n: m ^ (n.startswith("wide")) for n, m in whole.items()}
         for masks in (drawn, by_layer, {n: ~m for n, m in whole.items()}):
             mean.leave_out({p: masks[n] for n, p in module.named_parameters()})
-            for count in (1, 2) if "static_graph" not in option else (1,):  # torch: no_sync comes with a fixed graph
+            for count in (1, 2) if "static_graph" not in option else (1,):  # torch forbids no_sync here
                 check(ddp, mean, batches[:count], masks, compressed)
     words = Words()
     ddp, mean = DistributedDataParallel(words), LiveAllReduce()
