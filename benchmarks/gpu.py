@@ -35,7 +35,7 @@ from benchmarks.frozen import Decision, GradientMask, LoRA, NoOptimizer, Ours, P
 from benchmarks.observe import MODELS, Batch, Empty, LanguageModel, Step, Watched, built
 from lightning_gcfreeze import GradCovFreezeCallback, orderings, selection
 from lightning_gcfreeze._types import Named
-from lightning_gcfreeze.gradients import isolation
+from lightning_gcfreeze.gradients.batch import batch_gradients
 from lightning_gcfreeze.phases import Observing
 
 warnings.filterwarnings("ignore")
@@ -83,7 +83,7 @@ class Observed(Step):
         if self.noise:
             return super().__call__()
         self.training_step(self.batch, 0).backward()
-        self.phase.observe({}, isolation.of_batch(self.parameters), "1/t")
+        self.phase.observe({}, batch_gradients(self.parameters), "1/t")
         self.optimizer.step()
         self.optimizer.zero_grad()
         return None

@@ -35,7 +35,8 @@ from torch.utils.data import DataLoader
 from torchvision.models import resnet18
 
 from lightning_gcfreeze import GradCovFreezeCallback
-from lightning_gcfreeze.gradients import isolation
+from lightning_gcfreeze.gradients.batch import batch_gradients
+from lightning_gcfreeze.gradients.choice import SourceChoice
 from lightning_gcfreeze.gradients.source import SampleGradients
 from lightning_gcfreeze.phases import Observing
 
@@ -116,9 +117,10 @@ class Step:
         self.parameters = dict(self.model.named_parameters())
         self.samples = None
         if observed:
+            mode = observed.get("how", "auto")
             self.samples = SampleGradients(
-                observed.get("how", "auto"), self.model, self.parameters, self.training_step, contextlib.nullcontext,
-                lambda _: None, observed.get("count", 1),
+                mode, self.model, self.parameters, self.training_step, contextlib.nullcontext, lambda _: None,
+                SourceChoice.initial(mode, self.parameters), observed.get("count", 1),
             )  # fmt: skip
             self.phase = Observing(self.parameters)
 
@@ -128,17 +130,17 @@ class Step:
 
     def __call__(self) -> None:
         if self.samples is not None:
-            self.samples.keep(self.batch, 0)
+            self.samples.begin_batch(self.batch, 0)
         loss = self.training_step(self.batch, 0)
         if self.samples is not None:
             self.samples.begin_backward()
         loss.backward()
         if self.samples is not None:
-            self.samples.join()
-            g_batch, size = isolation.of_batch(self.parameters), len(self.batch[1])
-            found = self.samples.gradients(self.samples.take(), 1.0, g_batch, size)
+            self.samples.end_backward()
+            g_batch, size = batch_gradients(self.parameters), len(self.batch[1])
+            found = self.samples.gradients(1.0, g_batch, size)
             assert found is not None
-            self.phase.observe(found.by_name, g_batch, "1/t", size, found.centred)
+            self.phase.observe(found.by_name, g_batch, "1/t", size, found.mean_is_g_batch)
         self.optimizer.step()
         self.optimizer.zero_grad()
 

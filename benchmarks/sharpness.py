@@ -34,7 +34,7 @@ from benchmarks.observe import MODELS, Batch, Step, keep_freed_memory
 from examples.data import MNIST
 from lightning_gcfreeze import orderings, selection
 from lightning_gcfreeze._types import Named
-from lightning_gcfreeze.gradients import isolation
+from lightning_gcfreeze.gradients.batch import batch_gradients
 from lightning_gcfreeze.phases import Observing
 
 PAPER = "first/1"
@@ -100,17 +100,17 @@ class Watched(Step):
             return
         assert self.samples is not None
         if due:
-            self.samples.keep(batch, 0)
+            self.samples.begin_batch(batch, 0)
         loss = self.training_step(batch, 0)
         self.samples.begin_backward()
         loss.backward()
         if due:
-            self.samples.join()
-            g_batch, size = isolation.of_batch(self.parameters), len(batch[1])
-            found = self.samples.gradients(self.samples.take(), 1.0, g_batch, size)
+            self.samples.end_backward()
+            g_batch, size = batch_gradients(self.parameters), len(batch[1])
+            found = self.samples.gradients(1.0, g_batch, size)
             assert found is not None
             for key in due:
-                self.phases[key].observe(found.by_name, g_batch, "1/t", size, found.centred)
+                self.phases[key].observe(found.by_name, g_batch, "1/t", size, found.mean_is_g_batch)
                 self.seen[key] += size if self.most is None else min(size, self.most)
         if moves:
             self.optimizer.step()

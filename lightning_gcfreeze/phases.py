@@ -3,7 +3,6 @@
 Tensors and numbers only: a phase is saved, loaded and copied without a module or a Trainer.
 """
 
-import copy
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -25,7 +24,8 @@ from lightning_gcfreeze.estimators import (
     gains,
 )
 from lightning_gcfreeze.estimators.base import Step, decayed_, finite_batch_correction
-from lightning_gcfreeze.estimators.per_sample import PerSample
+from lightning_gcfreeze.estimators.per_sample import SquaredNoise
+from lightning_gcfreeze.gradients.choice import SourceChoice
 
 _MOMENTS: dict[str, Callable[[Named], Estimator]] = {
     "mean": BatchMean,
@@ -112,7 +112,7 @@ class Observing:
 
     def observe(
         self,
-        samples: Mapping[str, PerSample],
+        samples: Mapping[str, SquaredNoise],
         g_batch: Named,
         gain: gains.Gain,
         batch_size: int | None = None,
@@ -276,7 +276,7 @@ class Observing:
             "observed": self._observed,
             "skipped": self.skipped,
             "batch_size": self.batch_size,
-            "decided": copy.deepcopy(self.decided),
+            "decided": None if self.decided is None else self.decided.state_dict(),
         }
 
     @classmethod
@@ -289,7 +289,10 @@ class Observing:
             phase.moments[name].tensors = _cloned(tensors)
         phase.start = state["start"]
         phase._observed, phase.skipped, phase.batch_size = state["observed"], state["skipped"], state["batch_size"]
-        phase._scale, phase.decided = state["scale"], copy.deepcopy(state["decided"])
+        phase._scale = state["scale"]
+        if state["decided"] is not None:
+            phase.decided = SourceChoice()
+            phase.decided.load_state_dict(state["decided"])
         return phase
 
     def to(self, parameters: Named, shards: Shards = UNSHARDED) -> None:
@@ -320,9 +323,9 @@ def _costs_nothing_to_ask(value: Tensor) -> bool:
     return value.device.type == "cpu"
 
 
-def _total(samples: Iterable[PerSample], batch: Iterable[Tensor]) -> Tensor:
+def _total(samples: Iterable[SquaredNoise], batch: Iterable[Tensor]) -> Tensor:
     """A sum that is not finite if an element of a gradient is not; 0-dim."""
-    others = (tensor for g in samples if (tensor := g.unchecked()) is not None)
+    others = (tensor for g in samples if (tensor := g.finiteness_probe()) is not None)
     total, *more = (t.sum() if t.dtype.itemsize >= 4 else t.sum(dtype=torch.float32) for t in (*batch, *others))
     for part in more:
         total = total + part

@@ -1,4 +1,4 @@
-"""Running statistics of the gradients: the covariance of their noise, in full or its diagonal, and their moments."""
+"""Running statistics of gradients: the covariance of their noise, full or diagonal, and their moments."""
 
 from lightning_gcfreeze.estimators.base import Estimator, Step
 from lightning_gcfreeze.estimators.diagonal import DiagonalCovariance

@@ -2,8 +2,8 @@
 
     v_t = (1 - κ_t) v_{t-1} + κ_t/m Σ_j (g_j - g_S)²
 
-Source: the paper, Eq. (2.6), its diagonal, where m = 1. Units: a squared gradient. Memory: one float per eligible
-parameter.
+Source: the paper, Eq. (2.6), its diagonal, with m = 1. Units: a squared gradient. Memory: one float per eligible
+element.
 """
 
 from torch import Tensor
@@ -13,7 +13,11 @@ from lightning_gcfreeze.estimators import base
 
 
 class DiagonalCovariance:
-    """The variance of every element's gradient noise; see `Estimator` for the contract."""
+    """The variance of the gradient noise of each element; see `Estimator` for the contract.
+
+    Args:
+        parameters: the eligible parameters, by name.
+    """
 
     def __init__(self, parameters: Named) -> None:
         self.tensors = base.zeros(parameters)
@@ -22,7 +26,7 @@ class DiagonalCovariance:
         for name, v in self.tensors.items():
             g = step.samples[name]
             weight = step.weight * step.correction / g.count
-            g.add_squared_noise_(v, step.g_batch[name], weight, name in step.centred, step.gate)
+            g.add_squared_noise_(v, step.g_batch[name], weight, name in step.mean_is_g_batch, step.valid)
 
     @property
     def variance(self) -> dict[str, Tensor]:
@@ -31,5 +35,5 @@ class DiagonalCovariance:
 
     @property
     def matrix(self) -> None:
-        """There is none."""
+        """None: the full matrix is not kept."""
         return None

@@ -1,7 +1,7 @@
-"""The gain κ_t of the recursion: step -> weight of the newest term.
+"""The gain κ_t of the recursion, the weight of the newest term.
 
-κ_t = 1/t (the paper's) gives the plain mean over all observed steps; a constant gain forgets geometrically, with a
-memory of about 1/κ steps. t counts *observed* steps from 1.
+κ_t = 1/t, the paper's choice, gives the plain mean over all observed steps. A constant gain forgets geometrically, with
+a memory of about 1/κ steps. t counts *observed* steps from 1.
 """
 
 from collections.abc import Callable
@@ -12,11 +12,11 @@ Gain: TypeAlias = Literal["1/t"] | float | Callable[[int], float]
 
 
 def check(gain: Gain) -> Gain:
-    """Return `gain` if it is one.
+    """Return `gain` if it is valid.
 
     Raises:
-        ValueError: a number outside (0, 1], or a string other than "1/t".
-        TypeError: neither a string, a number nor a callable.
+        ValueError: `gain` is a number outside (0, 1], or a string other than "1/t".
+        TypeError: `gain` is neither a string, a number nor a callable.
     """
     if callable(gain):
         return gain
@@ -30,7 +30,7 @@ def check(gain: Gain) -> Gain:
 
 
 def at(gain: Gain, t: int) -> float:
-    """κ_t of observed step t = 1, 2, …
+    """Return κ_t of the observed step t = 1, 2, …
 
     Raises:
         ValueError: a callable gain returned something outside (0, 1].
@@ -41,18 +41,21 @@ def at(gain: Gain, t: int) -> float:
 
 
 def recent(kappa: float, t: int) -> float:
-    """A gain that forgets faster: with κ_t = 1/t the weights of the terms grow with the fourth power of their step."""
+    """Return a larger gain, which forgets faster: with κ_t = 1/t, the weight of step i grows as i⁴."""
     return max(kappa, 5 / (t + 4))
 
 
 def decayed(gain: Gain, power: float, earlier: int, later: int) -> tuple[float, float]:
-    """What more observed steps leave of the recursion's value, Π (1 - κ), and the power of its terms: Σ weight².
+    """Return the share of X_earlier that is left in X_later, Π (1 - κ), and the sum of squared weights of its terms.
 
-    Were each term pure noise, values after `earlier` and after `later` steps would have the correlation
+    If each term were pure noise, X_earlier and X_later would have the correlation
     kept · sqrt(power before / power after).
 
     Args:
-        power: after `earlier` steps; 0 after none.
+        gain: κ.
+        power: the sum of squared weights after `earlier` steps; 0 if there were none.
+        earlier: observed steps before.
+        later: observed steps after.
     """
     kept = 1.0
     for t in range(earlier + 1, later + 1):

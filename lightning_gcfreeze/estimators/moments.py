@@ -1,16 +1,16 @@
-"""Running moments of the batch gradient g_S, for the orders that the variance is compared with.
+"""Running moments of the batch gradient g_S, for the orderings that the variance is compared with.
 
     m_t = (1 - κ_t) m_{t-1} + κ_t g_S          s_t = (1 - κ_t) s_{t-1} + κ_t g_S²
 
-They are Adam's two moments with the recursion's gain in place of its betas. Unlike the noise they contain the mean
-gradient: E[g_S²] = (E g)² + Σ_ii / S.
+These are Adam's two moments, with the gain of the recursion in place of the betas. Unlike the noise they contain the
+mean gradient: E[g_S²] = (E g)² + Σ_ii / S.
 """
 
 import torch
 
 from lightning_gcfreeze._types import Named
 from lightning_gcfreeze.estimators import base, gains
-from lightning_gcfreeze.estimators.per_sample import gated
+from lightning_gcfreeze.estimators.scratch import gated
 
 
 class BatchMean:
@@ -21,7 +21,7 @@ class BatchMean:
 
     def add(self, step: base.Step) -> None:
         for name, m in self.tensors.items():
-            m.add_(gated(step.g_batch[name].to(m.dtype), step.gate), alpha=step.weight)
+            m.add_(gated(step.g_batch[name].to(m.dtype), step.valid), alpha=step.weight)
 
 
 class BatchSecondMoment:
@@ -32,16 +32,15 @@ class BatchSecondMoment:
 
     def add(self, step: base.Step) -> None:
         for name, s in self.tensors.items():
-            g = gated(step.g_batch[name].to(s.dtype), step.gate)
+            g = gated(step.g_batch[name].to(s.dtype), step.valid)
             s.addcmul_(g, g, value=step.weight)
 
 
 class RecentBatchMean:
-    """r_t = (1 - λ_t) r_{t-1} + λ_t g_S, λ_t = max(κ_t, 5 / (t + 4)): the running mean of g_S, late steps first.
+    """r_t = (1 - λ_t) r_{t-1} + λ_t g_S, λ_t = max(κ_t, 5 / (t + 4)): a mean of g_S, recent steps weighted most.
 
-    With κ_t = 1/t the weight of step i grows as i⁴: half of the mean is the last eighth of the steps, whatever their
-    number. See `Estimator` for the contract; as one of the sums that are decayed by κ_t, this one is corrected by the
-    quotient of the two decays.
+    With κ_t = 1/t the weight of step i grows as i⁴: the last eighth of the steps makes half of the mean. Since all sums
+    are decayed by κ_t, this one is multiplied by the quotient of the two decays. See `Estimator` for the contract.
     """
 
     def __init__(self, parameters: Named) -> None:
@@ -49,10 +48,10 @@ class RecentBatchMean:
 
     def add(self, step: base.Step) -> None:
         gain = gains.recent(step.gain, step.t)
-        keep = (1 - gain) / (1 - step.gain) if step.gain < 1 else 0.0
+        quotient = (1 - gain) / (1 - step.gain) if step.gain < 1 else 0.0
         for name, r in self.tensors.items():
-            if step.gate is None:
-                r.mul_(keep)
+            if step.valid is None:
+                r.mul_(quotient)
             else:
-                r.mul_(torch.where(step.gate, r.new_full((), keep), r.new_ones(())))
-            r.add_(gated(step.g_batch[name].to(r.dtype), step.gate), alpha=step.weight * gain / step.gain)
+                r.mul_(torch.where(step.valid, r.new_full((), quotient), r.new_ones(())))
+            r.add_(gated(step.g_batch[name].to(r.dtype), step.valid), alpha=step.weight * gain / step.gain)

@@ -1,210 +1,182 @@
-"""Single samples' gradients by replay: the training step once more, on one sample of what an optimizer step sees.
+"""Per-sample gradients by replay: `training_step` once more, on a batch of one sample.
 
-That is all micro-batches since the last step; the first sample is that of the first of them. What computing it must not
-leave behind is `gradients.of_sample`'s business; here it is which sample, and what to do if it cannot be had alone.
+The gradient is computed by `torch.autograd.grad`, which leaves ``p.grad``, and DDP, which waits for it, alone. That is
+right for every module whose samples do not interact; what the extra pass would leave behind, `isolation` undoes.
 """
 
-import copy
 import warnings
-from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import Parameter
 
-from lightning_gcfreeze import _modules
+from lightning_gcfreeze import _modules, _torch
 from lightning_gcfreeze.gradients import isolation, slicing
+from lightning_gcfreeze.gradients.batch import dense
+from lightning_gcfreeze.gradients.slicing import Sample
+from lightning_gcfreeze.gradients.window import StepWindow
 
-
-@dataclass
-class Window:
-    """The micro-batches of one optimizer step."""
-
-    sample: Any
-    """The first; None if it was not asked for."""
-    batch: Any
-    """A copy of the first micro-batch, if it was asked for and can be copied."""
-    batch_idx: int
-    first_size: int | None
-    """S of the first; None if it cannot be told for certain."""
-    batch_size: int | None
-    """Of all together; None if it cannot be told."""
-    micro_batches: int = 1
+TrainingStep = Callable[[Any, int], Tensor | Mapping[str, Any] | None]
+"""(batch, batch_idx) -> the loss, a mapping with the loss under "loss", or None."""
 
 
 class Replay:
-    """Keeps the first sample of each optimizer step, and computes its gradient on demand.
+    """Computes gradients by running `training_step` again. Nothing of a batch or a step is kept.
 
     Args:
-        module: whose state must not change.
-        parameters: by name, those whose gradient is wanted.
-        step: (batch, batch_idx) -> what `training_step` returns.
-        context: what the step has to run in.
+        module: its state is left as it was.
+        parameters: by name, those whose gradients are required.
+        training_step: (batch, batch_idx) -> the loss, or a mapping with "loss", or None.
+        context: returns a context manager that the training step has to run in.
     """
 
     def __init__(
         self,
         module: nn.Module,
         parameters: Mapping[str, Parameter],
-        step: Callable[[Any, int], Tensor | Mapping[str, Any] | None],
+        training_step: TrainingStep,
         context: Callable[[], AbstractContextManager[None]],
     ) -> None:
-        self._module, self._parameters, self._step, self._context = module, parameters, step, context
-        self._cut_by_module: Callable[[Any], Any] | None = getattr(module, "gcfreeze_first_sample", None)
-        self._copies = 1
-        self._looked_through = False  # the graph of a loss
-        self._batch: Window | None = None  # the batch at hand
-        self._window: Window | None = None  # all since the last optimizer step
-
-    def keep(self, batch: Any, batch_idx: int, sample: bool = True, whole: bool = False) -> None:
-        """Copy what will be needed of a batch, before the training step can change it in place.
-
-        Args:
-            batch: the batch to come.
-            batch_idx: its number.
-            sample: whether the first sample is needed.
-            whole: whether the whole batch is.
-
-        Raises:
-            slicing.UnclearBatchError: it cannot be cut, and the module has no `gcfreeze_first_sample`.
-        """
-        kept = _copied(batch) if whole else None
-        if self._cut_by_module is None:
-            first, size = slicing.first_sample(batch) if sample else (None, slicing.batch_size(batch))
-            self._batch = Window(first, kept, batch_idx, size, size)
-        else:  # then the first axis need not be that of the samples
-            self._batch = Window(self._cut_by_module(batch), kept, batch_idx, None, slicing.batch_size_or_none(batch))
-
-    def join(self) -> bool:
-        """After a batch's backward: it has become part of the optimizer step. Tell whether one was kept."""
-        batch, self._batch = self._batch, None
-        if batch is None:
-            return False
-        if self._window is None:
-            self._window = batch
-            return True
-        self._window.micro_batches += 1
-        if self._window.batch_size is None or batch.batch_size is None:
-            self._window.batch_size = None
-        else:
-            self._window.batch_size += batch.batch_size
-        return True
-
-    def forget(self) -> None:
-        """What was kept is not part of the next optimizer step."""
-        self._batch = self._window = None
-
-    def take(self) -> Window:
-        """End the optimizer step: its window, to be given to `gradient`."""
-        window, self._window = self._window, None
-        assert window is not None  # `join` came first
-        return window
-
-    @property
-    def size_at_hand(self) -> int | None:
-        """S of the batch kept last; None if it cannot be told for certain."""
-        return None if self._batch is None else self._batch.first_size
-
-    @property
-    def between_steps(self) -> bool:
-        """Whether the next batch kept is the first of an optimizer step."""
-        return self._window is None
+        self._module, self._parameters = module, parameters
+        self._training_step, self._context = training_step, context
+        self._n_copies = 1  # of a sample in its batch; 2 once `training_step` has failed on one
+        self._graph_is_checked = False
 
     def gradient(
         self,
-        window: Window,
-        names: Collection[str] | None = None,
-        before: Callable[[], None] | None = None,
+        window: StepWindow,
         index: int = 0,
+        names: Collection[str] | None = None,
+        prepare_module: Callable[[], None] | None = None,
     ) -> dict[str, Tensor] | None:
-        """g_1, from the first sample alone; from two copies of it if the training step cannot take a batch of one.
+        """Compute the gradient on one sample, or on two copies of it if `training_step` cannot take a batch of one.
 
         Args:
-            window: the optimizer step.
+            window: the optimizer step that the sample is of.
+            index: of the sample in the first micro-batch. 0 needs ``window.sample``, all others ``window.batch``.
             names: of the parameters; None: all.
-            before: called right before the training step; what it does to the module is undone.
-            index: of another sample of the first micro-batch, if the whole of it was kept.
+            prepare_module: called right before the training step; what it changes in the module is undone.
 
         Returns:
-            ``{name: (*p.shape)}``, or None if the training step returned no loss.
+            ``{name: (*p.shape)}``, of sharded parameters the local parts; None if the training step returned no loss.
 
         Raises:
-            RuntimeError: the training step fails either way.
+            RuntimeError: the training step fails on one and on two copies.
         """
         try:
-            return self._gradient(window, names, before, index)
+            return self._on_sample(window, index, names, prepare_module)
         except Exception as error:
             failure = error
-        explanation = f"`training_step` fails on a sample of a batch alone: {failure!r}."
+        explanation = f"`training_step` fails on a batch of a single sample: {failure!r}."
         try:
-            if self._copies == 2 or self._cut_by_module is not None:
+            if self._n_copies == 2 or window.is_cut_by_module:
                 raise failure
-            self._copies = 2
-            g_one = self._gradient(window, names, before, index)
+            self._n_copies = 2
+            gradient = self._on_sample(window, index, names, prepare_module)
         except Exception:
-            raise RuntimeError(f"{explanation} If the sample was cut wrongly: {slicing.WAY_OUT}") from failure
+            raise RuntimeError(f"{explanation} If the sample was cut wrongly: {slicing.HINT}") from failure
         warnings.warn(
-            f"{explanation} Its gradient is taken from two copies of it instead: the same, if the loss is a mean over"
-            f" samples that do not interact. To decide yourself: {slicing.WAY_OUT}",
+            f"{explanation} The gradient is computed on two copies of the sample instead, which is the same if the loss"
+            f" is a mean over samples that do not interact. To make the batch yourself: {slicing.HINT}",
             stacklevel=2,
         )
-        return g_one
+        return gradient
 
-    def _gradient(
-        self, window: Window, names: Collection[str] | None, before: Callable[[], None] | None, index: int
-    ) -> dict[str, Tensor] | None:
-        if index:
-            if window.batch is None:
-                raise RuntimeError(
-                    "the batch cannot be copied, so only its first sample is at hand; use `samples='first'`"
-                )
-            sample = slicing.sample(window.batch, index, self._copies)
-        elif self._copies != 1:
-            sample, _ = slicing.first_sample(window.sample, self._copies)
-        else:
-            sample = window.sample
-        return self.of_batch(sample, window.batch_idx, names, before)
-
-    def of_batch(
+    def on_batch(
         self,
         batch: Any,
         batch_idx: int,
         names: Collection[str] | None = None,
-        before: Callable[[], None] | None = None,
-        after: Callable[[], None] | None = None,
+        prepare_module: Callable[[], None] | None = None,
+        before_backward: Callable[[], None] | None = None,
     ) -> dict[str, Tensor] | None:
-        """The gradient of the training step's loss on any batch, without a trace; arguments as for `gradient`."""
+        """Compute the gradient of the loss on any batch; arguments and result as for `gradient`."""
         parameters = {name: p for name, p in self._parameters.items() if names is None or name in names}
 
         def loss() -> Tensor | None:
-            if before is not None:
-                before()
+            if prepare_module is not None:
+                prepare_module()
             value = self._loss(batch, batch_idx)
-            if after is not None:
-                after()
+            if before_backward is not None:
+                before_backward()
             return value
 
         with self._context():
-            return isolation.of_sample(self._module, loss, parameters)
+            return isolated_gradient(self._module, loss, parameters)
 
-    def _loss(self, sample: Any, batch_idx: int) -> Tensor | None:
-        output = self._step(sample, batch_idx)
+    def _on_sample(
+        self,
+        window: StepWindow,
+        index: int,
+        names: Collection[str] | None,
+        prepare_module: Callable[[], None] | None,
+    ) -> dict[str, Tensor] | None:
+        batch = window.cut(Sample(index, self._n_copies))
+        return self.on_batch(batch, window.batch_idx, names, prepare_module)
+
+    def _loss(self, batch: Any, batch_idx: int) -> Tensor | None:
+        output = self._training_step(batch, batch_idx)
         loss = output["loss"] if isinstance(output, Mapping) else output
-        if not self._looked_through and loss is not None:
+        if not self._graph_is_checked and loss is not None:
             if _modules.has_reentrant_checkpoint(loss):
                 raise RuntimeError(
                     "activation checkpointing with `use_reentrant=True` hides parameters from `torch.autograd.grad`;"
                     " set `use_reentrant=False`"
                 )
-            self._looked_through = True
+            self._graph_is_checked = True
         return loss
 
 
-def _copied(batch: Any) -> Any:
-    """None if it cannot be."""
+def isolated_gradient(
+    module: nn.Module, loss: Callable[[], Tensor | None], parameters: Mapping[str, Parameter]
+) -> dict[str, Tensor] | None:
+    """Compute the gradient of a loss without a trace in the module, ``p.grad`` or the random streams.
+
+    Args:
+        module: keeps all state that `loss` may change.
+        loss: runs the module on a batch and returns a 0-dim tensor, or None if the batch has no loss.
+        parameters: parameters of the module, by name.
+
+    Returns:
+        ``{name: (*p.shape)}``, zeros where the loss does not depend on the parameter or none is required. None if there
+        was no loss.
+    """
+    with isolation.no_trace(module), torch.enable_grad():
+        with _used_by_fsdp(module, parameters) as used:
+            value = loss()
+        if value is None:
+            return None
+        active = {name: used.get(name, p) for name, p in parameters.items() if p.requires_grad}
+        grads = torch.autograd.grad(value, list(active.values()), allow_unused=True) if active else ()
+        found = dict(zip(active, grads, strict=True))
+    return {name: dense(p, found.get(name)) for name, p in parameters.items()}
+
+
+@contextmanager
+def _used_by_fsdp(module: nn.Module, parameters: Mapping[str, Parameter]) -> Iterator[dict[str, Tensor]]:
+    """Yield a dict of name -> the whole parameter that FSDP2 has put in place of its shards in a forward pass."""
+    used: dict[str, Tensor] = {}
+    names = {id(p): name for name, p in parameters.items()}
+    owners = [
+        (layer, own, name)
+        for layer in module.modules()
+        for own, p in _torch.own_parameters(layer)
+        if (name := names.get(id(p))) is not None
+    ]
+
+    def look(*_: Any) -> None:
+        for layer, own, name in owners:
+            p = getattr(layer, own)
+            if p is not None and p is not parameters[name]:
+                used[name] = p
+
+    hooks = [layer.register_forward_pre_hook(look) for layer in module.modules() if isinstance(layer, FSDPModule)]
     try:
-        return copy.deepcopy(batch)
-    except Exception:
-        return None
+        yield used
+    finally:
+        for hook in hooks:
+            hook.remove()

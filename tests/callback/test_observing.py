@@ -122,14 +122,14 @@ def test_large_layers_are_done_with_in_the_backward_pass(accumulate, monkeypatch
     add_up = Capture._add_up
 
     def counted(self: Capture, layer: nn.Module, own: str, name: str, p: nn.Parameter) -> None:
-        before = len(self._summed)
+        before = len(self._squares)
         add_up(self, layer, own, name, p)
-        sums.extend([name] * (len(self._summed) - before))
+        sums.extend([name] * (len(self._squares) - before))
 
     monkeypatch.setattr(Capture, "_add_up", counted)
 
     def run(little: int, **kwargs: Any) -> tuple[GradCovFreezeCallback, pl.Trainer]:
-        monkeypatch.setattr(capture, "_LITTLE", little)
+        monkeypatch.setattr(capture, "MAX_KEPT_NUMEL", little)
         callback = GradCovFreezeCallback(t0=8, k=0.5, samples="all")
         trainer = cases.trainer(callbacks=[callback], accumulate_grad_batches=accumulate, max_epochs=2)
         module = cases.Regression(cases.mlp(torch.float64))
@@ -506,14 +506,15 @@ def test_a_window_without_a_loss_is_skipped_and_leaves_nothing_behind():
 
     class Watch(pl.Callback):
         def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-            take = callback._running.samples.take
+            samples = callback._running.samples
+            gradients = samples.gradients
 
-            def spy() -> Any:
-                window = take()
-                seen.append((window.batch_idx, window.batch_size or 0))
-                return window
+            def spy(*args: Any) -> Any:
+                assert samples._window is not None
+                seen.append((samples._window.batch_idx, samples.batch_size or 0))
+                return gradients(*args)
 
-            callback._running.samples.take = spy  # type: ignore[method-assign]
+            samples.gradients = spy  # type: ignore[method-assign]
 
     with pytest.warns(UserWarning, match="returned `None`"):
         cases.trainer(callbacks=[callback, Watch()], accumulate_grad_batches=2, max_epochs=1).fit(

@@ -15,6 +15,7 @@ from lightning_gcfreeze.estimators import (
     base,
     full,
 )
+from lightning_gcfreeze.estimators.per_sample import Summed
 from tests import conformance
 from tests.conformance import advance, pairs
 
@@ -69,7 +70,7 @@ class TestRecentBatchMean(conformance.EstimatorSuite):
         return r
 
 
-def test_with_one_over_t_the_weights_of_the_recent_mean_grow_with_the_fourth_power():
+def test_recent_mean_with_one_over_t_has_weights_of_the_fourth_power():
     """As i (i + 1) (i + 2) (i + 3): NumPy's weighted average, no recursion at all."""
     observed = pairs(steps=40)
     recent = RecentBatchMean(observed[0][0])
@@ -86,7 +87,7 @@ def test_with_one_over_t_the_weights_of_the_recent_mean_grow_with_the_fourth_pow
     [(BatchMean, lambda g: g.mean(axis=0)), (BatchSecondMoment, lambda g: (g**2).mean(axis=0))],
     ids=["mean", "second moment"],
 )
-def test_with_one_over_t_moments_are_plain_means(estimator, numpy):
+def test_moments_with_one_over_t_are_plain_means(estimator, numpy):
     """With κ_t = 1/t they are NumPy's means over the steps: no recursion at all."""
     observed = pairs(steps=30)
     moment = estimator(observed[0][0])
@@ -112,7 +113,7 @@ def test_visiting_each_sample_once_gives_the_population_variance(batch_size, sha
 
 
 @pytest.mark.parametrize("gain", [1.0, 0.3])
-def test_the_diagonal_is_the_diagonal_of_the_full_matrix(gain):
+def test_diagonal_covariance_equals_the_diagonal_of_the_full_matrix(gain):
     """The same variances, parameter-shaped and in the order of the names; the matrix is symmetric, to rounding."""
     diagonal, whole = DiagonalCovariance(pairs()[0][0]), FullCovariance(pairs()[0][0])
     for g_one, g_batch in pairs():
@@ -127,7 +128,7 @@ def test_the_diagonal_is_the_diagonal_of_the_full_matrix(gain):
         torch.testing.assert_close(whole.variance[name], v, rtol=1e-14, atol=0)
 
 
-def test_the_variance_of_the_full_matrix_follows_it():
+def test_variance_of_the_full_matrix_is_a_view():
     """It is a view: what a later step adds shows, also after `tensors` have been replaced, as averaging does."""
     estimator = FullCovariance(pairs()[0][0])
     advance(estimator, *pairs()[0], 1.0)
@@ -136,7 +137,7 @@ def test_the_variance_of_the_full_matrix_follows_it():
     assert torch.equal(estimator.variance["w2"], 2 * once)
 
 
-def test_one_wide_parameter_makes_the_whole_matrix_wide():
+def test_matrix_has_the_widest_dtype_of_all_parameters():
     """float32 and float64 parameters share one matrix; in float32 the wide ones would lose digits."""
     estimator = FullCovariance({"a": torch.zeros(2), "b": torch.zeros(3, dtype=torch.float64)})
     assert estimator.matrix.dtype == torch.float64
@@ -146,7 +147,7 @@ def test_one_wide_parameter_makes_the_whole_matrix_wide():
 @pytest.mark.parametrize(
     ("elements", "dtype", "size"), [(40_000, torch.float32, "6.0"), (32_768, torch.float64, "8.0")], ids=str
 )
-def test_a_matrix_that_is_too_large_is_refused(elements, dtype, size):
+def test_matrix_that_is_too_large_is_an_error(elements, dtype, size):
     """The error says how large, how many parameters, what is allowed, and that the diagonal orders the same."""
     parameters = {"w": torch.empty(elements - 1, dtype=dtype, device="meta"), "b": torch.empty((), device="meta")}
     text = rf"{elements:,} x {elements:,} matrix, {size} GiB for p = {elements:,} .* at most 4 GiB .*'diagonal'"
@@ -154,7 +155,7 @@ def test_a_matrix_that_is_too_large_is_refused(elements, dtype, size):
         FullCovariance(parameters)
 
 
-def test_the_largest_matrix_is_taken():
+def test_largest_allowed_matrix_is_created():
     """A p of 32,768 in float32 is 4 GiB to the byte (on the meta device: nothing is allocated here)."""
     estimator = FullCovariance({"w": torch.empty(32_768, device="meta")})
     assert estimator.matrix.nbytes == full.MAX_BYTES
@@ -168,7 +169,7 @@ def noise_power(gradients, batch_size):
 
 @pytest.mark.parametrize("size", [2, 3, 4, 5])
 @pytest.mark.parametrize("reference", [2, 3, 5])
-def test_the_correction_puts_batches_of_any_size_on_one_scale(size, reference):
+def test_correction_puts_batches_of_any_size_on_one_scale(size, reference):
     """Times the correction, the noise of batches of S has the power of that of batches of `reference`, exactly."""
     population = np.array([1.0, 2.0, 7.0])
     assert noise_power(population, size) == pytest.approx((1 - 1 / size) * population.var(), rel=1e-12)
@@ -177,6 +178,14 @@ def test_the_correction_puts_batches_of_any_size_on_one_scale(size, reference):
 
 
 @pytest.mark.parametrize(("size", "reference"), [(8, 8), (1, 1), (None, 8), (8, None), (None, None)])
-def test_nothing_is_corrected_where_sizes_agree_or_are_unknown(size, reference):
+def test_correction_is_one_if_sizes_agree_or_are_unknown(size, reference):
     """The factor is 1 to the bit, so that a run with full batches alone is the paper's recursion."""
     assert base.finite_batch_correction(size, reference) == 1.0
+
+
+def test_full_covariance_of_summed_noise_is_an_error():
+    """The sum of squares has no products of different elements."""
+    estimator = FullCovariance({"w": torch.zeros(2)})
+    step = base.Step({"w": Summed(torch.ones(2), 3, in_batch=True)}, {"w": torch.ones(2)}, 1.0, 1.0, 1)
+    with pytest.raises(TypeError, match="A full covariance needs the gradient of each sample, but Summed did not keep"):
+        estimator.add(step)

@@ -17,21 +17,21 @@ def weights_of_terms(gain, steps):
     return of_terms, left
 
 
-def test_one_over_t_weighs_all_terms_alike():
+def test_one_over_t_weights_all_terms_equally():
     """κ_t = 1/t is the plain mean, and κ_1 = 1 forgets C_0 altogether."""
     of_terms, left = weights_of_terms("1/t", 50)
     assert of_terms == pytest.approx([1 / 50] * 50, rel=1e-12)
     assert left == 0.0
 
 
-def test_a_constant_gain_forgets_geometrically():
+def test_constant_gain_forgets_geometrically():
     """A term t steps back counts κ (1 - κ)^t."""
     of_terms, left = weights_of_terms(0.1, 20)
     assert of_terms[::-1] == pytest.approx([0.1 * 0.9**t for t in range(20)], rel=1e-12)
     assert left == pytest.approx(0.9**20, rel=1e-12)
 
 
-def test_a_callable_is_asked_for_each_step_from_1():
+def test_callable_gain_gets_the_one_based_step():
     """The t that it gets counts observed steps, the first is 1."""
     asked = []
     assert [gains.at(lambda t: asked.append(t) or 1 / t**0.5, t) for t in (1, 4)] == [1.0, 0.5]
@@ -39,13 +39,13 @@ def test_a_callable_is_asked_for_each_step_from_1():
 
 
 @pytest.mark.parametrize("gain", ["1/t", 1, 1.0, 0.25, 1e-12, math.erfc], ids=repr)
-def test_gains_pass(gain):
+def test_valid_gain_is_returned(gain):
     """Everything in (0, 1] passes, and means what it meant."""
     assert gains.check(gain) == gain
 
 
 @pytest.mark.parametrize("gain", [0.0, -0.1, 1.5, 2, float("nan"), float("inf")])
-def test_numbers_outside_the_range_are_refused(gain):
+def test_number_outside_the_range_is_an_error(gain):
     """0 would never learn, more than 1 would overshoot; NaN is caught too."""
     with pytest.raises(ValueError, match=r"`gain` \(κ\) must lie in \(0, 1\], got"):
         gains.check(gain)
@@ -62,14 +62,14 @@ def test_numbers_outside_the_range_are_refused(gain):
     ],
     ids=repr,
 )
-def test_what_is_no_gain_is_refused(gain, error):
+def test_invalid_gain_is_an_error(gain, error):
     """The error lists the three forms a gain can have, and shows what came."""
     with pytest.raises(error, match=r"`gain` must be '1/t', a number in \(0, 1\] or a callable t -> κ, got"):
         gains.check(gain)
 
 
 @pytest.mark.parametrize("kappa", [0.0, 1.0001, float("nan")])
-def test_a_callable_that_leaves_the_range_is_refused_when_it_does(kappa):
+def test_callable_that_leaves_the_range_is_an_error_at_that_step(kappa):
     """It cannot be checked beforehand; the error names the step."""
     gain = gains.check(lambda t: 1.0 if t < 3 else kappa)
     assert gains.at(gain, 2) == 1.0

@@ -34,7 +34,7 @@ class Doubled(nn.Linear):
 
 
 def floats(*shape):
-    return torch.randn(S, *shape, dtype=torch.float64) + 0.5
+    return torch.randn(S, *shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 0.5
 
 
 def tokens(*shape):
@@ -112,7 +112,7 @@ def of_samples(layer, x, count):
     prepare = layer_rules.preparation(layer, x, outputs[0])
     losses(output).mean().backward()
     rule, deltas = layer_rules.for_layer(layer), [deltas[i] for i in range(len(outputs))]
-    if rule is not layer_rules.of_any_layer:
+    if rule is not layer_rules.rerun:
         return rule(layer, prepare(x[:count]), *deltas)
     axes = [layer_rules.sample_axis(layer, i) for i in range(len(outputs))]
     singles = [
@@ -136,7 +136,7 @@ def alone(layer, x):
 
 @pytest.mark.parametrize("count", [1, 3, S])
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_rule_gives_the_gradient_on_each_sample(name, count):
+def test_rule_gives_the_gradient_on_each_sample(name, count):
     make, x = LAYERS[name]
     layer = built(make)
     found = captured(layer, x, count)
@@ -149,7 +149,7 @@ def test_a_rule_gives_the_gradient_on_each_sample(name, count):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize(("count", "centred"), [(1, False), (3, False), (S, False), (S, True)])
 @pytest.mark.parametrize("name", LAYERS)
-def test_squared_noise_adds_up_as_in_a_loop_over_samples(name, count, centred, dtype):
+def test_squared_noise_of_a_rule_equals_a_loop(name, count, centred, dtype):
     """Σ_j (g_j - g_S)², times a weight, on top of what there is; if g_S is not the samples' mean, by that mean too."""
     make, x = LAYERS[name]
     layer = built(make)
@@ -170,7 +170,7 @@ def test_squared_noise_adds_up_as_in_a_loop_over_samples(name, count, centred, d
 
 
 @pytest.mark.parametrize("shape", [(3,), (3, 5), (3, 4, 4), (3, 2, 2, 2)], ids=str)
-def test_batch_norm_in_train_mode_gives_the_samples_part(shape):
+def test_batch_norm_in_train_mode_gives_the_share_of_each_sample(shape):
     """Every sample with a weight and a bias of its own: by which the loss changes through this sample's activations."""
     x = floats(*shape)
     layer = built(lambda: {1: nn.BatchNorm1d, 2: nn.BatchNorm1d, 3: nn.BatchNorm2d, 4: nn.BatchNorm3d}[len(shape)](3))
@@ -181,7 +181,7 @@ def test_batch_norm_in_train_mode_gives_the_samples_part(shape):
     assert_close(captured(layer, x, S), {"weight": S * weight.grad, "bias": S * bias.grad}, rtol=1e-10, atol=1e-12)
 
 
-def test_batch_norm_does_without_what_the_graph_keeps():
+def test_batch_norm_statistics_are_recomputed_if_the_graph_has_none():
     """The same, computed from the batch."""
     x = floats(3, 4)
     layer = built(lambda: nn.BatchNorm1d(3))
@@ -199,7 +199,7 @@ def test_batch_norm_does_without_what_the_graph_keeps():
     dilation=st.integers(1, 2),
     bias=st.booleans(),
 )
-def test_convolutions_of_any_geometry(groups, inside, outside, kernel, stride, padding, dilation, bias):
+def test_convolution_of_any_geometry(groups, inside, outside, kernel, stride, padding, dilation, bias):
     torch.manual_seed(0)
     x = floats(groups * inside, 7, 6)
     layer = nn.Conv2d(groups * inside, groups * outside, kernel, stride, padding, dilation, groups, bias).double()
@@ -209,7 +209,7 @@ def test_convolutions_of_any_geometry(groups, inside, outside, kernel, stride, p
 
 
 @given(axes=st.lists(st.integers(1, 4), max_size=3), inside=st.integers(1, 5), outside=st.integers(1, 5))
-def test_linear_maps_on_any_number_of_axes(axes, inside, outside):
+def test_linear_map_on_any_number_of_axes(axes, inside, outside):
     torch.manual_seed(0)
     x, layer = floats(*axes, inside), nn.Linear(inside, outside).double()
     for own, g in captured(layer, x, S).items():
@@ -217,7 +217,7 @@ def test_linear_maps_on_any_number_of_axes(axes, inside, outside):
             assert_close(g[j], alone(layer, x[j : j + 1])[own], rtol=1e-9, atol=1e-11)
 
 
-def test_half_precision_activations_give_gradients_of_their_precision():
+def test_half_precision_output_gradient_with_a_wider_input():
     """As under autocast: the input may be wider than the output's gradient."""
     torch.manual_seed(0)
     layer, x, delta = nn.Linear(5, 3), torch.randn(1, 2, 5), torch.randn(1, 2, 3).bfloat16()

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from lightning_gcfreeze.gradients.slicing import UnclearBatchError, batch_size, first_sample
 
 S = 3
-WAY_OUT = r"Give your LightningModule a method `gcfreeze_first_sample\(self, batch\)`"
+HINT = r"Give your LightningModule a method `gcfreeze_first_sample\(self, batch\)`"
 
 Pair = namedtuple("Pair", "x y")
 
@@ -171,7 +171,7 @@ def assert_same(one: Any, other: Any) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_first_sample_is_the_batch_that_it_would_make_alone(form):
+def test_first_sample_equals_the_batch_built_of_it(form):
     """Cut from a batch of three it equals, to the bit, the batch built of it alone; S is told, the batch untouched."""
     batch = FORMS[form]()
     sample, size = first_sample(batch)
@@ -181,7 +181,7 @@ def test_the_first_sample_is_the_batch_that_it_would_make_alone(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_batch_of_one_is_its_own_first_sample(form):
+def test_batch_of_one_is_its_own_first_sample(form):
     """S = 1 is cut too: refusing it is not the business of this module."""
     batch = FORMS[form]((0,))
     sample, size = first_sample(batch)
@@ -190,7 +190,7 @@ def test_a_batch_of_one_is_its_own_first_sample(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_copies_of_the_first_sample(form):
+def test_copies_of_the_first_sample_equal_the_batch_built_of_them(form):
     """Two or three, cut from all samples or from a batch of one, equal the batch that is built of it that often."""
     for copies in (2, 3):
         expected = FORMS[form]((0,) * copies)
@@ -198,7 +198,7 @@ def test_copies_of_the_first_sample(form):
         assert_same(first_sample(FORMS[form]((0,)), copies)[0], expected)
 
 
-def test_a_tensor_for_all_samples_is_kept_whole():
+def test_tensor_of_length_one_is_kept_for_every_sample():
     """Of length 1, it is part of every sample; beside two copies of a sample it may stand twice: it means the same."""
     batch = {"x": x(), "positions": torch.arange(4.0).view(1, 4)}
     sample, size = first_sample(batch)
@@ -209,28 +209,28 @@ def test_a_tensor_for_all_samples_is_kept_whole():
 
 
 @pytest.mark.parametrize("name", ["encodings", "default_factory"])
-def test_what_a_mapping_has_beside_its_items_is_kept(name):
+def test_attributes_of_a_mapping_are_kept(name):
     """A copy of the mapping itself is filled, so attributes and a default survive."""
     batch = {"encodings": FORMS["batch encoding"](), "default_factory": FORMS["defaultdict"]()}[name]
     sample, _ = first_sample(batch)
     assert getattr(sample, name) == getattr(batch, name) is not None
 
 
-def test_a_mapping_that_cannot_be_changed_becomes_a_dict():
+def test_immutable_mapping_becomes_a_dict():
     """It has no general way to be built anew; a dict answers the same questions."""
     sample, size = first_sample(MappingProxyType({"x": x(), "y": y()}))
     assert size == S
     assert_same(sample, {"x": x((0,)), "y": y((0,))})
 
 
-def test_zero_dimensional_tensors_pass_as_they_are():
+def test_zero_dimensional_tensor_is_kept():
     """A temperature beside the samples has no first axis: like a number, it belongs to the batch as a whole."""
     sample, size = first_sample({"x": x(), "temperature": torch.tensor(0.5)})
     assert size == S
     assert_same(sample, {"x": x((0,)), "temperature": torch.tensor(0.5)})
 
 
-def test_a_sparse_tensor_is_cut_along_its_first_axis():
+def test_sparse_tensor_is_cut_along_its_first_axis():
     """It cannot be sliced; one row of it can be had all the same."""
     sample, size = first_sample((x().to_sparse(), y()))
     assert size == S
@@ -246,13 +246,13 @@ def test_a_sparse_tensor_is_cut_along_its_first_axis():
     ],
     ids=["NumPy's integers", "paths", "ragged lists"],
 )
-def test_a_list_of_s_things_without_tensors_has_one_for_each_sample(things):
+def test_list_of_s_objects_without_tensors_is_cut(things):
     """As with texts; passed on whole, three captions would meet one image."""
     sample, _ = first_sample((x(), things))
     assert sample[1] == things[:1]
 
 
-def test_tensors_of_a_dataclass_that_are_no_fields_are_cut_too():
+def test_dataclass_attributes_that_are_no_fields_are_cut():
     """What ``__post_init__`` computed is part of the batch: left whole, one sample would meet the weights of three."""
     sample, _ = first_sample(WithMore(x(), torch.tensor(2.0)))
     assert torch.equal(sample.x, x((0,)))
@@ -274,7 +274,7 @@ class TestCopies:
                 part += 100
 
     @pytest.mark.parametrize("form", [f for f in FORMS if f not in ("text alone", "NumPy scalars")])
-    def test_an_in_place_change_of_the_batch_does_not_reach_the_sample(self, form):
+    def test_in_place_change_of_the_batch_does_not_reach_the_sample(self, form):
         """The sample is as it was cut; the batch did change, and with it what a mere slice would have seen."""
         batch = FORMS[form]()
         sample, _ = first_sample(batch)
@@ -290,7 +290,7 @@ class TestCopies:
         [lambda: torch.zeros(1, 4), lambda: torch.tensor(0.5), lambda: np.array(0.5)],
         ids=["of length 1", "without axes", "NumPy without axes"],
     )
-    def test_what_is_not_cut_is_copied_as_well(self, make):
+    def test_tensors_that_are_not_cut_are_copied(self, make):
         """A table that all samples share, a temperature: a `training_step` may change them in place, too."""
         batch = {"x": x(), "shared": make()}
         sample, _ = first_sample(batch)
@@ -320,17 +320,17 @@ class TestPackedSequences:
 
     @pytest.mark.parametrize("lengths", [(5, 3, 3, 1), (2, 2), (4,), (1, 1, 1)], ids=str)
     @pytest.mark.parametrize("enforce_sorted", [True, False], ids=["sorted", "unsorted"])
-    def test_the_first_of_them_is_packed_alone(self, lengths, enforce_sorted):
+    def test_first_sequence_is_packed_alone(self, lengths, enforce_sorted):
         """It equals the packing of the first sequence in every field, whether the batch was sorted or not."""
         one = self.cut(self.sequences(lengths), enforce_sorted)
         self.assert_alone(one, self.sequences(lengths)[:1], enforce_sorted)
 
-    def test_the_first_is_the_caller_s_not_the_longest(self):
+    def test_first_sequence_of_an_unsorted_batch_is_the_first_given(self):
         """An unsorted batch is stored longest first; its first sample may be the shortest."""
         one = self.cut(self.sequences((1, 5, 3)), enforce_sorted=False)
         self.assert_alone(one, self.sequences((1, 5, 3))[:1], enforce_sorted=False)
 
-    def test_a_recurrent_net_sees_the_first_sequence(self):
+    def test_lstm_output_on_the_first_sequence_is_unchanged(self):
         """An LSTM makes the same of it, outputs and last state, as of the first sequence of the whole batch."""
         sequences = self.sequences((2, 5, 3))
         packed = pack_sequence(sequences, enforce_sorted=False)
@@ -341,14 +341,14 @@ class TestPackedSequences:
         torch.testing.assert_close(c_one, c[:, :1])
 
     @pytest.mark.parametrize("enforce_sorted", [True, False], ids=["sorted", "unsorted"])
-    def test_copies_are_packed_together(self, enforce_sorted):
+    def test_copies_of_a_sequence_are_packed_together(self, enforce_sorted):
         """Two copies equal the packing of the first sequence with itself."""
         sequences = self.sequences((5, 3, 1))
         twice, size = first_sample(pack_sequence(sequences, enforce_sorted), copies=2)
         assert size == S
         self.assert_alone(twice, [sequences[0], sequences[0]], enforce_sorted)
 
-    def test_beside_tensors(self):
+    def test_number_of_sequences_must_agree_with_other_tensors(self):
         """S is the number of sequences, not of steps or elements, and must agree with the rest of the batch."""
         packed = pack_sequence(self.sequences((1, 5, 3)), enforce_sorted=False)
         (one, target), size = first_sample((packed, y()))
@@ -424,7 +424,7 @@ class TestGraphs:
     @pytest.mark.parametrize(
         "graphs", [(PATH, STAR), (STAR, RING, PATH), (PATH,), ((2, []), STAR)], ids=["2", "3", "1", "no edges"]
     )
-    def test_the_first_graph_is_the_batch_that_it_would_make_alone(self, kind, graphs):
+    def test_first_graph_equals_the_batch_built_of_it(self, kind, graphs):
         """Nodes, edges and targets are those of the first graph built alone, and copies."""
         batch = joined(graphs, kind)
         sample, size = first_sample(batch)
@@ -435,44 +435,44 @@ class TestGraphs:
         assert type(sample) is kind
         assert_same(vars(sample), vars(joined(graphs[:1], kind)))
 
-    def test_beside_other_parts_of_a_batch(self):
+    def test_number_of_graphs_must_agree_with_other_tensors(self):
         """Its size is the number of graphs, and must agree with the rest."""
         (graph, target), size = first_sample((joined([PATH, STAR]), torch.arange(2)))
         assert size == 2
         assert torch.equal(target, torch.arange(1))
         assert_same(vars(graph), vars(joined([PATH])))
 
-    def test_a_length_that_could_count_two_things_is_refused(self):
+    def test_tensor_of_ambiguous_length_is_an_error(self):
         """With 7 nodes and 7 edges, of which the first graph has 4 and 3, a tensor of length 7 may be either."""
         batch = joined([PATH, (3, [(0, 1), (1, 2), (2, 0), (0, 2)])])
         assert len(batch.x) == len(batch.edge_attr) == 7
-        with pytest.raises(UnclearBatchError, match=rf"Unclear what batch\.\w+ of shape \(.*7.*\) counts\. {WAY_OUT}"):
+        with pytest.raises(
+            UnclearBatchError, match=rf"batch\.\w+ of shape \(.*7.*\) belongs to nodes, edges or graphs\. {HINT}"
+        ):
             first_sample(batch)
 
-    def test_a_length_that_counts_nothing_known_is_refused(self):
+    def test_tensor_of_unknown_length_is_an_error(self):
         """The error names the attribute and its shape."""
         batch = joined([PATH, STAR])
         batch.cells = torch.zeros(13, 2)
         with pytest.raises(
-            UnclearBatchError, match=rf"Unclear what batch\.cells of shape \(13, 2\) counts\. {WAY_OUT}"
+            UnclearBatchError, match=rf"batch\.cells of shape \(13, 2\) belongs to nodes, edges or graphs\. {HINT}"
         ):
             first_sample(batch)
 
-    def test_copies_are_refused(self):
+    def test_copies_of_a_graph_are_an_error(self):
         """Copies of a graph would need other indices; the error says so instead of giving one."""
         with pytest.raises(
             UnclearBatchError,
-            match=rf"first graph of batch can be cut, but no other, and it cannot be repeated\. {WAY_OUT}",
+            match=rf"Only the first graph of batch can be cut out, and only once\. {HINT}",
         ):
             first_sample(joined([PATH, STAR]), copies=2)
 
-    def test_graphs_that_are_mixed_are_refused(self):
+    def test_interleaved_graphs_are_an_error(self):
         """Nodes of the first graph behind nodes of the second: there is no front part to cut off."""
         batch = joined([PATH, STAR])
         batch.batch = batch.batch.flip(0)
-        with pytest.raises(
-            UnclearBatchError, match=rf"graphs of batch are not stored one behind the other\. {WAY_OUT}"
-        ):
+        with pytest.raises(UnclearBatchError, match=rf"graphs of batch are not stored one behind the other\. {HINT}"):
             first_sample(batch)
 
 
@@ -495,7 +495,7 @@ class FakeBatch:
         return len(self.data)
 
 
-def test_a_batch_of_pyg_is_asked_for_its_first_graph():
+def test_pyg_batch_is_rebuilt_from_its_first_graph():
     """It is built anew from a copy of its first graph by its own class; the tests' stand-in has no other tensors."""
     batch = FakeBatch([{"x": torch.arange(2.0)}, {"x": torch.arange(5.0)}])
     sample, size = first_sample(batch)
@@ -523,7 +523,7 @@ class HasSlots:
         self.hidden = x()
 
 
-class TestRefusals:
+class TestErrors:
     """A wrong cut would train on silently, so what is not certain is an error with the way out."""
 
     @pytest.mark.parametrize(
@@ -537,9 +537,9 @@ class TestRefusals:
         ],
         ids=["tuple", "nested", "named tuple", "dataclass", "empty"],
     )
-    def test_tensors_that_disagree(self, batch, sizes):
+    def test_tensors_of_different_lengths_are_an_error(self, batch, sizes):
         """The error lists where each tensor is, and its length."""
-        with pytest.raises(UnclearBatchError, match=rf"differ in their first axis \({sizes}\)\. {WAY_OUT}"):
+        with pytest.raises(UnclearBatchError, match=rf"differ in their first axis \({sizes}\)\. {HINT}"):
             first_sample(batch)
 
     @pytest.mark.parametrize(
@@ -547,9 +547,9 @@ class TestRefusals:
         [None, 3, "text", {}, [], {"a": None}, torch.tensor(1.0), torch.zeros(0, 3), np.array(1.0), object()],
         ids=["None", "int", "str", "dict", "list", "dict of None", "0-dim", "empty", "0-dim array", "object"],
     )
-    def test_nothing_to_cut(self, batch):
+    def test_batch_without_samples_is_an_error(self, batch):
         """The error names the type of the batch."""
-        with pytest.raises(UnclearBatchError, match=rf"of type {type(batch).__name__}\. {WAY_OUT}"):
+        with pytest.raises(UnclearBatchError, match=rf"of type {type(batch).__name__}\. {HINT}"):
             first_sample(batch)
 
     @pytest.mark.parametrize("where", ["batch", r"batch\[1\]"])
@@ -558,16 +558,16 @@ class TestRefusals:
         [SimpleNamespace(x=x()), HasTo(), HasSlots(), SimpleNamespace(parts=[x()]), SimpleNamespace(parts={"x": x()})],
         ids=["attribute", "to", "slots", "list", "dict"],
     )
-    def test_objects_that_hold_tensors_in_an_unknown_way(self, opaque, where):
+    def test_unknown_objects_that_hold_tensors_are_an_error(self, opaque, where):
         """Passed on whole they would be S samples among first ones; the error names place and type."""
         batch = opaque if where == "batch" else (x(), opaque)
         with pytest.raises(
             UnclearBatchError,
-            match=rf"(out of|nothing to cut in a) {where} of type {type(opaque).__name__}\. {WAY_OUT}",
+            match=rf"(out of|nothing to cut in a) {where} of type {type(opaque).__name__}\. {HINT}",
         ):
             first_sample(batch)
 
-    def test_the_error_is_one_of_value(self):
+    def test_error_is_a_value_error(self):
         """It is a ValueError, so it can be caught without importing it."""
-        with pytest.raises(ValueError, match=WAY_OUT):
+        with pytest.raises(ValueError, match=HINT):
             batch_size(None)

@@ -1,0 +1,167 @@
+"""Tests, parameter by parameter, whether captured gradients are those of a replay.
+
+What capture finds is a sample's share of the batch's gradient: g_j / S if the loss is a mean over samples that do not
+interact, g_j if it is their sum, and neither if it is, say, a mean over all tokens that are not padding. So the first
+sample's share, times S or 1, is compared with the gradient by replay.
+
+Where BatchNorm makes samples interact, or dropout draws other random numbers for one sample than for a batch, the
+comparison is between two extra passes, with BatchNorm's running statistics and without dropout.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from lightning_gcfreeze import _modules
+from lightning_gcfreeze.distributed import World
+from lightning_gcfreeze.gradients.capture import Capture
+from lightning_gcfreeze.gradients.choice import Reduction, SourceChoice
+from lightning_gcfreeze.gradients.replay import Replay
+from lightning_gcfreeze.gradients.window import StepWindow
+from lightning_gcfreeze.misconfiguration import some
+
+REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
+
+
+class Comparison:
+    """Compares capture with replay on the first sample of a step, and updates a `SourceChoice` accordingly.
+
+    Args:
+        module: the module that is trained.
+        parameters: by name, those whose gradients are required.
+        replay: computes gradients by replay.
+        capture: holds what was captured in the step.
+        inform: takes a sentence, when it changes which gradients are captured.
+        world: all processes, where parameters are sharded: then distances are those of whole gradients.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        parameters: Mapping[str, Parameter],
+        replay: Replay,
+        capture: Capture,
+        inform: Callable[[str], None],
+        world: World | None = None,
+    ) -> None:
+        self._module, self._parameters, self._replay, self._capture = module, parameters, replay, capture
+        self._inform, self._world = inform, world
+
+    def is_due(self, choice: SourceChoice, attempt: int) -> bool:
+        """Return whether `attempt` is one of 1, 2, 4, 8, … and there is a parameter left that may be captured."""
+        return attempt & (attempt - 1) == 0 and len(choice.replayed) < len(self._parameters)
+
+    @property
+    def needs_batch(self) -> bool:
+        """Whether one sample alone takes another way through some layer than in its batch."""
+        return any(
+            layer.training
+            and (
+                isinstance(layer, _modules.BatchNorm)
+                or (isinstance(layer, _modules.Dropout) and layer.p > 0)
+                or (isinstance(layer, nn.RNNBase | nn.MultiheadAttention) and layer.dropout > 0)
+            )
+            for layer in self._module.modules()
+        )
+
+    def run(self, choice: SourceChoice, window: StepWindow, scale: float) -> None:
+        """Decide which parameters' gradients are captured.
+
+        Args:
+            choice: updated in place.
+            window: the step. It has its first sample, and its first batch if `needs_batch`.
+            scale: the factor on the loss of the first micro-batch before the backward pass.
+        """
+        capture, size, prepare_module = self._capture, window.first_size, None
+        try:
+            if size is None:
+                raise ValueError("the number of its samples is not known")
+            if self.needs_batch:
+                if window.batch is None:
+                    raise ValueError("it cannot be copied")
+                capture, scale, prepare_module = Capture(self._module, self._parameters), 1.0, self._disable_dropout
+                capture.watch(size, 1)
+                self._replay.on_batch(
+                    window.batch,
+                    window.batch_idx,
+                    prepare_module=prepare_module,
+                    before_backward=capture.begin_backward,
+                )
+        except Exception as error:  # a replay is correct in any case
+            choice.captured.clear()
+            choice.replayed[:] = self._parameters
+            self._inform(
+                "Per-sample gradients are computed by replaying `training_step` on single samples, for all parameters:"
+                f" `training_step` cannot run on the batch again for a comparison with capture ({error!r})."
+            )
+            return
+        finally:
+            capture.remove_hooks()
+        expected = self._replay.gradient(window, prepare_module=prepare_module) or {}
+        squares, tolerances = self._distances(capture, expected, {"mean": size / scale, "sum": 1 / scale})
+        if squares[:, -1].isfinite().all():
+            self._update(choice, squares.sqrt().tolist(), tolerances)
+
+    def _distances(
+        self, capture: Capture, expected: Mapping[str, Tensor], factors: Mapping[Reduction, float]
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Compare shares with replayed gradients.
+
+        Returns:
+            Squared norms, float64, (parameters, 4): the distance for a mean and for a sum, the share, the expected
+            gradient; infinite where something is missing. And the relative tolerance, by name of the captured ones.
+        """
+        rows, tolerances = [[math.inf] * (len(REDUCTIONS) + 2) for _ in self._parameters], dict[str, float]()
+        for row, g in zip(rows, expected.values(), strict=False):
+            row[-1] = float(g.norm()) ** 2
+        index = {name: i for i, name in enumerate(self._parameters)}
+        for name, share, tolerances[name] in capture.first_shares() if expected else ():
+            distances = [float((share * factors[by] - expected[name]).norm()) ** 2 for by in REDUCTIONS]
+            rows[index[name]][:-1] = [*distances, float(share.norm()) ** 2]
+        squares = torch.tensor(rows, dtype=torch.float64)
+        return squares if self._world is None else self._world.all_reduce_sum(squares), tolerances
+
+    def _update(self, choice: SourceChoice, norms: list[list[float]], tolerances: Mapping[str, float]) -> None:
+        """Capture where the nearest reduction, or the one known from before, is within the tolerance; else replay."""
+        before = set(choice.captured)
+        largest = max(row[-1] for row in norms)
+        for name, (*distances, share, expected) in zip(self._parameters, norms, strict=True):
+            if name in choice.replayed or not math.isfinite(share) or not (expected or share):
+                continue  # nothing to compare
+            by_reduction = dict(zip(REDUCTIONS, distances, strict=True))
+            nearest: Reduction = "mean" if by_reduction["mean"] <= by_reduction["sum"] else "sum"
+            reduction, tolerance = choice.captured.get(name, nearest), tolerances[name]
+            # A gradient that is zero up to rounding, as of a bias that softmax cancels, may differ by all of itself.
+            if by_reduction[reduction] <= max(tolerance * expected, tolerance**2 * largest):
+                choice.captured[name] = reduction
+            else:
+                choice.replayed.append(name)
+                choice.captured.pop(name, None)
+        if choice.n_attempts == 1 or set(choice.captured) != before:
+            self._inform(self._sentence(choice))
+
+    def _sentence(self, choice: SourceChoice) -> str:
+        others = [name for name in self._parameters if name not in choice.captured]
+        captured = "Per-sample gradients are captured by layer hooks during the normal backward pass"
+        if not others:
+            return f"{captured}, for all parameters."
+        reasons = {
+            "capture and replay differ": [name for name in others if name in choice.replayed],
+            "not seen by a layer hook, or zero so far": [name for name in others if name not in choice.replayed],
+        }
+        listing = "; ".join(f"{reason}: {some(names)}" for reason, names in reasons.items() if names)
+        return (
+            f"{captured}, for {len(choice.captured)} of {len(self._parameters)} parameters. For the others they are"
+            f" computed by replaying `training_step` on single samples ({listing})."
+        )
+
+    def _disable_dropout(self) -> None:
+        for layer in self._module.modules():
+            if isinstance(layer, _modules.Dropout):
+                layer.training = False
+            elif isinstance(layer, nn.RNNBase | nn.MultiheadAttention):
+                layer.dropout = 0.0
