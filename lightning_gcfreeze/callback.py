@@ -57,6 +57,8 @@ from lightning_gcfreeze.planning.plan import Plan
 from lightning_gcfreeze.planning.schedule import FreezeSchedule
 from lightning_gcfreeze.planning.settling import SAMPLE, Settled
 from lightning_gcfreeze.user_code import readers
+from lightning_gcfreeze.user_code.reached import Owners
+from lightning_gcfreeze.user_code.watch import GradientWatch
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback as _Callback
@@ -104,7 +106,7 @@ class _Run:
     writes: bool = False  # whether other code may write to weights between steps
     holding_accumulators: list[str] = field(default_factory=list)
     callbacks: list[Any] = field(default_factory=list)  # the Trainer's, when training began
-    watch: readers.GradientWatch | None = None
+    watch: GradientWatch | None = None
     compiled: bool = False
     held_since: int = 0  # the step
     depth: int = 0  # of steps within the optimizer's step
@@ -421,7 +423,7 @@ class GradCovFreezeCallback(_Callback):
         _refuse(refusals.of_optimizers(trainer.optimizers))
         if self.hold == "compact":
             _refuse(refusals.of_compact(trainer.optimizers[0], pl_module))
-            _refuse(refusals.of_state_access(readers.of_optimizer_state(_owners(trainer))))
+            _refuse(refusals.of_state_access(readers.optimizer_state_readers(_owners(trainer))))
         if self._noise:
             _refuse(refusals.of_samples(pl_module, self._count))
         parameters = selection.eligible(pl_module, trainer.optimizers[0], self.include, self.exclude)
@@ -467,7 +469,7 @@ class GradCovFreezeCallback(_Callback):
             _refuse(refusals.of_resuming(self._resumed, self._arguments(), self._phase.shapes, run.parameters))
         _refuse(self._plan.begin(lambda: trainer.estimated_stepping_batches))
         if not isinstance(trainer.strategy.model, DistributedDataParallel) and not run.shards:  # DDP does so itself
-            run.holding_accumulators = readers.of_accumulators(run.parameters)
+            run.holding_accumulators = readers.accumulator_holders(run.parameters)
         self._attach(run)
         run.compiled = _modules.has_compiled(pl_module)
         run.callbacks = [*trainer.callbacks]  # type: ignore[attr-defined]
@@ -806,7 +808,7 @@ class GradCovFreezeCallback(_Callback):
             self._readers += [name for name in run.watch.seen if name not in self._readers]
             run.watch = None
         if self._watched and self._steps + 1 in (1, 2, 8, 64, 512, 4096) and not (run.shards or run.compiled):
-            run.watch = readers.GradientWatch(run.parameters.values())
+            run.watch = GradientWatch(run.parameters.values())
             run.watch.arm()
 
     def _share(self, run: _Run) -> None:
@@ -983,20 +985,20 @@ class GradCovFreezeCallback(_Callback):
         if run.hold:
             run.hold.release()
         who = _owners(trainer)
-        looking = [*readers.of_run(who, run.parameters, optimizer), *run.holding_accumulators]
+        looking = [*readers.gradient_readers(who, run.parameters, optimizer), *run.holding_accumulators]
         looking = looking or [*self._readers, *(run.watch.seen if run.watch else ())]
         if not run.in_trial:  # what travels depends on it
             looking = list(dict.fromkeys(name for found in self._world.all_gather_object(looking) for name in found))
         how: Literal["compact", "restore"] = "restore"
         if self.hold != "restore" and not (run.shards or observes or run.in_trial):
-            of_state = readers.of_optimizer_state(who)
+            of_state = readers.optimizer_state_readers(who)
             if not (of_state or refusals.of_compact(optimizer, module)):
                 how = "compact"
             if looking and how == "compact":
                 rank_zero_info(f"{type(self).__name__}: {refusals.of_letting_go(looking)}")
             elif of_state:
                 rank_zero_info(f"{type(self).__name__}: values are put back. {refusals.of_state_access(of_state)}")
-        writing = readers.of_weights(who, run.parameters, optimizer)
+        writing = readers.weight_writers(who, run.parameters, optimizer)
         promote = self.promote and not (run.shards or observes or run.in_trial or looking)
         where = (run.parameters, phase.frozen, phase.positions)
         late, run.writes = how == "compact" and bool(looking), bool(writing)
@@ -1064,13 +1066,13 @@ def _may_skip_steps(trainer: pl.Trainer) -> bool:
     return _scaler(trainer) is not None or own not in ("lightning", "pytorch_lightning")
 
 
-def _owners(trainer: pl.Trainer) -> readers.Owners:
+def _owners(trainer: pl.Trainer) -> Owners:
     """Whatever of a run may have code of the user's."""
     schedulers: list[Any] = [config.scheduler for config in trainer.lr_scheduler_configs]
     lambdas = [function for scheduler in schedulers for function in getattr(scheduler, "lr_lambdas", ())]
     others: list[Any] = [trainer.strategy, trainer.precision_plugin, trainer, *trainer.loggers, *schedulers, *lambdas]
     others += [] if (data := getattr(trainer, "datamodule", None)) is None else [data]
-    return readers.Owners(trainer.lightning_module, [*trainer.callbacks, *others])  # type: ignore[attr-defined]
+    return Owners(trainer.lightning_module, [*trainer.callbacks, *others])  # type: ignore[attr-defined]
 
 
 def _planned_steps(trainer: pl.Trainer) -> float:
