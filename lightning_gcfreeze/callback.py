@@ -40,6 +40,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_gcfreeze import _checks, _modules, delta, misconfiguration, orderings, refusals, reporting, selection
+from lightning_gcfreeze._names import shortened
 from lightning_gcfreeze._types import Granularity
 from lightning_gcfreeze.distributed import SINGLE_PROCESS, Shards, World, local
 from lightning_gcfreeze.distributed.comm_hook import LiveAllReduce
@@ -342,7 +343,7 @@ class GradCovFreezeCallback(_Callback):
             )
         if moved := self._moved(module):
             raise RuntimeError(
-                f"{misconfiguration.some(moved)}: frozen elements do not have the values any more that they froze with,"
+                f"{shortened(moved)}: frozen elements do not have the values any more that they froze with,"
                 " so the weights of step t0 and the live elements would not give this model. Averages of weights (EMA,"
                 " SWA) and code that writes to parameters do this. Take the delta before, or average after `t0` alone."
             )
@@ -357,7 +358,7 @@ class GradCovFreezeCallback(_Callback):
         asks = sys._getframe(1)
         if asks.f_code.co_name == "_validate_callbacks_list":
             others = asks.f_locals.get("callbacks", ())
-            _refuse(refusals.of_callbacks([c for c in others if isinstance(c, GradCovFreezeCallback)]))
+            _refuse(refusals.too_many_callbacks([0 for c in others if isinstance(c, GradCovFreezeCallback)]))
         return type(self).__qualname__
 
     # Hooks, in the order in which they run -------------------------------------------------------------------------
@@ -365,9 +366,9 @@ class GradCovFreezeCallback(_Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Forget an earlier fit. Runs before a checkpoint is loaded."""
         if stage == "fit":
-            _refuse(refusals.of_strategy(trainer.strategy))
+            _refuse(refusals.unsupported_strategy(trainer.strategy))
             callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-            _refuse(refusals.of_callbacks([c for c in callbacks if isinstance(c, GradCovFreezeCallback)]))
+            _refuse(refusals.too_many_callbacks([0 for c in callbacks if isinstance(c, GradCovFreezeCallback)]))
             self._start_afresh()
             self._mean = LiveAllReduce.in_place_of_hook(trainer.strategy)
 
@@ -419,22 +420,25 @@ class GradCovFreezeCallback(_Callback):
         """Refuse what cannot work, before anything is trained. The optimizers exist by now."""
         self._module = weakref.ref(pl_module)
         step = pl_module.training_step
-        _refuse(refusals.of_module(pl_module, step, pl_module.automatic_optimization, self._noise))
-        _refuse(refusals.of_optimizers(trainer.optimizers))
+        _refuse(refusals.unsupported_module(pl_module, step, self._noise))
+        if not pl_module.automatic_optimization:
+            _refuse(refusals.unsupported_manual_optimization(True, True))
+        _refuse(refusals.unsupported_optimizer_index(None, trainer.optimizers))
+        _refuse(refusals.unsupported_optimizer(trainer.optimizers[0]))
         if self.hold == "compact":
-            _refuse(refusals.of_compact(trainer.optimizers[0], pl_module))
-            _refuse(refusals.of_state_access(readers.optimizer_state_readers(_owners(trainer))))
+            _refuse(refusals.not_compactable(trainer.optimizers[0], pl_module))
+            _refuse(refusals.optimizer_state_is_read(readers.optimizer_state_readers(_owners(trainer))))
         if self._noise:
-            _refuse(refusals.of_samples(pl_module, self._count))
+            _refuse(refusals.unsupported_samples(pl_module, self._count))
         parameters = selection.eligible(pl_module, trainer.optimizers[0], self.include, self.exclude)
         count = sum(p.numel() for p in parameters.values())
         for _, k in self._decisions:
             if not isinstance(k, Growth):
                 selection.resolve_count(k, count)
         shards = Shards(parameters)
-        _refuse(refusals.of_mesh(trainer.strategy, shards.meshes))
+        _refuse(refusals.unsupported_mesh(trainer.strategy, shards.meshes))
         if shards:
-            _refuse(refusals.of_sharding(self._full, self.hold, self._may_thaw))
+            _refuse(refusals.unsupported_with_shards(self._full, self.hold, self._may_thaw))
         if self._full:
             FullCovariance({name: p.to("meta") for name, p in parameters.items()})  # refuses one that is too large
         self._world = World(trainer.world_size, trainer.strategy.root_device)
@@ -466,7 +470,7 @@ class GradCovFreezeCallback(_Callback):
             self._seed = self._world.broadcast_object(seed)
             self._phase = self._observing(run)
         else:
-            _refuse(refusals.of_resuming(self._resumed, self._arguments(), self._phase.shapes, run.parameters))
+            _refuse(refusals.not_resumable(self._resumed, self._arguments(), self._phase.shapes, run.parameters))
         _refuse(self._plan.begin(lambda: trainer.estimated_stepping_batches))
         if not isinstance(trainer.strategy.model, DistributedDataParallel) and not run.shards:  # DDP does so itself
             run.holding_accumulators = readers.accumulator_holders(run.parameters)
@@ -500,11 +504,11 @@ class GradCovFreezeCallback(_Callback):
         names = [name for name, _ in trainer.lightning_module.named_parameters()]
         stages = [t for t, _ in self._decisions if isinstance(t, int)][self._plan.made :]
         for sentence in (
-            misconfiguration.of_planned_steps(stages, _planned_steps(trainer)),
-            misconfiguration.of_patterns("include", self.include, names),
-            misconfiguration.of_patterns("exclude", self.exclude, names),
-            *(misconfiguration.of_small_count(k, run.count) for _, k in self._decisions),
-            misconfiguration.of_averages(trainer.callbacks),  # type: ignore[attr-defined]
+            misconfiguration.freeze_never_reached(stages, _planned_steps(trainer)),
+            misconfiguration.useless_patterns("include", self.include, names),
+            misconfiguration.useless_patterns("exclude", self.exclude, names),
+            *(misconfiguration.small_count(k, run.count) for _, k in self._decisions),
+            misconfiguration.averaged_weights(trainer.callbacks),  # type: ignore[attr-defined]
         ):
             if sentence:
                 rank_zero_warn(f"{type(self).__name__}: {sentence}")
@@ -551,7 +555,7 @@ class GradCovFreezeCallback(_Callback):
         if self._watched:
             run.positions.stop()
             if not run.looked_through and (self.gradients == "capture" if self._noise else self.promote):
-                _refuse(refusals.of_graph(loss))
+                _refuse(refusals.unsupported_graph(loss))
             run.looked_through = True
             run.samples.begin_backward()
         if run.hold:
@@ -595,7 +599,7 @@ class GradCovFreezeCallback(_Callback):
         if self._run and not _may_skip_steps(trainer):
             self._run.evaluations += 1
             if self._run.evaluations > 1:
-                _refuse(refusals.of_evaluations(optimizer))
+                _refuse(refusals.several_evaluations(optimizer))
         if self._run and self._run.hold:
             self._run.hold.before_step()
 
@@ -656,7 +660,7 @@ class GradCovFreezeCallback(_Callback):
         """Log after each n-th optimizer step, and whenever something was found out or decided."""
         run = self._running
         if run.evaluations:
-            _refuse(refusals.of_step_hooks(trainer.optimizers[0]))
+            _refuse(refusals.no_step_hooks(trainer.optimizers[0]))
         if run.hold and run.writes and isinstance(self._phase, Frozen):
             run.hold.after_batch(first=run.decided)
             if run.decided:
@@ -789,7 +793,7 @@ class GradCovFreezeCallback(_Callback):
             return
         if moved := self._moved(run.trainer.lightning_module):
             raise RuntimeError(
-                f"{misconfiguration.some(moved)}: frozen elements were written to between steps, by code that was not"
+                f"{shortened(moved)}: frozen elements were written to between steps, by code that was not"
                 " found. Use `hold='restore'`, which puts them back after each step."
             )
 
@@ -797,7 +801,7 @@ class GradCovFreezeCallback(_Callback):
         if moved := self._moved(module):
             rank_zero_warn(
                 f"{type(self).__name__}: the fit ends with other values of frozen elements in"
-                f" {misconfiguration.some(moved)} than they froze with: something replaced them after the last step,"
+                f" {shortened(moved)} than they froze with: something replaced them after the last step,"
                 " as averages of weights do, in a callback or within the optimizer."
             )
 
@@ -903,7 +907,7 @@ class GradCovFreezeCallback(_Callback):
                 " gradient was not finite, there was no loss, or the batch had one sample."
             )
         phase.share(self._world)
-        if late := misconfiguration.of_late_parameters(
+        if late := misconfiguration.late_parameters(
             run.trainer.lightning_module, run.trainer.optimizers[0], run.observable
         ):
             rank_zero_warn(f"{type(self).__name__}: {late}")
@@ -992,12 +996,14 @@ class GradCovFreezeCallback(_Callback):
         how: Literal["compact", "restore"] = "restore"
         if self.hold != "restore" and not (run.shards or observes or run.in_trial):
             of_state = readers.optimizer_state_readers(who)
-            if not (of_state or refusals.of_compact(optimizer, module)):
+            if not (of_state or refusals.not_compactable(optimizer, module)):
                 how = "compact"
             if looking and how == "compact":
-                rank_zero_info(f"{type(self).__name__}: {refusals.of_letting_go(looking)}")
+                rank_zero_info(f"{type(self).__name__}: {refusals.gradients_are_kept(looking)}")
             elif of_state:
-                rank_zero_info(f"{type(self).__name__}: values are put back. {refusals.of_state_access(of_state)}")
+                rank_zero_info(
+                    f"{type(self).__name__}: values are put back. {refusals.optimizer_state_is_read(of_state)}"
+                )
         writing = readers.weight_writers(who, run.parameters, optimizer)
         promote = self.promote and not (run.shards or observes or run.in_trial or looking)
         where = (run.parameters, phase.frozen, phase.positions)

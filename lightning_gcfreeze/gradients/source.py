@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lightning_gcfreeze import _modules
+from lightning_gcfreeze._names import shortened
 from lightning_gcfreeze._types import Named
 from lightning_gcfreeze.distributed import World
 from lightning_gcfreeze.estimators.base import finite_batch_correction
 from lightning_gcfreeze.estimators.per_sample import PerSample, Stacked, one_by_one
 from lightning_gcfreeze.gradients.capture import Capture
 from lightning_gcfreeze.gradients.replay import Replay, Window
-from lightning_gcfreeze.misconfiguration import some
 
 How = Literal["replay", "capture", "auto"]
 Reduction = Literal["mean", "sum"]
@@ -309,7 +309,7 @@ class SampleGradients:
             "the two differ": replayed,
             "not seen by capture, or zero so far": [name for name in others if name not in replayed],
         }
-        listing = "; ".join(f"{why}: {some(names)}" for why, names in reasons.items() if names)
+        listing = "; ".join(f"{why}: {shortened(names)}" for why, names in reasons.items() if names)
         return (
             f"g_1 is captured from the batch's own pass for {len(captured)} of {len(self._parameters)} parameters, and"
             f" had by replay for the others ({listing})."

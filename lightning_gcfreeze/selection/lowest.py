@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from lightning_gcfreeze import misconfiguration
+from lightning_gcfreeze._names import closest, shortened
 from lightning_gcfreeze._types import Granularity, Named
 from lightning_gcfreeze.distributed import SINGLE_PROCESS, UNSHARDED, Shards, World
 from lightning_gcfreeze.selection import radix
@@ -41,8 +41,8 @@ def eligible(
         and not any(fnmatchcase(name, pattern) for pattern in exclude or ())
     }
     if not chosen:
-        names = misconfiguration.some(candidates) or "none that belongs to the module and requires a gradient"
-        hint = f" Closest: {misconfiguration.closest(include[0], candidates)}." if include and candidates else ""
+        names = shortened(candidates) or "none that belongs to the module and requires a gradient"
+        hint = f" Closest: {closest(include[0], candidates)}." if include and candidates else ""
         raise ValueError(
             f"No parameter is eligible with `include={include}` and `exclude={exclude}`. The optimizer trains"
             f" {names}.{hint}"
