@@ -46,6 +46,7 @@ from lightning_gcfreeze.distributed import SINGLE_PROCESS, Shards, World, local
 from lightning_gcfreeze.distributed.comm_hook import LiveAllReduce
 from lightning_gcfreeze.estimators import FullCovariance, gains
 from lightning_gcfreeze.freezing import ThawStates, WeightUses
+from lightning_gcfreeze.freezing.fingerprints import fingerprints
 from lightning_gcfreeze.freezing.hold import Holder
 from lightning_gcfreeze.freezing.savings import Savings
 from lightning_gcfreeze.gradients import isolation
@@ -664,7 +665,7 @@ class GradCovFreezeCallback(_Callback):
         if run.hold and run.writes and isinstance(self._phase, Frozen):
             run.hold.after_batch(first=run.decided)
             if run.decided:
-                self._held = delta.fingerprints(run.parameters, self._phase.frozen)
+                self._held = fingerprints(run.parameters, self._phase.frozen)
         run.decided = False
         every_n: int = self.log_every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
         due = bool(self._plan.news) or (every_n > 0 and self._steps % every_n == 0)
@@ -779,7 +780,7 @@ class GradCovFreezeCallback(_Callback):
         """Names of parameters whose frozen elements do not have the bits that they are held at."""
         parameters = dict(module.named_parameters())
         masks = self._phase.frozen if isinstance(self._phase, Frozen) else {}
-        now = delta.fingerprints(parameters, {name: masks[name] for name in self._held if name in parameters})
+        now = fingerprints(parameters, {name: masks[name] for name in self._held if name in parameters})
         return [name for name, fingerprint in now.items() if fingerprint != self._held[name]]
 
     def _check_held(self, run: _Run) -> None:
@@ -1009,7 +1010,7 @@ class GradCovFreezeCallback(_Callback):
         where = (run.parameters, phase.frozen, phase.positions)
         late, run.writes = how == "compact" and bool(looking), bool(writing)
         run.hold = Holder(how, optimizer, module, trainer.strategy.model, *where, promote, late, run.writes, resumed)
-        self._held, run.held_since = delta.fingerprints(run.parameters, phase.frozen), self._steps
+        self._held, run.held_since = fingerprints(run.parameters, phase.frozen), self._steps
         self._savings = run.hold.savings
         if self._mean and not (observes or looking):
             self._mean.leave_out({run.parameters[name]: mask for name, mask in phase.frozen.items()})
@@ -1018,19 +1019,17 @@ class GradCovFreezeCallback(_Callback):
         step = trainer.fit_loop.epoch_loop._batches_that_stepped  # the axis of whatever `self.log` writes
         frozen = self._phase.frozen if isinstance(self._phase, Frozen) else {}
         fractions = self._phase.fractions if isinstance(self._phase, Frozen) else dict.fromkeys(run.parameters, 0.0)
-        metrics = reporting.scalars(fractions, self.frozen_fraction, self._phase.observed)
-        metrics |= self._savings.scalars() if self._savings else {}
-        if self._mean and self._mean.sent is not None:
-            metrics["gcfreeze/gradient_bytes_sent"] = float(self._mean.sent)
-        with_histograms = "gcfreeze/t0" in self._plan.news
-        metrics |= {tag: value for tag, value in self._plan.news.items() if math.isfinite(value)}
+        metrics = reporting.scalars(
+            fractions,
+            self.frozen_fraction,
+            self._phase.observed,
+            self._savings.scalars() if self._savings else None,
+            self._mean.sent if self._mean else None,
+            self._plan.news,
+        )
+        histograms = reporting.histograms(frozen, self._phase.variance) if "gcfreeze/t0" in self._plan.news else None
         self._plan.news = {}
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=step)
-            add_histogram = getattr(getattr(logger, "experiment", None), "add_histogram", None)
-            if with_histograms and add_histogram:
-                for tag, values in reporting.histograms(frozen, self._phase.variance).items():
-                    add_histogram(tag, values, step)
+        reporting.log(trainer.loggers, step, metrics, histograms)
 
     def _arguments(self) -> dict[str, Any]:
         """What decides the outcome, as numbers and strings."""

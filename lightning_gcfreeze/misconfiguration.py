@@ -67,6 +67,21 @@ def averaged_weights(callbacks: Iterable[Any]) -> str | None:
     )
 
 
+def moved_at_the_end(moved: Sequence[str]) -> str | None:
+    """Warn of parameters whose frozen elements were replaced after the last step.
+
+    Args:
+        moved: their names.
+    """
+    if not moved:
+        return None
+    return (
+        f"the fit ends with other values of frozen elements in {shortened(moved)} than they froze with: something"
+        " replaced them after the last step, such as averages of weights, in a callback or within the optimizer. `delta()`"
+        " will raise an error."
+    )
+
+
 def late_parameters(module: nn.Module, optimizer: Optimizer, observable: Mapping[str, Parameter]) -> str | None:
     """Warn of parameters that began to train after observing had begun, as with Lightning's BaseFinetuning.
 

@@ -188,6 +188,27 @@ def unsupported_samples(module: nn.Module, n_samples: int | None) -> str | None:
     )
 
 
+def single_sample(batch_size: int | None) -> str | None:
+    """Batches of one sample, where gradients of single samples are computed; None stands for an unknown size."""
+    if batch_size != 1:
+        return None
+    return (
+        "The batch holds one sample, and the gradient noise is undefined for a batch of one. Use batches of at least 2"
+        " samples, accumulate gradients, or use an order that does not read the variance, such as `order='progress'`,"
+        " with `samples='auto'` and `covariance='diagonal'`."
+    )
+
+
+def no_gradients(parameters: Mapping[str, Tensor]) -> str | None:
+    """Parameters without gradients after the backward pass."""
+    if any(p.grad is not None for p in parameters.values()):
+        return None
+    return (
+        "No eligible parameter has a gradient after the backward pass: something uses the gradients up before they can"
+        " be observed, as optimizers do that step in the backward pass. Leave the gradients in `p.grad`."
+    )
+
+
 def unsupported_optimizer_index(index: int | None, optimizers: Sequence[Any]) -> str | None:
     """Optimizers among which that of the callback cannot be told.
 

@@ -283,3 +283,17 @@ class TestNotResumable:
         """Whether it was added, is gone, or has another shape."""
         reason = refusals.not_resumable(self.ARGUMENTS, self.ARGUMENTS, self.shapes, parameters)
         assert_says(reason, names, "Resume with the module and optimizer")
+
+
+class TestFirstStep:
+    """What the first step shows."""
+
+    def test_batch_of_one_sample_is_refused(self):
+        assert [refusals.single_sample(size) for size in (None, 2, 9)] == [None] * 3
+        assert_says(refusals.single_sample(1), "batch holds one sample", "at least 2 samples", "`order='progress'`")
+
+    def test_parameters_without_any_gradient_are_refused(self):
+        parameters = {name: nn.Parameter(torch.zeros(2)) for name in "ab"}
+        assert_says(refusals.no_gradients(parameters), "No eligible parameter has a gradient", "`p.grad`")
+        parameters["b"].grad = torch.zeros(2)
+        assert refusals.no_gradients(parameters) is None
