@@ -77,8 +77,8 @@ def moved_at_the_end(moved: Sequence[str]) -> str | None:
         return None
     return (
         f"the fit ends with other values of frozen elements in {shortened(moved)} than they froze with: something"
-        " replaced them after the last step, such as averages of weights, in a callback or within the optimizer. `delta()`"
-        " will raise an error."
+        " replaced them after the last step, such as averages of weights, in a callback or within the optimizer."
+        " `delta()` will raise an error."
     )
 
 
