@@ -1,8 +1,7 @@
-"""What is probably not meant, though it can be served: each function returns a sentence to warn with, or None."""
+"""Configurations that are supported but probably not meant. Each function returns a sentence to warn with, or None."""
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -10,57 +9,51 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from lightning_gcfreeze._names import closest, shortened
 
-def of_planned_steps(decisions: Sequence[int], planned: float) -> str | None:
-    """Decisions that training ends before.
+
+def freeze_never_reached(decision_steps: Sequence[int], planned_steps: float) -> str | None:
+    """Warn of decisions after the end of training.
 
     Args:
-        decisions: the steps after which something is frozen, ascending.
-        planned: optimizer steps that the Trainer will take in all; infinite or negative if it does not know.
+        decision_steps: the optimizer steps after which something is frozen, ascending.
+        planned_steps: all optimizer steps that are planned; infinite, negative or NaN if unknown.
     """
-    if not 0 <= planned < math.inf or all(t < planned for t in decisions):
+    if not 0 <= planned_steps < math.inf or all(t < planned_steps for t in decision_steps):
         return None
-    t = next(t for t in decisions if t >= planned)
-    first = t == decisions[0]
-    what = "No step will train with frozen elements" if first else f"No step will train with the stage of t={t}"
-    return f"{what}: `t0={t}` is not below the {planned:.0f} optimizer steps planned. Lower `t0` or train longer."
+    t = next(t for t in decision_steps if t >= planned_steps)
+    stage = "frozen elements" if t == decision_steps[0] else f"the stage of t={t}"
+    return (
+        f"No step will train with {stage}: `t0={t}` is not below the {planned_steps:.0f} optimizer steps planned. Lower"
+        " `t0` or train longer."
+    )
 
 
-def of_patterns(name: str, patterns: Sequence[str] | None, trained: Collection[str]) -> str | None:
-    """Patterns of `include` or `exclude` that match no parameter.
+def useless_patterns(argument: str, patterns: Sequence[str] | None, names: Collection[str]) -> str | None:
+    """Warn of patterns that match no parameter.
 
     Args:
-        name: of the argument.
+        argument: `include` or `exclude`.
         patterns: its value.
-        trained: the names of all parameters that could match.
+        names: the names of all parameters.
     """
-    useless = [p for p in patterns or () if not any(fnmatchcase(known, p) for known in trained)]
+    useless = [pattern for pattern in patterns or () if not any(fnmatchcase(name, pattern) for name in names)]
     if not useless:
         return None
-    return f"`{name}` has patterns that match no parameter: {', '.join(closest(p, trained) for p in useless)}."
+    listing = ", ".join(closest(pattern, names) for pattern in useless)
+    return f"`{argument}` has patterns that match no parameter: {listing}."
 
 
-def closest(pattern: str, names: Collection[str]) -> str:
-    """A pattern that matches nothing, with what may have been meant: a few names, however many there are."""
-    if any(name.startswith(f"{pattern}.") for name in names):
-        return f"{pattern!r} (a prefix is written '{pattern}.*')"
-    likely = get_close_matches(pattern, names, n=3, cutoff=0.5) or get_close_matches(
-        pattern, {f"*.{name.rpartition('.')[2]}" for name in names}, n=3, cutoff=0.5
-    )
-    likely = likely or list(names)[:3]
-    return f"{pattern!r} (closest: {', '.join(map(repr, likely))})"
-
-
-def of_small_count(k: Any, eligible: int) -> str | None:
-    """An integer so small that it may have been meant as a percentage."""
-    if not isinstance(k, int) or not 0 < k < 0.01 * eligible:
+def small_count(k: Any, n_eligible: int) -> str | None:
+    """Warn of an integer `k` below 1 % of the eligible elements, which may have been meant as a percentage."""
+    if not isinstance(k, int) or not 0 < k < 0.01 * n_eligible:
         return None
     instead = f"a fraction is {k / 100:g}" if k <= 100 else f"a fraction is a float in [0, 1], as in `k={0.8}`"
-    return f"`k={k}` is a count: {k:,} of {eligible:,} eligible elements freeze; {instead}."
+    return f"`k={k}` is a count: {k:,} of {n_eligible:,} eligible elements freeze; {instead}."
 
 
-def of_averages(callbacks: Iterable[Any]) -> str | None:
-    """Callbacks that replace the weights, frozen ones included, by averages over steps before the freeze."""
+def averaged_weights(callbacks: Iterable[Any]) -> str | None:
+    """Warn of callbacks that replace the weights, frozen ones included, by averages over steps before the freeze."""
     averaging = [
         type(callback).__name__
         for callback in callbacks
@@ -70,31 +63,40 @@ def of_averages(callbacks: Iterable[Any]) -> str | None:
         return None
     return (
         f"{', '.join(averaging)} replaces the weights by averages over steps before the freeze as well: frozen elements"
-        " will not have the values that they froze with then, and `delta()` refuses them. Start averaging after `t0`."
+        " will not keep the values of the freeze, and `delta()` will raise an error. Start averaging after `t0`."
     )
 
 
-def of_late_parameters(module: nn.Module, optimizer: Optimizer, eligible: Mapping[str, Parameter]) -> str | None:
-    """Parameters that began to train after observing had begun, as BaseFinetuning lets them.
+def moved_at_the_end(moved: Sequence[str]) -> str | None:
+    """Warn of parameters whose frozen elements were replaced after the last step.
+
+    Args:
+        moved: their names.
+    """
+    if not moved:
+        return None
+    return (
+        f"the fit ends with other values of frozen elements in {shortened(moved)} than they froze with: something"
+        " replaced them after the last step, such as averages of weights, in a callback or within the optimizer."
+        " `delta()` will raise an error."
+    )
+
+
+def late_parameters(module: nn.Module, optimizer: Optimizer, observable: Mapping[str, Parameter]) -> str | None:
+    """Warn of parameters that began to train after observing had begun, as with Lightning's BaseFinetuning.
 
     Args:
         module: the module that is trained.
-        optimizer: the one that steps it.
-        eligible: the parameters that were observed, with those that were left out by name.
+        optimizer: the optimizer that steps it.
+        observable: the parameters that trained when observing began, whether eligible or not.
     """
-    known = {id(p) for p in eligible.values()}
+    known = {id(p) for p in observable.values()}
     optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
     late = {n: p for n, p in module.named_parameters() if p.requires_grad and id(p) in optimized and id(p) not in known}
     if not late:
         return None
     return (
-        f"{some(late)} began to train after observing had begun, so these {sum(map(Tensor.numel, late.values())):,}"
-        " elements are not ranked and stay live. Let them train from the first step, or `fit` again with a new callback"
-        " once they do."
+        f"{shortened(late)} began to train after observing had begun, so these"
+        f" {sum(map(Tensor.numel, late.values())):,} elements are not ranked and stay live. Let them train from the"
+        " first step, or `fit` again with a new callback once they do."
     )
-
-
-def some(names: Iterable[str]) -> str:
-    """The first five names, and how many more there are."""
-    listing = list(names)
-    return ", ".join(listing[:5]) + (f" and {len(listing) - 5} more" if len(listing) > 5 else "")

@@ -1,6 +1,8 @@
-"""What cannot be served, and why: each function returns a sentence with the reason and the way out, or None.
+"""Unsupported configurations and their error messages.
 
-By class names and attributes, so that both of Lightning's packages are understood without importing either.
+Each function returns a sentence with the reason and the way out, or None if the configuration is supported.
+Strategies and callbacks are recognized by class names and attributes, so both of Lightning's packages are covered and
+neither is imported.
 """
 
 import inspect
@@ -13,49 +15,59 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import LBFGS, Optimizer
 
-from lightning_gcfreeze import _modules, misconfiguration
+from lightning_gcfreeze import _modules
+from lightning_gcfreeze._names import shortened
 from lightning_gcfreeze._types import Named
 from lightning_gcfreeze.freezing import ELEMENTWISE
 
+_UNSUPPORTED_STRATEGIES = {
+    "FSDPStrategy": "flattens parameters into shards, where an element has neither name nor place (FSDP2 does not)",
+    "DeepSpeedStrategy": "keeps gradients and optimizer states in its own buffers, and steps them itself",
+}
+_UNKNOWN_STRATEGY = "is not known to leave parameters, gradients and optimizer states where they can be held constant"
+_UNSUPPORTED_DIMENSIONS = {"pp", "pipe", "pipeline", "cp", "context", "ep", "expert", "experts", "sp", "sequence"}
+_TWO_SETS_OF_WEIGHTS = {
+    frozenset({"train", "eval"}): "trains with other weights than it is evaluated with",
+    frozenset({"weight_sum", "weight_lr_power"}): "trains with other weights than it is evaluated with",
+    frozenset({"first_step", "second_step"}): "takes its gradients at other weights than those that it steps",
+    frozenset({"Lookahead"}): "keeps slow weights next to those that are trained",
+    frozenset({"sync_lookahead"}): "keeps slow weights next to those that are trained",
+    frozenset({"swap_swa_sgd"}): "keeps averaged weights next to those that are trained",
+}
+"""Classes, methods and keys of parameter groups that identify optimizers with two sets of weights."""
 
-def of_strategy(strategy: Any) -> str | None:
-    """Strategies under which frozen elements could not be held, or a rank's would not be the others'."""
+
+def unsupported_strategy(strategy: Any) -> str | None:
+    """Strategies under which elements cannot be held constant, or not on all ranks alike."""
     classes = {cls.__name__ for cls in type(strategy).__mro__}
     known = classes & {"SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy"}
-    why_not = [reason for name, reason in _WHY_NOT.items() if name in classes]
-    if not known or why_not:
+    reasons = [reason for name, reason in _UNSUPPORTED_STRATEGIES.items() if name in classes]
+    if not known or reasons:
         return (
-            f"{type(strategy).__name__} is not supported: it {(*why_not, _UNKNOWN)[0]}. Supported are a single device,"
-            " DDPStrategy, and ModelParallelStrategy for FSDP2 and tensor parallelism."
+            f"{type(strategy).__name__} is not supported: it {reasons[0] if reasons else _UNKNOWN_STRATEGY}. Supported"
+            " are a single device, DDPStrategy, and ModelParallelStrategy for FSDP2 and tensor parallelism."
         )
     if type(getattr(strategy, "_ddp_comm_state", None)).__name__ == "PostLocalSGDState":
         return (
-            "With post-local SGD the weights of the processes differ until they are averaged, and frozen ones would"
-            " move then. Use DDPStrategy without it."
+            "With post-local SGD the weights of the processes differ until they are averaged, and averaging would move"
+            " frozen ones. Use DDPStrategy without it."
         )
     return None
 
 
-_WHY_NOT = {
-    "FSDPStrategy": "flattens parameters into shards, where an element has neither name nor place (FSDP2 does not)",
-    "DeepSpeedStrategy": "keeps gradients and optimizer states in buffers of its own, and steps them itself",
-}
-_UNKNOWN = "is not known to keep parameters, gradients and optimizer states where they can be held"
-
-
-def of_mesh(strategy: Any, meshes: Iterable[DeviceMesh]) -> str | None:
+def unsupported_mesh(strategy: Any, meshes: Iterable[DeviceMesh]) -> str | None:
     """Dimensions of a device mesh along which processes see other layers, or other parts of a sample.
 
     Args:
-        strategy: what it keeps in attributes is looked through.
-        meshes: those of the parameters.
+        strategy: the strategy; a mesh may be one of its attributes.
+        meshes: the meshes of the parameters.
     """
     own = [value for value in vars(strategy).values() if isinstance(value, DeviceMesh)]
     other = [
         f"{name} ({size})"
         for mesh in dict.fromkeys([*own, *meshes])
         for name, size in zip(mesh.mesh_dim_names or (), mesh.shape, strict=False)
-        if size > 1 and set(name.lower().split("_")) & _OTHER_DIMENSIONS
+        if size > 1 and set(name.lower().split("_")) & _UNSUPPORTED_DIMENSIONS
     ]
     if not other:
         return None
@@ -66,53 +78,75 @@ def of_mesh(strategy: Any, meshes: Iterable[DeviceMesh]) -> str | None:
     )
 
 
-_OTHER_DIMENSIONS = {"pp", "pipe", "pipeline", "cp", "context", "ep", "expert", "experts", "sp", "sequence"}
-
-
-def of_callbacks(callbacks: Sequence[Any]) -> str | None:
-    """More than one callback of this package in a Trainer."""
-    if len(callbacks) < 2:
-        return None
-    return (
-        f"The Trainer has {len(callbacks)} {type(callbacks[0]).__name__}s, but an optimizer serves one only. For"
-        " several stages use `schedule=FreezeSchedule([...])`; for other elements `include` and `exclude`."
-    )
-
-
-def of_sharding(covariance: bool, hold: str, may_thaw: bool) -> str | None:
-    """What needs whole tensors.
+def unsupported_with_shards(covariance: bool, hold: str, may_thaw: bool) -> str | None:
+    """Options that need whole tensors, for a run with sharded parameters.
 
     Args:
-        covariance: whether the whole matrix is wanted.
-        hold: how constancy is kept.
-        may_thaw: whether what is frozen may thaw.
+        covariance: whether the full covariance matrix is requested.
+        hold: the argument `hold`.
+        may_thaw: whether frozen elements may thaw again.
     """
     if may_thaw:
         return (
-            "The optimizer's state of what may thaw is kept whole, and these parameters are sharded. In place of"
-            " `k='auto'` use a number, or a `FreezeSchedule` that is monotone."
+            "Thawing needs the optimizer's state of whole parameters, and these are sharded. Instead of `k='auto'` use"
+            " a number, or a `FreezeSchedule` that is monotone."
         )
     if covariance:
         return "`covariance='full'` needs whole parameters, and these are sharded. Use `covariance='diagonal'`."
     if hold == "compact":
         return (
-            "`hold='compact'` needs whole parameters, and these are sharded. Use `hold='restore'` or 'auto', which puts"
-            " the frozen elements of each shard back."
+            "`hold='compact'` needs whole parameters, and these are sharded. Use `hold='restore'` or 'auto', which"
+            " restores the frozen elements of each shard."
         )
     return None
 
 
-def of_module(module: nn.Module, training_step: Any, automatic_optimization: bool, replays: bool = True) -> str | None:
-    """Modules that are not complete, or whose loss cannot be replayed on a single sample, if it has to be."""
+def too_many_callbacks(indices: Sequence[int]) -> str | None:
+    """Two callbacks of this package for the same optimizer.
+
+    Args:
+        indices: for each callback the index of its optimizer.
+    """
+    if len(set(indices)) == len(indices):
+        return None
+    index = next(index for index in indices if indices.count(index) > 1)
+    return (
+        f"The Trainer has {indices.count(index)} GradCovFreezeCallbacks for the optimizer with the index {index}, but"
+        " an optimizer serves one only. For several stages use `schedule=FreezeSchedule([...])`; for other elements"
+        " `include` and `exclude`; for another optimizer `optimizer`."
+    )
+
+
+def unsupported_manual_optimization(reads_samples: bool, needs_loss: bool) -> str | None:
+    """Options that manual optimization does not allow.
+
+    Args:
+        reads_samples: whether gradients of single samples are computed, as for the variance.
+        needs_loss: whether decisions depend on the training loss, as with ``t0="auto"``, and with ``k="auto"`` unless
+            it has a `monitor`.
+    """
+    if reads_samples:
+        return (
+            "With manual optimization, `training_step` moves the weights itself, so it cannot be replayed on one sample"
+            " and the variance cannot be observed. Use an order that does not read the variance, such as"
+            " `order='progress'`, with `samples='auto'` and `covariance='diagonal'`; or `lightning_gcfreeze.Freezer`"
+            " with `loss=`."
+        )
+    if needs_loss:
+        return (
+            "With manual optimization, the training loss of one optimizer is unknown to the callback, and `t0='auto'`"
+            " and `k='auto'` depend on it. Use an int `t0` and a number `k`, or `k=Growth(monitor=...)`; or"
+            " `lightning_gcfreeze.Freezer` with `loss=`."
+        )
+    return None
+
+
+def unsupported_module(module: nn.Module, training_step: Any, replays: bool = True) -> str | None:
+    """Modules without all parameters or, if it has to be replayed, whose loss cannot be replayed on a single sample."""
     if lazy := [name for name, p in module.named_parameters() if isinstance(p, UninitializedParameter)]:
         return (
-            f"{', '.join(lazy[:5])}: parameters of lazy modules have no shape before the first forward pass, so nothing"
-            " can be said of their elements. Run the module on one batch before `fit`."
-        )
-    if not automatic_optimization:
-        return (
-            "Manual optimization cannot be observed: its `training_step` moves the weights itself, so it cannot be"
-            " replayed on one sample. Set `automatic_optimization = True`, with one optimizer."
+            f"{shortened(lazy)}: parameters of lazy modules have no shape before the first forward pass. Run the module"
+            " on one batch before `fit`."
         )
     if not replays:
         return None
@@ -123,132 +157,172 @@ def of_module(module: nn.Module, training_step: Any, automatic_optimization: boo
         )
     if scripted := [name for name, layer in module.named_modules() if isinstance(layer, torch.jit.ScriptModule)]:
         return (
-            f"{', '.join(scripted)}: the state of TorchScript modules cannot be put back after a replay. Use the module"
+            f"{shortened(scripted)}: the state of TorchScript modules cannot be restored after a replay. Use the module"
             " that was scripted, or `torch.compile`."
         )
     if layers := _modules.batch_norms_without_statistics(module):
         return (
-            f"{', '.join(layers)}: BatchNorm with `track_running_stats=False` cannot take a single sample. Let it track"
+            f"{shortened(layers)}: BatchNorm with `track_running_stats=False` cannot take a single sample. Let it track"
             " running statistics, or use GroupNorm or LayerNorm."
         )
     return None
 
 
-def of_graph(loss: Tensor) -> str | None:
-    """Parts of the graph without their parameters: behind a wholly frozen layer they would have no gradient."""
+def unsupported_graph(loss: Tensor) -> str | None:
+    """Graphs without some of their parameters: behind a wholly frozen layer these would have no gradient."""
     if not _modules.has_reentrant_checkpoint(loss):
         return None
     return (
-        "Activation checkpointing with `use_reentrant=True` hides parameters from the graph; set it to False, or pass"
-        " `promote=False` with an order that does not read the variance."
+        "Activation checkpointing with `use_reentrant=True` hides parameters from the graph. Set it to False, or pass"
+        " `skip_frozen_gradients=False` with an order that does not read the variance."
     )
 
 
-def of_samples(module: nn.Module, count: int | None) -> str | None:
-    """More samples than the module can cut out itself."""
-    if count == 1 or not hasattr(module, "gcfreeze_first_sample"):
+def unsupported_samples(module: nn.Module, n_samples: int | None) -> str | None:
+    """More samples than the module extracts from a batch itself; None stands for all samples of a batch."""
+    if n_samples == 1 or not hasattr(module, "gcfreeze_first_sample"):
         return None
     return (
         f"`gcfreeze_first_sample` of {type(module).__name__} gives the first sample of a batch and no other. Use"
-        " `samples='first'`, or remove it if the batch can be cut along the first axis of its tensors."
+        " `samples='first'`, or remove the method if batches can be sliced along the first axis of their tensors."
     )
 
 
-def of_optimizers(optimizers: Sequence[Any]) -> str | None:
-    """Anything but one optimizer whose steps can be followed and whose frozen elements do not guide the live ones."""
-    if len(optimizers) != 1:
-        return f"{len(optimizers)} optimizers, but exactly one is needed. Return it from `configure_optimizers`."
-    if isinstance(optimizers[0], LBFGS):
+def single_sample(batch_size: int | None) -> str | None:
+    """Batches of one sample, where gradients of single samples are computed; None stands for an unknown size."""
+    if batch_size != 1:
+        return None
+    return (
+        "The batch holds one sample, and the gradient noise is undefined for a batch of one. Use batches of at least 2"
+        " samples, accumulate gradients, or use an order that does not read the variance, such as `order='progress'`,"
+        " with `samples='auto'` and `covariance='diagonal'`."
+    )
+
+
+def no_gradients(parameters: Mapping[str, Tensor]) -> str | None:
+    """Parameters without gradients after the backward pass."""
+    if any(p.grad is not None for p in parameters.values()):
+        return None
+    return (
+        "No eligible parameter has a gradient after the backward pass: something uses the gradients up before they can"
+        " be observed, as optimizers do that step in the backward pass. Leave the gradients in `p.grad`."
+    )
+
+
+def unsupported_optimizer_index(index: int | None, optimizers: Sequence[Any]) -> str | None:
+    """Optimizers among which that of the callback cannot be told.
+
+    Args:
+        index: the argument `optimizer`; None if it was not given.
+        optimizers: the optimizers of the run: one with automatic optimization, any number with manual optimization.
+    """
+    count = len(optimizers)
+    if not count:
+        return "The module has no optimizer. Return one from `configure_optimizers`."
+    if index is None:
+        return None if count == 1 else (
+            f"The module has {count} optimizers. Pass the index of the one whose parameters freeze as `optimizer`, from"
+            f" 0 to {count - 1}."
+        )  # fmt: skip
+    if not 0 <= index < count:
+        plural = "optimizers" if count > 1 else "optimizer"
+        return (
+            f"`optimizer={index}` is the index of no optimizer: the module has {count} {plural}. Pass an index from"
+            f" 0 to {count - 1}."
+        )
+    return None
+
+
+def unsupported_optimizer(optimizer: Any) -> str | None:
+    """Optimizers whose steps cannot be followed, or whose frozen elements affect the live ones."""
+    if isinstance(optimizer, LBFGS):
         return (
             "LBFGS evaluates the loss several times a step, along directions that mix frozen and live elements: holding"
             " some of them constant is not exact. Use a first-order optimizer."
         )
-    optimizer = optimizers[0]
     if not isinstance(optimizer, Optimizer):
-        return f"{type(optimizer).__name__} is no torch.optim.Optimizer: no hook runs right after its steps."
+        return (
+            f"{type(optimizer).__name__} is no torch.optim.Optimizer, so no hook runs right after its steps. Use the"
+            " optimizer that it wraps."
+        )
     signs = {cls.__name__ for cls in type(optimizer).__mro__}.union(*optimizer.param_groups)
     signs |= {name for name in dir(type(optimizer)) if callable(getattr(type(optimizer), name, None))}
-    for known, why in _TWO_SETS.items():
+    for known, reason in _TWO_SETS_OF_WEIGHTS.items():
         if known <= signs:
             by = ", ".join(f"`{sign}`" for sign in sorted(known))
             return (
-                f"{type(optimizer).__name__} {why} ({by}): frozen elements would not be constant in both. Use an"
+                f"{type(optimizer).__name__} {reason} ({by}): frozen elements would not be constant in both. Use an"
                 " optimizer with one set of weights."
             )
     hooked = getattr(type(optimizer).step, "hooked", not hasattr(Optimizer, "_patch_step_function"))
     if not hooked or not hasattr(optimizer, "_optimizer_step_post_hooks"):
-        return of_step_hooks(optimizer)
+        return no_step_hooks(optimizer)
     return None
 
 
-_TWO_SETS = {
-    frozenset({"train", "eval"}): "trains with other weights than it is evaluated with",
-    frozenset({"weight_sum", "weight_lr_power"}): "trains with other weights than it is evaluated with",
-    frozenset({"first_step", "second_step"}): "takes its gradients at other weights than those that it steps",
-    frozenset({"Lookahead"}): "keeps slow weights beside those that are trained",
-    frozenset({"sync_lookahead"}): "keeps slow weights beside those that are trained",
-    frozenset({"swap_swa_sgd"}): "keeps averaged weights beside those that are trained",
-}
-"""Classes, methods and keys of parameter groups by which optimizers with two sets of weights are known."""
-
-
-def of_step_hooks(optimizer: Any) -> str:
-    """An optimizer in whose steps no hooks run."""
+def no_step_hooks(optimizer: Any) -> str:
+    """Return the error for an optimizer in whose steps no hooks run."""
     return (
-        f"{type(optimizer).__name__} does not run hooks after its steps (`register_step_post_hook`), by which steps are"
-        " counted and frozen values put back: its `__init__` does not call that of torch.optim.Optimizer, or it steps"
-        " something else. Use the optimizer that it wraps."
+        f"{type(optimizer).__name__} does not run hooks after its steps (`register_step_post_hook`), which count steps"
+        " and restore frozen values: its `__init__` does not call that of torch.optim.Optimizer, or it steps something"
+        " else. Use the optimizer that it wraps."
     )
 
 
-def of_evaluations(optimizer: Any) -> str:
-    """An optimizer that evaluates the loss more than once a step."""
+def several_evaluations(optimizer: Any) -> str:
+    """Return the error for an optimizer that evaluates the loss more than once a step."""
     return (
         f"{type(optimizer).__name__} evaluates the loss several times in one step, at weights that are not those of the"
         " step: elements cannot be held constant to the bit meanwhile. Use an optimizer that evaluates it once."
     )
 
 
-def of_compact(optimizer: Optimizer, module: nn.Module) -> str | None:
-    """Optimizers that cannot go without the frozen elements, and layers that write their weights themselves."""
+def not_compactable(optimizer: Optimizer, module: nn.Module) -> str | None:
+    """Optimizers that need the frozen elements, and layers that write to their weights themselves."""
     if type(optimizer) not in ELEMENTWISE:
         return (
-            f"`hold='compact'` hands the live elements to the optimizer as flat vectors, but {type(optimizer).__name__}"
-            f" is not known to treat every element by itself; {', '.join(sorted(c.__name__ for c in ELEMENTWISE))} are."
-            " Use `hold='restore'` or 'auto', or, if it does, add its class to"
-            " `lightning_gcfreeze.freezing.ELEMENTWISE`."
+            f"`hold='compact'` passes only the live elements to the optimizer, but {type(optimizer).__name__} is not"
+            f" known to treat every element by itself; {', '.join(sorted(c.__name__ for c in ELEMENTWISE))} are. Use"
+            " `hold='restore'` or 'auto', or, if it does, add its class to `lightning_gcfreeze.freezing.ELEMENTWISE`."
         )
     if writing := [name for name, layer in module.named_modules() if getattr(layer, "max_norm", None) is not None]:
         return (
-            f"{', '.join(writing)}: an embedding with `max_norm` rescales its weights in each forward pass, frozen ones"
-            " too. Use `hold='restore'` or 'auto', which puts them back."
+            f"{shortened(writing)}: an embedding with `max_norm` rescales its weights in each forward pass, frozen ones"
+            " too. Use `hold='restore'` or 'auto', which restores them."
         )
     return None
 
 
-def of_letting_go(onlookers: Sequence[str]) -> str:
-    """Why no gradient is taken away."""
+def gradients_are_kept(readers: Sequence[str]) -> str:
+    """Return the reason why gradients stay in ``p.grad`` until the optimizer steps."""
     return (
-        f"{misconfiguration.some(onlookers)} may look at gradients, so all are computed and stay where they are until"
-        " the optimizer steps. That saves the optimizer's state and work, but no gradients."
+        f"{shortened(readers)} may look at gradients, so all of them are computed and stay in `p.grad` until the"
+        " optimizer steps. That saves optimizer state and work, but no gradients."
     )
 
 
-def of_state_access(onlookers: Sequence[str]) -> str | None:
-    """Code that looks for a parameter's state in the optimizer, where `hold="compact"` keeps that of live elements."""
-    if not onlookers:
+def optimizer_state_is_read(readers: Sequence[str]) -> str | None:
+    """Code that looks up a parameter's state in the optimizer, where `hold="compact"` keeps that of live elements."""
+    if not readers:
         return None
     return (
-        f"{misconfiguration.some(onlookers)} looks for a parameter's entries in the optimizer's state, but with"
-        " `hold='compact'` these are of the live elements alone, not of a parameter. Use `hold='restore'` or 'auto'."
+        f"{shortened(readers)} looks up a parameter's entries in the optimizer's state, but with `hold='compact'` the"
+        " state has entries for live elements only, not for parameters. Use `hold='restore'` or 'auto'."
     )
 
 
-def of_resuming(
+def not_resumable(
     saved: Mapping[str, Any], now: Mapping[str, Any], saved_shapes: Mapping[str, torch.Size], parameters: Named
 ) -> str | None:
-    """A checkpoint of a run with other arguments or other eligible parameters."""
-    if (saved.get("samples"), now.get("samples")) == ("first", "auto"):  # what was the default; the state says it
+    """A checkpoint of a run with other arguments or other eligible parameters.
+
+    Args:
+        saved: the arguments in the checkpoint.
+        now: the present arguments.
+        saved_shapes: the shapes of the eligible parameters in the checkpoint.
+        parameters: the present eligible parameters.
+    """
+    if (saved.get("samples"), now.get("samples")) == ("first", "auto"):  # the default of 0.1; the state says it
         saved = {**saved, "samples": "auto"}
     if different := [name for name in now if (type(saved.get(name)), saved.get(name)) != (type(now[name]), now[name])]:
         listing = ", ".join(f"{name}={saved.get(name)!r} (now {now[name]!r})" for name in different)

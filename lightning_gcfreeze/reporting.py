@@ -1,23 +1,68 @@
-"""Masks and variances -> {tag: number or tensor}. Pure; handing them to loggers is the callback's business."""
+"""Tags and values for loggers. Which loggers there are, and when to log, is the callback's business."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import Tensor
 
 from lightning_gcfreeze._types import Named
 
+FROZEN_FRACTION = "gcfreeze/frozen_fraction"
 
-def scalars(of_each: Mapping[str, float], fraction: float, observed: int) -> dict[str, float]:
-    """The fractions of frozen elements, by parameter and in all, and the number of observed steps."""
-    by_parameter = {f"gcfreeze/frozen_fraction/{name}": value for name, value in of_each.items()}
-    return {"gcfreeze/frozen_fraction": fraction, "gcfreeze/observed_steps": float(observed), **by_parameter}
+
+def scalars(
+    fractions: Mapping[str, float],
+    fraction: float,
+    observed: int,
+    savings: Mapping[str, float] | None = None,
+    bytes_sent: int | None = None,
+    planning: Mapping[str, float] | None = None,
+) -> dict[str, float]:
+    """Return the numbers of a step, by tag.
+
+    Args:
+        fractions: frozen elements / all elements of each eligible parameter, by name.
+        fraction: frozen elements / eligible elements.
+        observed: observed steps.
+        savings: the totals of `Savings`, by tag; None before the freeze.
+        bytes_sent: what this process passed to DDP's all-reduce in the step; None without DDP.
+        planning: what the `Plan` found since the last call, by tag; values that are not finite are left out.
+    """
+    values = {FROZEN_FRACTION: fraction, "gcfreeze/observed_steps": float(observed)}
+    values |= {f"{FROZEN_FRACTION}/{name}": value for name, value in fractions.items()}
+    values |= savings or {}
+    values |= {} if bytes_sent is None else {"gcfreeze/gradient_bytes_sent": float(bytes_sent)}
+    return values | {tag: value for tag, value in (planning or {}).items() if math.isfinite(value)}
 
 
 def histograms(frozen: Named, variance: Named) -> dict[str, Tensor]:
-    """log10 of the variance, where there is one that is not 0, and the mask as 0 and 1, of each parameter."""
+    """Return the values of a decision's histograms, by tag.
+
+    Args:
+        frozen: ``{name: bool (*p.shape)}``, logged as 0 and 1.
+        variance: ``{name: (*p.shape)}``, logged as log10 of the positive values; may be empty.
+    """
     values = {}
     for name, mask in frozen.items():
         values[f"gcfreeze/frozen/{name}"] = mask.float()
         if name in variance and (positive := variance[name][variance[name] > 0]).numel():
             values[f"gcfreeze/log10_variance/{name}"] = positive.log10()
     return values
+
+
+def log(loggers: Iterable[Any], step: int, metrics: dict[str, float], values: Named | None = None) -> None:
+    """Write numbers to all loggers, and histograms to those that have them, as TensorBoard's does.
+
+    Args:
+        loggers: Lightning's loggers.
+        step: the step on the loggers' axis.
+        metrics: numbers by tag, see `scalars`.
+        values: the values of histograms by tag, see `histograms`; None: no histograms.
+    """
+    for logger in loggers:
+        logger.log_metrics(metrics, step=step)
+        add_histogram = getattr(getattr(logger, "experiment", None), "add_histogram", None)
+        if add_histogram is not None:
+            for tag, tensor in (values or {}).items():
+                add_histogram(tag, tensor, step)

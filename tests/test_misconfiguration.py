@@ -1,4 +1,4 @@
-"""What is probably not meant: said before the first step, in one short sentence, and not where all is well."""
+"""Warnings of probable mistakes: before the first step, in one short sentence, and none without a mistake."""
 
 import re
 import warnings
@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import (
 from torch import nn
 
 from lightning_gcfreeze import FreezeSchedule, GradCovFreezeCallback, misconfiguration
+from lightning_gcfreeze._names import shortened
 from tests import cases
 
 NAMES = [f"encoder.layer.{i}.{part}.{kind}" for i in range(75) for part in ("query",) for kind in ("weight", "bias")]
@@ -82,7 +83,7 @@ def test_a_percentage_given_as_a_count_is_warned_of():
     assert "`k=80` is a count: 80 of 46,581 eligible elements freeze; a fraction is 0.8." in text
     for k in (469, 0.001, 0):
         assert warned(GradCovFreezeCallback(t0=4, k=k), module=wide()) == {}
-    assert "as in `k=0.8`" in str(misconfiguration.of_small_count(2000, 10**6))
+    assert "as in `k=0.8`" in str(misconfiguration.small_count(2000, 10**6))
 
 
 def test_parameters_that_begin_to_train_late_are_named_at_the_decision():
@@ -136,10 +137,10 @@ def test_a_frozen_value_that_somebody_wrote_is_noticed_and_a_live_one_is_not():
 
 
 def test_messages_stay_short_with_many_parameters():
-    text = misconfiguration.of_patterns("include", ["encoder.layers.*", "tpyo"], NAMES)
+    text = misconfiguration.useless_patterns("include", ["encoder.layers.*", "tpyo"], NAMES)
     assert text is not None
     assert len(text) < 400
-    assert "and 145 more" in misconfiguration.some(NAMES)
+    assert "and 145 more" in shortened(NAMES)
     module = cases.Regression(nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 1)))
     trainer = cases.trainer(callbacks=[GradCovFreezeCallback(t0=1, k=0.5, include="netwrk.*")])
     with pytest.raises(ValueError, match=r"No parameter is eligible .* and 1 more\. Closest: ") as error:

@@ -96,8 +96,13 @@ def with_optimizer(make: Any) -> cases.Regression:
         ),
         (lambda: with_optimizer(None), {"exclude": "*"}, ValueError, "No parameter is eligible"),
         (lambda: with_optimizer(lambda p: torch.optim.LBFGS(p)), {}, MisconfigurationException, "LBFGS .* not exact"),
-        (lambda: Manual(cases.mlp()), {}, MisconfigurationException, "Manual optimization cannot be observed"),
-        (lambda: TwoOptimizers(cases.mlp()), {}, MisconfigurationException, "Manual optimization cannot be observed"),
+        (lambda: Manual(cases.mlp()), {}, MisconfigurationException, "With manual optimization, `training_step` moves"),
+        (
+            lambda: TwoOptimizers(cases.mlp()),
+            {},
+            MisconfigurationException,
+            "With manual optimization, `training_step` moves",
+        ),
         (lambda: FetchesItself(cases.mlp()), {}, MisconfigurationException, "Take a `batch` instead"),
         (
             lambda: cases.Regression(nn.Sequential(nn.BatchNorm1d(5, track_running_stats=False), nn.Linear(5, 1))),

@@ -1,8 +1,6 @@
-"""Who may look at gradients: everybody whose code could, by name, and nobody else."""
+"""Code that may look at gradients or at the optimizer's state is found by name, and nothing else is."""
 
-import copy
 import functools
-import pickle
 import types
 from typing import Any
 
@@ -16,14 +14,15 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lightning_gcfreeze import GradCovFreezeCallback
-from lightning_gcfreeze.user_code import readers
+from lightning_gcfreeze.user_code import reached, readers
+from lightning_gcfreeze.user_code.reached import TRAINING_HOOKS_WITH_GRADIENTS, Owners
 from tests import cases
 
 
 def found(module: pl.LightningModule, *others: Any, plugins: Any = (), optimizer: Any = None) -> list[str]:
     optimizer = optimizer or torch.optim.SGD(module.parameters(), lr=0.1)
-    owners = readers.Owners(module, [*others, *plugins])
-    return readers.of_run(owners, dict(module.named_parameters()), optimizer)
+    owners = Owners(module, [*others, *plugins])
+    return readers.gradient_readers(owners, dict(module.named_parameters()), optimizer)
 
 
 def halve(module: nn.Module) -> None:
@@ -132,7 +131,7 @@ class Looks:
 
     class ByAnImport(Base):
         def on_train_batch_end(self, *args: Any) -> None:
-            from tests.user_programs.test_readers import halve as imported
+            from tests.user_code.test_readers import halve as imported
 
             imported(self)
 
@@ -182,12 +181,12 @@ def test_code_that_leads_to_gradients_is_found(cls):
 
 
 @pytest.mark.parametrize("cls", HARMLESS.values(), ids=HARMLESS.keys())
-def test_harmless_code_is_not(cls):
+def test_harmless_code_is_not_found(cls):
     assert found(cls()) == []
 
 
-@pytest.mark.parametrize("name", sorted(readers.IN_THE_GRADIENTS_WAY))
-def test_a_hook_in_the_gradients_way_counts_whatever_its_code(name):
+@pytest.mark.parametrize("name", sorted(TRAINING_HOOKS_WITH_GRADIENTS))
+def test_overridden_hook_that_handles_gradients_is_found_whatever_its_code(name):
     """Of a module, a callback, a strategy, a precision plugin; also on an instance, and as a partial."""
 
     def harmless(self: Any, *args: Any, **kwargs: Any) -> None: ...
@@ -240,8 +239,7 @@ def test_hooks_on_tensors_modules_and_the_optimizer_are_found():
     assert found(module, optimizer=optimizer) == ["the patched SGD.step"]
 
 
-def test_lightnings_own_callbacks_are_known():
-    """All that it has, and ours."""
+def test_callbacks_of_lightning_and_this_package_are_not_found():
     own = [
         callbacks.EarlyStopping("x"), callbacks.LearningRateMonitor(), callbacks.ModelCheckpoint(), callbacks.Timer(),
         callbacks.EMAWeightAveraging(), callbacks.StochasticWeightAveraging(1e-2), callbacks.DeviceStatsMonitor(),
@@ -251,7 +249,7 @@ def test_lightnings_own_callbacks_are_known():
     assert found(Base(), *own, plugins=[Precision()]) == []
 
 
-class TestOfOptimizerState:
+class TestOptimizerStateReaders:
     """Code that would not find what it looks for where the state is that of the live elements."""
 
     class ByParameter(Base):
@@ -271,12 +269,12 @@ class TestOfOptimizerState:
             self.size = sum(v.numel() for state in optimizer.state.values() for v in state.values())
 
     @pytest.mark.parametrize(("cls", "looks"), [(ByParameter, True), (Resets, True), (Counts, False)])
-    def test_of_modules(self, cls, looks):
-        assert bool(readers.of_optimizer_state(readers.Owners(cls()))) is looks
+    def test_methods_that_look_up_or_change_state_are_found(self, cls, looks):
+        assert bool(readers.optimizer_state_readers(Owners(cls()))) is looks
 
     @pytest.mark.parametrize(("cls", "compact"), [(ByParameter, False), (Resets, False), (Counts, True)])
-    def test_under_auto_its_values_are_put_back(self, cls, compact):
-        """And what it looks for is there; "compact" is refused by name."""
+    def test_auto_restores_values_and_compact_is_refused(self, cls, compact):
+        """So the state that the method looks for is there; the error names the method."""
         module = cls()
         module.make_optimizer = lambda parameters: torch.optim.Adam(parameters, lr=0.01)
         callback = GradCovFreezeCallback(t0=3, k=0.5)
@@ -292,8 +290,8 @@ class TestOfOptimizerState:
                 trainer.fit(cls(), cases.loader())
 
 
-def test_data_modules_loggers_schedulers_and_trainers_are_looked_through():
-    """Whatever has code of the user's that runs between two steps."""
+def test_data_modules_and_schedulers_are_searched():
+    """Gradients stay where one of them reads gradients between two steps."""
 
     class Data(pl.LightningDataModule):
         def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -320,76 +318,30 @@ def test_data_modules_loggers_schedulers_and_trainers_are_looked_through():
     assert callback.savings.after.gradients < callback.savings.before.gradients
 
 
-class Hidden(cases.Regression):
-    """Does something by a name that no reading of its code leads to."""
+def test_three_questions_walk_through_the_methods_once(monkeypatch):
+    """Walking is slow: gradients, weights and state are looked for in the same functions."""
+    walked: list[str] = []
+    walk = reached.reached_functions
 
-    def __init__(self, act: Any) -> None:
-        super().__init__(cases.mlp())
-        self.__dict__["_act"] = act
+    def counted(code: reached.Code) -> Any:
+        walked.append(code.function.__qualname__)
+        return walk(code)
 
-    def on_train_batch_end(self, *args: Any) -> None:
-        vars(self)["_" + "act"](self)
-
-
-class TestWatch:
-    """Who asks for gradients while observing is noted, whatever the way."""
-
-    def test_code_that_no_reading_finds_is_seen_when_it_asks(self):
-        """Gradients stay, also in a run that goes on from a checkpoint after the freeze."""
-        norms: list[float] = []
-
-        def measure(module: nn.Module) -> None:
-            norms.append(sum(float(p.grad.norm()) for p in module.parameters()))
-
-        module = Hidden(measure)
-        assert found(module) == []
-        callback = GradCovFreezeCallback(t0=3, k=0.8)
-        trainer = cases.trainer(callbacks=[callback])
-        trainer.fit(module, cases.loader())
-        assert len(norms) == 16
-        assert callback.savings.after.gradients == callback.savings.before.gradients
-        (reader,) = callback.state_dict()["readers"]
-        assert "test_gradient_access.py:" in reader
-        assert all(type(p) is nn.Parameter for p in module.parameters())
-
-    def test_what_lightning_torch_and_the_callback_do_is_known(self):
-        """Clipping, accumulation, stepping and observing ask for gradients all the time."""
-        callback = GradCovFreezeCallback(t0=9, k=0.8, samples="all")
-        cases.trainer(callbacks=[callback], gradient_clip_val=0.5, max_epochs=4).fit(
-            cases.Regression(cases.mlp()), cases.loader()
-        )
-        assert callback.state_dict()["readers"] == []
-        assert callback.savings.after.gradients < callback.savings.before.gradients
-
-    def test_watched_parameters_are_copied_and_pickled_as_plain_ones(self):
-        parameter = nn.Parameter(torch.ones(2))
-        parameter.grad = torch.ones(2)
-        watch = readers.GradientWatch([parameter])
-        watch.arm()
-        try:
-            copied = copy.deepcopy(parameter), pickle.loads(pickle.dumps(parameter))
-            assert parameter.grad.tolist() == [1.0, 1.0]
-            del parameter.grad
-            assert parameter.grad is None
-        finally:
-            watch.disarm()
-        assert [type(p) for p in (*copied, parameter)] == [nn.Parameter] * 3
-        assert len(watch.seen) == 3
+    monkeypatch.setattr(reached, "reached_functions", counted)
+    module = TestOptimizerStateReaders.ByParameter()
+    owners, parameters = Owners(module), dict(module.named_parameters())
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    assert readers.gradient_readers(owners, parameters, optimizer) == []
+    assert readers.weight_writers(owners, parameters, optimizer) == []
+    assert readers.optimizer_state_readers(owners) == ["ByParameter.on_train_epoch_end"]
+    assert len(walked) == len(set(walked)) == len(owners.methods) > 1
 
 
-def test_frozen_values_that_hidden_code_writes_to_are_an_error():
-    """Within two steps, by name; what is put back anyhow is none."""
-
-    def decay(module: nn.Module) -> None:
-        for p in module.parameters():
-            p.detach().mul_(0.99)
-
-    for hold, wrong in (("auto", True), ("compact", True), ("restore", False)):
-        trainer = cases.trainer(callbacks=[GradCovFreezeCallback(t0=3, k=0.8, hold=hold)])
-        if wrong:
-            with pytest.raises(RuntimeError, match=r"network.*frozen elements were written to.*hold='restore'"):
-                trainer.fit(Hidden(decay), cases.loader())
-            assert trainer.global_step <= 5
-        else:
-            with pytest.warns(UserWarning, match="the fit ends with other values of frozen elements"):
-                trainer.fit(Hidden(decay), cases.loader())
+@pytest.mark.parametrize("package", ["lightning", "torch", "transformers", "accelerate"])
+def test_functions_of_known_packages_are_not_walked(package):
+    """A namesake from elsewhere is."""
+    code = compile("def step(p): return p.grad", "<package>", "exec")
+    for name, functions in ((f"{package}.utils", 0), (f"my_{package}.utils", 1)):
+        scope: dict[str, Any] = {"__name__": name}
+        exec(code, scope)
+        assert len(reached.reached_functions(reached.Code(scope["step"]))) == functions

@@ -1,0 +1,88 @@
+"""Convert a delta into a SHiRA adapter of PEFT."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gcfreeze._names import shortened
+from lightning_gcfreeze.delta import checked_entries, missing_package
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+def to_shira(delta: Mapping[str, Tensor] | str | Path, base: nn.Module, adapter_name: str = "default") -> "PeftModel":
+    """Return a PEFT model over `base` with a SHiRA adapter that adds what the delta changes.
+
+    ``save_pretrained`` of the result writes the adapter. SHiRA adds r·(in + out) elements to the weight of each of its
+    Linear layers, with the same r for all layers. Here r is the smallest one that suffices, and unused elements are
+    zeros at indices that did not change. The resulting weights are ``base + (new - base)``, equal to the trained ones
+    up to rounding; only `apply_delta` is exact.
+
+    Args:
+        delta: a delta, or the path of its file.
+        base: the model with the weights of t0. Its Linear layers are wrapped in place, as by PEFT's ``get_peft_model``.
+        adapter_name: PEFT's name for the adapter.
+
+    Raises:
+        ValueError: the delta does not fit (see `apply_delta`) or changes nothing; or SHiRA cannot express it, because
+            it changes anything but weights of plain Linear layers, or because r·(in + out) exceeds some weight's size.
+        ImportError: PEFT is not installed.
+    """
+    try:
+        from peft import ShiraConfig, get_peft_model, set_peft_model_state_dict
+    except ImportError as error:
+        raise missing_package("peft", "peft") from error
+    uses = Counter(id(p) for _, p in base.named_parameters(remove_duplicate=False))
+    changes: dict[str, tuple[torch.Size, Tensor, Tensor]] = {}  # layer: its weight's shape, flat indices, differences
+    refused = []
+    for entry in checked_entries(base, delta):
+        old = entry.target.detach()
+        new = old.clone()
+        entry.write_(new)
+        layer, _, own_name = entry.name.rpartition(".")
+        if torch.equal(new, old):
+            continue
+        # A subclass may use its weight in another way, as MultiheadAttention does that of its out_proj.
+        plain = type(base.get_submodule(layer)) is nn.Linear and own_name == "weight" and uses[id(entry.target)] == 1
+        if plain and layer:  # the model itself cannot be wrapped
+            wide = torch.promote_types(old.dtype, torch.float32)  # as PEFT keeps the adapters of half precision
+            difference = (new.to(wide) - old.to(wide)).flatten().cpu()
+            indices = difference.nonzero().squeeze(1)
+            changes[layer] = old.shape, indices, difference[indices]
+        else:
+            refused.append(entry.name)
+    if refused:
+        raise ValueError(
+            "SHiRA changes only weights of nn.Linear layers that are used once; the delta also changes"
+            f" {shortened(refused)}. Use `apply_delta`, for all or only for these on `base` before the conversion; or"
+            " keep them from training by `requires_grad_(False)`."
+        )
+    if not changes:
+        raise ValueError("The delta changes nothing in `base`: it has the trained weights. Pass those of step t0.")
+    r = max(-(-len(indices) // sum(shape)) for shape, indices, _ in changes.values())
+    if small := [f"{layer} {tuple(shape)}" for layer, (shape, *_) in changes.items() if r * sum(shape) > shape.numel()]:
+        raise ValueError(
+            f"SHiRA takes r·(in + out) elements of each layer, here with r={r}: more than {shortened(small)} has. Use"
+            " `apply_delta`, for all or only for these on `base` before the conversion; or freeze more by `k`."
+        )
+    state = {}
+    for layer, (shape, indices, difference) in changes.items():
+        n_elements = r * sum(shape)
+        unused = torch.ones(n_elements, dtype=torch.bool)  # the first `n_elements` indices hold enough of them
+        unused[indices[indices < n_elements]] = False
+        padding = unused.nonzero().squeeze(1)[: n_elements - len(indices)]
+        row_column = torch.stack(torch.unravel_index(torch.cat([indices, padding]), shape))
+        state[f"base_model.model.{layer}.shira_indices"] = row_column.int()
+        state[f"base_model.model.{layer}.shira_weight"] = nn.functional.pad(difference, (0, len(padding)))
+    config = ShiraConfig(r=r, target_modules="|".join(map(re.escape, changes)))
+    config.mask_fn = None  # the indices come with the state
+    model = get_peft_model(base, config, adapter_name)
+    if unexpected := set_peft_model_state_dict(model, state, adapter_name).unexpected_keys:
+        raise RuntimeError(f"PEFT did not take {shortened(unexpected)} of the SHiRA state.")
+    return model
