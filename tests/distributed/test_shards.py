@@ -13,7 +13,6 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lightning_gcfreeze.distributed import UNSHARDED, Shards, World, local, part, whole
-from tests.processes.launch import SCRIPTS, assert_agreed, launch
 
 
 @contextmanager
@@ -102,9 +101,3 @@ def test_without_shards_everything_is_as_it_is():
     for same in (local(w), part(w, w), whole(w)):
         assert same is w
     UNSHARDED.check_agreement({"w": w > 0}, World())
-
-
-@pytest.mark.slow
-def test_four_processes_select_as_one(tmp_path):
-    """Sums, layouts, exact selection with ties, and disagreement, between real processes."""
-    assert_agreed(launch(SCRIPTS / "selection.py", tmp_path, 4, timeout=120), 4)
