@@ -1,4 +1,4 @@
-"""Named modules and batches, each built by a function without required arguments, and a bare Trainer."""
+"""Named modules, batches and optimizers, each built by a function, and a bare Trainer."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,6 +24,30 @@ class Regression(pl.LightningModule):
 
     def configure_optimizers(self) -> Optimizer:
         return self.make_optimizer(self.network.parameters())
+
+
+OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
+    "SGD": lambda p: torch.optim.SGD(p, 0.02),
+    "SGD momentum": lambda p: torch.optim.SGD(p, 0.02, momentum=0.9, weight_decay=0.1),
+    "SGD nesterov": lambda p: torch.optim.SGD(p, 0.02, momentum=0.9, nesterov=True),
+    "SGD fused": lambda p: torch.optim.SGD(p, 0.02, momentum=0.9, fused=True),
+    "Adam": lambda p: torch.optim.Adam(p, 0.01),
+    "Adam amsgrad": lambda p: torch.optim.Adam(p, 0.01, amsgrad=True, weight_decay=0.1),
+    "Adam fused": lambda p: torch.optim.Adam(p, 0.01, fused=True, weight_decay=0.1),
+    "Adam foreach": lambda p: torch.optim.Adam(p, 0.01, foreach=True),
+    "AdamW": lambda p: torch.optim.AdamW(p, 0.01, weight_decay=0.5),
+    "AdamW fused": lambda p: torch.optim.AdamW(p, 0.01, weight_decay=0.5, fused=True),
+    "NAdam": lambda p: torch.optim.NAdam(p, 0.01, weight_decay=0.1, decoupled_weight_decay=True),
+    "RAdam": lambda p: torch.optim.RAdam(p, 0.01),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, 0.01, momentum=0.9, centered=True),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, 0.01),
+    "Adadelta": lambda p: torch.optim.Adadelta(p, 1.0),
+    "Adamax": lambda p: torch.optim.Adamax(p, 0.01),
+    "ASGD": lambda p: torch.optim.ASGD(p, 0.01, t0=0),
+    "Rprop": lambda p: torch.optim.Rprop(p, 0.01),
+    "Adafactor": lambda p: torch.optim.Adafactor(p, 0.01),
+}
+"""Optimizers of torch by name, each with the options of a short run on `mlp`."""
 
 
 def mlp(dtype: torch.dtype = torch.float32) -> nn.Sequential:

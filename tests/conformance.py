@@ -3,6 +3,7 @@
 A test module inherits from a suite, once for each class, and says what is particular to it; the suite does the rest.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from lightning_gcfreeze.estimators import gains
 from lightning_gcfreeze.estimators.base import Step, decayed_
 from lightning_gcfreeze.estimators.per_sample import PerSample, Stacked
 from tests.oracles import recursion
@@ -63,6 +65,16 @@ def advance(
 def value(estimator: Any) -> np.ndarray:
     """The statistic, flat."""
     return estimator.scale * vector(estimator.tensors)
+
+
+def weights_of_terms(gain: gains.Gain, steps: int) -> tuple[list[float], float]:
+    """Return the final weight of each of the terms 1, …, `steps`, and that of C_0: the recursion unrolled."""
+    left, of_terms = 1.0, list[float]()
+    for t in range(1, steps + 1):
+        kappa = gains.at(gain, t)
+        of_terms = [(1 - kappa) * weight for weight in of_terms] + [kappa]
+        left *= 1 - kappa
+    return of_terms, left
 
 
 class EstimatorSuite:
@@ -208,3 +220,31 @@ def set_gradients_(parameters: dict[str, Parameter], sparse: bool = False) -> No
             rows = torch.randint(0, len(p), (5,))
             noisy = torch.sparse_coo_tensor(rows[None], noisy[rows], p.shape, check_invariants=True)
         p.grad = noisy
+
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+
+
+def variants() -> list[Any]:
+    """Return every optimizer in each of its implementations: one loop, many tensors at once, one kernel."""
+    found: list[Any] = []
+    for name, optimizer in optimizers_of_torch().items():
+        arguments = inspect.signature(optimizer).parameters
+        choices: list[dict[str, bool]] = [{}]
+        if "foreach" in arguments and name != "Muon" and name != "Adafactor":
+            choices = [{"foreach": False}, {"foreach": True}]
+        if "fused" in arguments:
+            choices.append({"fused": True})
+        found += [pytest.param(name, choice, id="-".join([name, *choice])) for choice in choices]
+    return found
+
+
+def half_of(parameters: dict[str, Parameter]) -> dict[str, Tensor]:
+    """Return masks of about half the elements of every parameter, in its memory format; all of a scalar."""
+    generator = torch.Generator().manual_seed(5)
+    masks = {}
+    for name, p in parameters.items():
+        draw = torch.empty_like(p, dtype=torch.float32)  # keeps the strides
+        draw.copy_(torch.rand(p.shape, generator=generator))
+        masks[name] = draw < 0.5 if p.dim() else torch.tensor(True)
+    return masks

@@ -36,9 +36,10 @@ from torch.optim import Optimizer
 
 from lightning_gcfreeze import Evidence, FreezeSchedule, GradCovFreezeCallback, Growth, Settled
 from tests import cases
-from tests.callback.test_freezing import OPTIMIZERS, bits
-from tests.callback.test_resume import DropoutByStep, Interrupted, SaveAndStop
+from tests.cases import OPTIMIZERS
+from tests.interruptions import DropoutByStep, Interrupted, SaveAndStop
 from tests.oracles.freezing import PlainFreeze
+from tests.witnesses import bits
 
 Named = dict[str, Tensor]
 BATCHES = 18  # in three epochs of six

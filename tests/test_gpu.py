@@ -22,11 +22,11 @@ from torch.testing import assert_close
 from lightning_gcfreeze import FreezeSchedule, GradCovFreezeCallback, Growth, Settled, apply_delta, selection
 from lightning_gcfreeze.freezing import blocks
 from tests import cases
-from tests.callback.test_freezing import Witness
-from tests.callback.test_resume import DropoutByStep, Interrupted, SaveAndStop
+from tests.interruptions import DropoutByStep, Interrupted, SaveAndStop
 from tests.oracles.freezing import PlainFreeze
 from tests.processes.launch import ROOT
-from tests.selection.test_lowest import named_scores
+from tests.selection.scores import named_scores
+from tests.witnesses import Witness
 
 DEVICE = os.environ.get("GCFREEZE_TEST_DEVICE", "cuda")
 pytestmark = [
@@ -417,8 +417,8 @@ from lightning_gcfreeze.distributed import World
 from lightning_gcfreeze.freezing import blocks
 from tests import cases, test_gpu
 from tests.oracles.freezing import PlainFreeze
-from tests.callback.test_freezing import Witness
-from tests.callback.test_resume import Interrupted, SaveAndStop
+from tests.witnesses import Witness
+from tests.interruptions import Interrupted, SaveAndStop
 
 warnings.simplefilter("ignore")
 blocks.MIN_SAVED_MACS, blocks.MAX_BLOCK_FRACTION = 1, 1.0

@@ -1,4 +1,4 @@
-"""Users' own code around gradients does what it would do without us: see `user_code` for the cases.
+"""User code around a training step does what it would do without the callback: see `user_programs` for the cases.
 
 The reference is a fit with `PlainFreeze` in place of the callback, with the same masks, drawn by NumPy.
 """
@@ -20,7 +20,6 @@ from tests.oracles.freezing import PlainFreeze
 from tests.user_programs import CHANGES, HARMLESS, READS, T0, Case, Setup
 
 Weights = dict[str, Tensor]
-GRANULARITIES = ["element", "row", "tensor"]
 WHOLE = {"network.0.weight", "network.0.bias"}  # frozen as a whole under every granularity
 LIVE = {"network.4.weight", "network.6.bias"}  # and live as a whole
 
@@ -31,9 +30,20 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
+def each_case(cases_by_name: dict[str, Case]) -> pytest.MarkDecorator:
+    """Run a test with each case twice: by element, and by row or by tensor in turn.
+
+    A granularity decides only which elements the masks hold. Under each of them some tensors freeze as a whole, and
+    others not at all.
+    """
+    pairs = [(name, "element") for name in cases_by_name]
+    pairs += [(name, ("row", "tensor")[i % 2]) for i, name in enumerate(cases_by_name)]
+    return pytest.mark.parametrize(("name", "granularity"), pairs)
+
+
 @cache
 def masks(granularity: str) -> Weights:
-    """A draw of what is frozen: single elements, rows, or tensors."""
+    """Return drawn masks of single elements, rows or tensors."""
     rng, drawn = np.random.default_rng(3), {}
     for name, p in user_programs.Net().named_parameters():
         if name in WHOLE | LIVE:
@@ -49,7 +59,7 @@ def masks(granularity: str) -> Weights:
 
 
 def ours(granularity: Any, hold: Literal["auto", "compact", "restore"]) -> GradCovFreezeCallback:
-    """Our callback, told to freeze what `masks` says."""
+    """Return a callback that freezes what `masks` returns."""
     drawn = masks(granularity)
 
     def drawn_before(evidence: Evidence) -> Weights:
@@ -60,7 +70,7 @@ def ours(granularity: Any, hold: Literal["auto", "compact", "restore"]) -> GradC
 
 
 class TakeOut(pl.Callback):
-    """Takes the user's code out after `T0` steps, and may put something else in its place."""
+    """Removes the user's code after `T0` steps, and may put something else in its place."""
 
     def __init__(self, setup: Setup, case: Case) -> None:
         self.setup_of_fit, self.case = setup, case
@@ -75,14 +85,14 @@ class TakeOut(pl.Callback):
 
 
 class CountState(pl.Callback):
-    """How many elements the optimizer has a momentum of: fewer than the module when it is compact."""
+    """Counts the elements that the optimizer has a momentum of: fewer than the module has, when it is compact."""
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         self.count = sum(v.numel() for of_p in trainer.optimizers[0].state.values() for v in of_p.values())
 
 
 def fit(freeze: pl.Callback, setup: Setup, case: Case, first: bool, *more: pl.Callback) -> Weights:
-    """The weights after two epochs of six batches, the user's callbacks before or after the one that freezes."""
+    """Return the weights after two epochs of six batches; the user's callbacks come before or after ours."""
     mine = setup.callbacks
     trainer = cases.trainer(
         callbacks=[*mine, freeze, *more] if first else [freeze, *mine, *more],
@@ -105,7 +115,7 @@ def planted(case: Case) -> Setup:
 
 @cache
 def reference(kind: str, name: str, granularity: str, first: bool, until_t0: bool = False) -> Weights:
-    """Frozen the plain way; with the user's code until the end, or until t0."""
+    """Return the weights of a fit that freezes the plain way; with the user's code until the end, or until t0."""
     case = {"changes": CHANGES, "reads": READS, "harmless": HARMLESS}[kind][name]
     setup = planted(case)
     more = [TakeOut(setup, case)] if until_t0 else []
@@ -113,14 +123,14 @@ def reference(kind: str, name: str, granularity: str, first: bool, until_t0: boo
 
 
 def assert_ends_alike(ended: Weights, expected: Weights, granularity: str) -> None:
-    """Frozen elements to the bit, live ones to rounding."""
+    """Fail unless frozen elements are equal to the bit, and live ones to rounding."""
     for name, frozen in masks(granularity).items():
         assert torch.equal(ended[name][frozen], expected[name][frozen]), f"frozen elements of {name} differ"
         assert_close(ended[name], expected[name], rtol=1e-9, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def assert_ends_elsewhere(one: Weights, other: Weights, granularity: str) -> None:
-    """Live elements differ by much more than rounding."""
+    """Fail unless live elements differ by much more than rounding."""
     difference = max(
         float((one[n] - other[n])[~frozen].abs().max())
         for n, frozen in masks(granularity).items()
@@ -129,11 +139,10 @@ def assert_ends_elsewhere(one: Weights, other: Weights, granularity: str) -> Non
     assert difference > 1e-5, f"the code hardly matters: live elements differ by {difference}"
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("hold", ["auto", "restore"])
-@pytest.mark.parametrize("name", CHANGES)
-def test_code_that_changes_training_changes_it_as_without_us(name, hold, granularity):
-    """The user's callbacks before and after ours; without the code from t0 on the fit ends elsewhere."""
+@each_case(CHANGES)
+def test_code_that_changes_training_ends_it_as_in_the_plain_reference(name, hold, granularity):
+    """With the user's callbacks before and after ours. Without the code from t0 on, the fit ends elsewhere."""
     case = CHANGES[name]
     for first in (False, True) if planted(case).callbacks else (False,):
         expected = reference("changes", name, granularity, first)
@@ -142,10 +151,9 @@ def test_code_that_changes_training_changes_it_as_without_us(name, hold, granula
         assert_ends_elsewhere(expected, reference("changes", name, granularity, first, until_t0=True), granularity)
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("name", CHANGES)
-def test_code_that_changes_training_is_served_or_refused_by_name_when_compact(name, granularity):
-    """Before the first step; the error says which hook, and whose."""
+@each_case(CHANGES)
+def test_code_that_changes_training_works_or_is_refused_by_name_when_compact(name, granularity):
+    """The error comes before the first step, and names the hook and its owner."""
     case, start = CHANGES[name], user_programs.Net().state_dict()
     for first in (False, True) if planted(case).callbacks else (False,):
         setup = planted(case)
@@ -161,9 +169,8 @@ def test_code_that_changes_training_is_served_or_refused_by_name_when_compact(na
             cases.assert_identical(dict(setup.module.state_dict()), dict(start))
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("name", READS)
-def test_code_that_reads_gradients_reads_under_auto_what_it_reads_under_restore(name, granularity):
+@each_case(READS)
+def test_code_that_reads_gradients_reads_the_same_under_auto_and_restore(name, granularity):
     """To the bit, and there is something to read after t0."""
     case = READS[name]
     for first in (False, True) if planted(case).callbacks else (False,):
@@ -178,10 +185,9 @@ def test_code_that_reads_gradients_reads_under_auto_what_it_reads_under_restore(
         assert any(grad is not None and grad.any() for reading in late for grad in reading)
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("name", READS)
+@each_case(READS)
 def test_code_that_reads_gradients_sees_those_of_live_elements(name, granularity):
-    """Under "restore" what it reads of live elements is what it reads where elements freeze the plain way."""
+    """Under "restore" it reads of live elements what it reads in the plain reference."""
     case, live = READS[name], [~frozen for frozen in masks(granularity).values()]
     ours_read, plain_read = planted(case), planted(case)
     fit(ours(granularity, "restore"), ours_read, case, True)
@@ -199,10 +205,9 @@ def test_code_that_reads_gradients_sees_those_of_live_elements(name, granularity
     assert compared
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("name", HARMLESS)
-def test_code_that_leaves_gradients_alone_keeps_the_hold_compact(name, granularity):
-    """Under "auto" the optimizer's state is that of the live elements alone, as an explicit "compact" gives it."""
+@each_case(HARMLESS)
+def test_code_that_does_not_touch_gradients_leaves_the_hold_compact(name, granularity):
+    """Under "auto" the optimizer's state is that of the live elements only, as under an explicit "compact"."""
     case = HARMLESS[name]
     expected = reference("harmless", name, granularity, False)
     live = sum(int((~frozen).sum()) for frozen in masks(granularity).values())

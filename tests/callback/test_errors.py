@@ -58,8 +58,8 @@ from tests import cases
     ],
     ids=str,
 )
-def test_arguments_are_refused_when_they_are_given(arguments, error, message):
-    """Before there is a Trainer; the message names the value and what is allowed."""
+def test_invalid_argument_is_refused_by_the_constructor(arguments, error, message):
+    """The message names the value and what is allowed."""
     with pytest.raises(error, match=message):
         GradCovFreezeCallback(**({"t0": 5, "k": 0.5} | arguments))
 
@@ -120,7 +120,7 @@ def with_optimizer(make: Any) -> cases.Regression:
     ids=["k", "include", "exclude", "LBFGS", "manual", "manual, two", "dataloader_iter", "BatchNorm", "full"],
 )
 @pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor")
-def test_what_does_not_fit_the_module_is_refused_before_it_trains(module, arguments, error, message):
+def test_argument_that_does_not_fit_the_module_is_refused_before_training(module, arguments, error, message):
     """At the start of fit: no weight has moved."""
     model = module()
     before = {name: p.clone() for name, p in model.state_dict().items()}
@@ -129,7 +129,7 @@ def test_what_does_not_fit_the_module_is_refused_before_it_trains(module, argume
     cases.assert_identical(dict(model.state_dict()), before)
 
 
-def test_a_batch_of_one_is_refused():
+def test_batch_of_one_sample_is_refused():
     """With one sample g_1 = g_S and C = 0: no order at all."""
     with pytest.raises(MisconfigurationException, match=r"batch holds one sample.* at least 2 samples"):
         cases.trainer(callbacks=[GradCovFreezeCallback(t0=3, k=2)]).fit(
@@ -137,7 +137,7 @@ def test_a_batch_of_one_is_refused():
         )
 
 
-def test_accumulating_batches_of_one_is_fine():
+def test_accumulated_batches_of_one_sample_are_served():
     """Four micro-batches of one sample are a batch of four."""
     callback = GradCovFreezeCallback(t0=3, k=2)
     trainer = cases.trainer(callbacks=[callback], accumulate_grad_batches=4)
@@ -146,7 +146,7 @@ def test_accumulating_batches_of_one_is_fine():
 
 
 @pytest.mark.parametrize(("steps", "warns"), [(9, True), (10, False)])
-def test_a_t0_that_is_never_reached_is_told_at_the_end(steps, warns, recwarn):
+def test_t0_that_is_never_reached_is_warned_of_at_the_end(steps, warns, recwarn):
     """A warning with both numbers; none if step t0 is the last."""
     callback = GradCovFreezeCallback(t0=10, k=2)
     trainer = cases.trainer(callbacks=[callback], max_steps=steps, max_epochs=-1)
@@ -159,7 +159,7 @@ def test_a_t0_that_is_never_reached_is_told_at_the_end(steps, warns, recwarn):
         assert callback.phase == "frozen"
 
 
-def test_a_batch_that_cannot_be_cut_names_the_way_out():
+def test_error_for_a_batch_that_cannot_be_sliced_names_the_hook():
     """Tensors of different lengths: the error names them and `gcfreeze_first_sample`."""
     loader = DataLoader([0, 1], batch_size=None, collate_fn=lambda _: (torch.zeros(4, 5), torch.zeros(3, 1)))
     with pytest.raises(ValueError, match=r"batch\[0\]: 4, batch\[1\]: 3.*gcfreeze_first_sample"):
@@ -179,7 +179,7 @@ class Needs(cases.Regression):
         return super().training_step(batch, batch_idx)
 
 
-def test_a_module_that_cuts_the_first_sample_itself_cannot_give_all():
+def test_samples_all_is_refused_for_a_module_that_slices_its_own_batch():
     class Cutting(cases.Regression):
         def gcfreeze_first_sample(self, batch: Any) -> Any:
             return [part[:1] for part in batch]
@@ -192,8 +192,8 @@ def test_a_module_that_cuts_the_first_sample_itself_cannot_give_all():
     assert callback.phase == "frozen"
 
 
-def test_a_step_that_fails_on_one_sample_gets_two_copies_of_it():
-    """A `squeeze()` too many is common. The gradient is the same; a warning names the cause and the way out."""
+def test_training_step_that_fails_on_one_sample_gets_two_copies_of_it():
+    """Such as one with a `squeeze()` too many. The gradient is the same; a warning names the cause and the way out."""
     doubled, plain = GradCovFreezeCallback(t0=5, k=20), GradCovFreezeCallback(t0=5, k=20)
     with pytest.warns(
         UserWarning, match=r"RuntimeError\('needs 2'\)\. .* two copies of it instead.*gcfreeze_first_sample"
@@ -204,21 +204,21 @@ def test_a_step_that_fails_on_one_sample_gets_two_copies_of_it():
     cases.assert_identical(doubled.frozen, plain.frozen)
 
 
-def test_a_step_that_fails_on_two_copies_is_explained():
+def test_error_of_a_training_step_that_fails_on_two_copies_is_explained():
     """The error names the cause and the way out."""
     with pytest.raises(RuntimeError, match=r"a sample of a batch alone: RuntimeError\('needs 3'\)\. If the sample"):
         cases.trainer(callbacks=[GradCovFreezeCallback(t0=3, k=2)]).fit(Needs(3), cases.loader(dtype=torch.float64))
 
 
-def test_a_gain_that_leaves_its_range_is_caught_when_it_does():
-    """κ_3 = 0 is named with its t."""
+def test_gain_that_leaves_its_range_is_refused_at_that_step():
+    """The error names t and κ_3 = 0."""
     callback = GradCovFreezeCallback(t0=5, k=2, gain=lambda t: 1.0 if t < 3 else 0.0)
     with pytest.raises(ValueError, match=r"`gain\(3\)` \(κ_t\) must lie in \(0, 1\], got 0.0"):
         cases.trainer(callbacks=[callback]).fit(cases.Regression(cases.mlp()), cases.loader())
 
 
-def test_an_order_with_nan_is_refused():
-    """A user's order that returns NaN does not freeze anything."""
+def test_order_that_returns_nan_is_refused():
+    """Nothing freezes."""
 
     def broken(evidence: Any) -> dict[str, Tensor]:
         return {name: w * float("nan") for name, w in evidence.weights.items()}
@@ -229,15 +229,15 @@ def test_an_order_with_nan_is_refused():
         )
 
 
-def test_a_strategy_that_is_not_supported_is_refused_by_name():
+def test_unsupported_strategy_is_refused_by_name():
     """FSDP1 flattens parameters; the way out is FSDP2."""
     trainer: Any = SimpleNamespace(strategy=pl.strategies.FSDPStrategy())
     with pytest.raises(MisconfigurationException, match=r"FSDPStrategy is not supported: .* ModelParallelStrategy"):
         GradCovFreezeCallback(t0=3, k=2).setup(trainer, cases.Regression(cases.mlp()), "fit")
 
 
-def test_an_order_that_returns_no_scores_is_refused():
-    """None, or lists: the message says what is wanted."""
+def test_order_that_returns_no_scores_is_refused():
+    """None, or lists: the message says what is expected."""
     with pytest.raises(TypeError, match="must return a mapping of parameter names to tensors of scores, got None"):
         cases.trainer(callbacks=[GradCovFreezeCallback(t0=3, k=2, order=lambda evidence: None)]).fit(
             cases.Regression(cases.mlp()), cases.loader()
@@ -245,7 +245,7 @@ def test_an_order_that_returns_no_scores_is_refused():
 
 
 def test_reentrant_checkpointing_is_refused():
-    """It hides parameters from autograd.grad, so g_1 would be zero without a word; the other kind is served."""
+    """It hides parameters from autograd.grad, so g_1 would be zero without a warning; the other kind is served."""
 
     class Checkpointed(cases.Regression):
         reentrant = True
@@ -266,8 +266,8 @@ def test_reentrant_checkpointing_is_refused():
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
-def test_torchscript_is_refused():
-    """Its buffers live where a replay cannot put them back."""
+def test_torchscript_module_is_refused():
+    """A replay cannot restore its buffers."""
     scripted = torch.jit.script(nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)))
     with pytest.raises(MisconfigurationException, match=r"network.*TorchScript"):
         cases.trainer(callbacks=[GradCovFreezeCallback(t0=3, k=2)]).fit(cases.Regression(scripted), cases.loader())
@@ -281,7 +281,7 @@ class Twice(torch.optim.SGD):
         return super().step(closure)
 
 
-def test_an_optimizer_that_evaluates_the_loss_twice_is_stopped_in_its_first_step():
+def test_optimizer_that_evaluates_the_loss_twice_is_refused_in_its_first_step():
     module = cases.Regression(cases.mlp(), lambda p: Twice(p, lr=0.05))
     before = {name: value.clone() for name, value in module.state_dict().items()}
     trainer = cases.trainer(callbacks=[GradCovFreezeCallback(t0=3, k=0.5, order="progress")])
@@ -290,8 +290,8 @@ def test_an_optimizer_that_evaluates_the_loss_twice_is_stopped_in_its_first_step
     cases.assert_identical(dict(module.state_dict()), before)
 
 
-def test_an_optimizer_whose_hooks_stop_running_is_noticed_after_the_step():
-    """Somebody has taken torch's wrapper off `step`: nothing would be counted or held any more."""
+def test_optimizer_whose_hooks_do_not_run_is_refused_after_the_step():
+    """Code has removed torch's wrapper of `step`: steps would not be counted, nor frozen elements held."""
 
     class Bare(torch.optim.SGD):
         """A class of its own, whose `step` the test replaces."""
@@ -310,8 +310,8 @@ def test_an_optimizer_whose_hooks_stop_running_is_noticed_after_the_step():
     assert trainer.global_step == 3
 
 
-def test_a_precision_plugin_may_leave_steps_out():
-    """They are not steps, and no error."""
+def test_steps_that_a_precision_plugin_skips_are_not_counted():
+    """They raise no error either."""
 
     class SkipsEverySecond(Precision):
         calls = 0
@@ -327,8 +327,8 @@ def test_a_precision_plugin_may_leave_steps_out():
     assert (callback.phase, callback.state_dict()["steps"]) == ("frozen", 8)
 
 
-def test_a_callback_inside_another_one_is_no_finders_trial():
-    """Hooks that somebody passes on count as those of a callback that the Trainer knows."""
+def test_hooks_passed_on_by_another_callback_are_served():
+    """A callback within another one counts as one of the Trainer's, not as absent in a finder's trial."""
     inner = GradCovFreezeCallback(t0=5, k=0.5)
 
     class PassesOn(pl.Callback):

@@ -82,8 +82,8 @@ def run(
 @pytest.mark.parametrize("hold", ["auto", "compact", "restore"])
 @pytest.mark.parametrize("epoch", FINDS_AT)
 @pytest.mark.parametrize("last", [False, True], ids=["before ours", "after ours"])
-def test_a_learning_rate_finder_in_mid_training_leaves_the_run_as_it_is(hold, epoch, last):
-    """40 trial steps, more than t0: counted for nothing, and every weight has the bits of the run without them."""
+def test_learning_rate_finder_during_training_leaves_every_bit_unchanged(hold, epoch, last):
+    """Its 40 trial steps, more than t0, are not counted."""
     finder = FindsRate(num_training_steps=40, update_attr=False)
     finder.epoch = epoch
     found, watch = run(finder, last=last, hold=hold)
@@ -97,7 +97,7 @@ def test_a_learning_rate_finder_in_mid_training_leaves_the_run_as_it_is(hold, ep
 @pytest.mark.parametrize("hold", ["compact", "restore"])
 @pytest.mark.parametrize("epoch", FINDS_AT)
 def test_steps_of_a_batch_size_finder_are_not_counted(hold, epoch):
-    """The run goes on with larger batches; the freeze comes after 20 steps of it, and holds."""
+    """The run goes on with larger batches; the freeze comes after 20 steps of its own."""
     finder = FindsBatchSize(steps_per_trial=3, init_val=8, max_trials=2)
     finder.epoch = epoch
     _, watch = run(finder, epochs=9, hold=hold)
@@ -107,8 +107,8 @@ def test_steps_of_a_batch_size_finder_are_not_counted(hold, epoch):
     assert watch.callback.state_dict()["steps"] > 25
 
 
-def test_a_trial_that_nothing_rolls_back_keeps_frozen_values():
-    """Steps of an optimizer under other callbacks, by anybody: frozen elements stay, and do not count."""
+def test_steps_under_other_callbacks_keep_frozen_values_and_are_not_counted():
+    """Also where no finder restores the weights afterwards."""
     callback = GradCovFreezeCallback(t0=4, k=0.5)
 
     class Tries(pl.Callback):

@@ -10,40 +10,9 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from lightning_gcfreeze import Evidence, GradCovFreezeCallback
-from tests import cases
-
-BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def bits(p: Tensor) -> Tensor:
-    return p.detach().clone().view(BITS[p.element_size()])
-
-
-class Witness(pl.Callback):
-    """Compares the bits of every parameter after each batch with those at the freeze; says what moved."""
-
-    def __init__(self, callback: GradCovFreezeCallback) -> None:
-        self.callback = callback
-        self.at_freeze: dict[str, Tensor] = {}
-        self.moved: dict[str, Tensor] = {}
-        self.steps = 0
-
-    def on_train_batch_end(self, trainer: Any, pl_module: pl.LightningModule, *args: Any) -> None:
-        now = {name: bits(p) for name, p in pl_module.named_parameters()}
-        if self.callback.phase == "frozen" and not self.at_freeze:
-            self.at_freeze, self.moved = now, {name: torch.zeros_like(b, dtype=torch.bool) for name, b in now.items()}
-        elif self.at_freeze:
-            self.steps += 1
-            self.moved = {name: m | (now[name] != self.at_freeze[name]) for name, m in self.moved.items()}
-
-    def check(self) -> None:
-        assert self.steps >= 8
-        for name, frozen in self.callback.frozen.items():
-            assert not (self.moved[name] & frozen).any(), f"a frozen element of {name} moved"
-        live = torch.cat([(self.moved[n] & ~f).flatten() for n, f in self.callback.frozen.items()])
-        frozen = torch.cat([f.flatten() for f in self.callback.frozen.values()])
-        assert 0 < frozen.sum() < len(frozen)
-        assert live.sum() >= 0.5 * (~frozen).sum(), "hardly anything trained"
+from tests import cases, insides
+from tests.cases import OPTIMIZERS
+from tests.witnesses import Witness
 
 
 def train(callback: GradCovFreezeCallback, module: pl.LightningModule, **kwargs: Any) -> pl.Trainer:
@@ -54,38 +23,14 @@ def train(callback: GradCovFreezeCallback, module: pl.LightningModule, **kwargs:
     return trainer
 
 
-optim = torch.optim
-OPTIMIZERS = {
-    "SGD": lambda p: optim.SGD(p, 0.02),
-    "SGD momentum": lambda p: optim.SGD(p, 0.02, momentum=0.9, weight_decay=0.1),
-    "SGD nesterov": lambda p: optim.SGD(p, 0.02, momentum=0.9, nesterov=True),
-    "SGD fused": lambda p: optim.SGD(p, 0.02, momentum=0.9, fused=True),
-    "Adam": lambda p: optim.Adam(p, 0.01),
-    "Adam amsgrad": lambda p: optim.Adam(p, 0.01, amsgrad=True, weight_decay=0.1),
-    "Adam fused": lambda p: optim.Adam(p, 0.01, fused=True, weight_decay=0.1),
-    "Adam foreach": lambda p: optim.Adam(p, 0.01, foreach=True),
-    "AdamW": lambda p: optim.AdamW(p, 0.01, weight_decay=0.5),
-    "AdamW fused": lambda p: optim.AdamW(p, 0.01, weight_decay=0.5, fused=True),
-    "NAdam": lambda p: optim.NAdam(p, 0.01, weight_decay=0.1, decoupled_weight_decay=True),
-    "RAdam": lambda p: optim.RAdam(p, 0.01),
-    "RMSprop": lambda p: optim.RMSprop(p, 0.01, momentum=0.9, centered=True),
-    "Adagrad": lambda p: optim.Adagrad(p, 0.01),
-    "Adadelta": lambda p: optim.Adadelta(p, 1.0),
-    "Adamax": lambda p: optim.Adamax(p, 0.01),
-    "ASGD": lambda p: optim.ASGD(p, 0.01, t0=0),
-    "Rprop": lambda p: optim.Rprop(p, 0.01),
-    "Adafactor": lambda p: optim.Adafactor(p, 0.01),
-}
-
-
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
 def test_frozen_elements_are_constant_to_the_bit(optimizer):
     """Under every optimizer, with warm state; live elements move."""
     train(GradCovFreezeCallback(t0=6, k=0.5), cases.Regression(cases.mlp(), optimizer))
 
 
-def test_muon_takes_matrices_only():
-    """Muon's update mixes whole matrices; still nothing frozen moves."""
+def test_frozen_elements_are_constant_under_muon():
+    """It steps matrices only, and mixes their elements."""
     module = cases.Regression(cases.mlp())
     module.configure_optimizers = lambda: torch.optim.Muon(  # type: ignore[method-assign]
         [p for p in module.parameters() if p.dim() == 2], 0.02
@@ -93,7 +38,7 @@ def test_muon_takes_matrices_only():
     train(GradCovFreezeCallback(t0=6, k=0.5), module)
 
 
-def test_sparse_gradients_are_held():
+def test_frozen_elements_with_sparse_gradients_are_constant():
     """SparseAdam on an embedding with sparse gradients."""
 
     class Words(pl.LightningModule):
@@ -124,7 +69,7 @@ def test_sparse_gradients_are_held():
     ],
     ids=str,
 )
-def test_with_the_trainers_options(options):
+def test_frozen_elements_are_constant_with_options_of_the_trainer(options):
     """Clipping, accumulation and every precision of the CPU."""
     module = cases.Regression(cases.mlp(), lambda p: torch.optim.AdamW(p, 0.01, weight_decay=0.5))
     train(GradCovFreezeCallback(t0=6, k=0.5), module, **options)
@@ -138,17 +83,17 @@ def scaled_run(init_scale: float) -> tuple[GradCovFreezeCallback, torch.amp.Grad
     return callback, scaler
 
 
-def test_with_a_loss_scaler_that_skips_steps():
-    """Under 16-mixed a step whose scaled gradients overflow is neither counted nor observed."""
+def test_steps_skipped_by_a_loss_scaler_are_neither_counted_nor_observed():
+    """Under 16-mixed, where scaled gradients overflow."""
     callback, scaler = scaled_run(2.0**40)
     skipped = 40 - int(torch.tensor(scaler.get_scale()).log2())
-    state = callback.state_dict()
     assert skipped > 0
-    assert (state["steps"], state["state"]["observed"], state["state"]["skipped"]) == (64 - skipped, 4, skipped)
+    assert callback.state_dict()["steps"] == 64 - skipped
+    assert (insides.observed_steps_of(callback), insides.skipped_steps_of(callback)) == (4, skipped)
 
 
-def test_a_loss_scaler_leaves_the_variance_alone():
-    """g_S is unscaled before it meets g_1: C is that of the run in float32, to half precision."""
+def test_variance_with_a_loss_scaler_is_that_without():
+    """g_S is unscaled before it is compared with g_1: C is that of the run in float32, to half precision."""
     callback, _ = scaled_run(2.0**10)
     plain = GradCovFreezeCallback(t0=4, k=0.5)
     train(plain, cases.Regression(cases.mlp(), lambda p: torch.optim.SGD(p, 0.02, momentum=0.9)))
@@ -156,7 +101,7 @@ def test_a_loss_scaler_leaves_the_variance_alone():
         assert_close(callback.variance[name], v, rtol=0.05, atol=0.01 * float(v.max()))
 
 
-def test_several_parameter_groups_and_a_scheduler():
+def test_frozen_elements_are_constant_with_parameter_groups_and_a_scheduler():
     """Groups with their own decay and rate, and a scheduler that changes them after each step."""
 
     class Scheduled(cases.Regression):
@@ -243,8 +188,8 @@ def test_include_and_exclude_decide_what_is_eligible():
     assert callback.frozen_fraction == 1.0
 
 
-def test_what_the_user_froze_is_not_eligible():
-    """A parameter that requires no gradient is neither counted nor touched."""
+def test_parameter_without_requires_grad_is_not_eligible():
+    """It is neither counted nor touched."""
     module = cases.Regression(cases.mlp(), lambda p: torch.optim.SGD([q for q in p if q.requires_grad], 0.02))
     module.network[0].weight.requires_grad_(False)
     callback = GradCovFreezeCallback(t0=3, k=0.5)
@@ -266,8 +211,8 @@ def test_reverse_freezes_the_noisiest_and_random_follows_its_seed():
     assert not torch.equal(frozen(order="random", seed=1), frozen(order="random", seed=2))
 
 
-def test_any_callable_is_an_order():
-    """A user's own order gets the evidence and decides."""
+def test_callable_order_decides_what_freezes():
+    """It gets the evidence."""
 
     def biases_first(evidence: Evidence) -> dict[str, Tensor]:
         return {name: torch.full_like(w, float(name.endswith("weight"))) for name, w in evidence.weights.items()}
@@ -279,7 +224,7 @@ def test_any_callable_is_an_order():
 
 
 @pytest.mark.parametrize("hold", ["compact", "restore"])
-def test_the_optimizer_forgets_frozen_elements_once(hold):
+def test_optimizer_state_of_frozen_elements_is_cleared_once(hold):
     """Per-element state of frozen elements is zero after the freeze; the step count is not."""
     callback = GradCovFreezeCallback(t0=6, k=0.5, hold=hold, promote=False)
     module = cases.Regression(cases.mlp(), lambda p: torch.optim.Adam(p, 0.01))

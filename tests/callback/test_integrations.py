@@ -1,7 +1,6 @@
-"""The callback among its neighbours: loggers, LightningCLI, `pytorch_lightning`, DDP."""
+"""The callback with loggers, LightningCLI and `pytorch_lightning`."""
 
 import importlib
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,9 @@ from torch import Tensor
 
 from lightning_gcfreeze import Evidence, FreezeSchedule, GradCovFreezeCallback, Growth, Settled
 from tests import cases
-from tests.processes.launch import assert_agreed
 
 
-def test_tensorboard_shows_what_froze(tmp_path):
+def test_tensorboard_gets_scalars_and_histograms(tmp_path):
     """Scalars at each n-th step and at the freeze; histograms of log10 variance and mask, once."""
     callback = GradCovFreezeCallback(t0=6, k=0.5)
     trainer = cases.trainer(callbacks=[callback], logger=TensorBoardLogger(tmp_path), log_every_n_steps=4)
@@ -40,8 +38,8 @@ def test_tensorboard_shows_what_froze(tmp_path):
         )
 
 
-def test_tensorboard_has_no_variances_of_an_order_that_does_not_read_them(tmp_path):
-    """The masks all the same."""
+def test_tensorboard_gets_no_variance_histograms_if_the_order_reads_no_variance(tmp_path):
+    """It gets those of the masks."""
     trainer = cases.trainer(
         callbacks=[GradCovFreezeCallback(t0=6, k=0.5, order="progress")],
         logger=TensorBoardLogger(tmp_path),
@@ -52,8 +50,8 @@ def test_tensorboard_has_no_variances_of_an_order_that_does_not_read_them(tmp_pa
     assert sorted(tags) == [f"gcfreeze/frozen/network.{name}" for name in ("0.bias", "0.weight", "2.bias", "2.weight")]
 
 
-def test_any_logger_gets_the_scalars_beside_the_modules_own(tmp_path):
-    """CSV: on the same step axis as `self.log`, as often as the callback was told."""
+def test_csv_logger_gets_scalars_on_the_step_axis_of_the_module(tmp_path):
+    """As often as `log_every_n_steps` says."""
 
     class Logs(cases.Regression):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -140,8 +138,8 @@ trainer:
 )
 @pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
 @pytest.mark.filterwarnings("ignore:.*_jit_is_scripting")
-def test_from_yaml(tmp_path, init_args, frozen, attributes, package, monkeypatch):
-    """LightningCLI builds it from a file, with counts as ints and fractions as floats, in either package."""
+def test_lightning_cli_builds_the_callback_from_yaml(tmp_path, init_args, frozen, attributes, package, monkeypatch):
+    """With counts as ints and fractions as floats, in either package."""
     config = tmp_path / "config.yaml"
     config.write_text(YAML.replace("{init_args}", init_args))
     if package == "pytorch_lightning":
@@ -184,8 +182,8 @@ def standalone_cases() -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("alone", [True, False], ids=["callbacks=callback", "callbacks=[callback]"])
-def test_the_trainer_of_pytorch_lightning_gives_the_same(alone):
-    """Bit for bit the run of `lightning.pytorch`: weights, variance, masks."""
+def test_trainer_of_pytorch_lightning_gives_the_same_bits(alone):
+    """Weights, variance and masks are those of `lightning.pytorch`."""
     import pytorch_lightning
 
     ours = GradCovFreezeCallback(t0=6, k=0.5)
@@ -205,70 +203,3 @@ def test_the_trainer_of_pytorch_lightning_gives_the_same(alone):
     cases.assert_identical(dict(module.state_dict()), dict(reference.state_dict()))
     cases.assert_identical(theirs.state_dict(), ours.state_dict())
     assert theirs.phase == "frozen"
-
-
-TWO_RANKS = """
-import numpy as np
-import torch
-from torch.utils.data import DataLoader, DistributedSampler
-
-from lightning_gcfreeze import GradCovFreezeCallback
-from tests import cases
-from tests.processes.launch import assert_agreed
-from tests.oracles.recursion import covariance
-
-if __name__ == "__main__":
-    callback = GradCovFreezeCallback(t0=4, k=0.5)
-    module = cases.Regression(cases.mlp(torch.float64), lambda p: torch.optim.SGD(p, 0.02, momentum=0.9))
-    trainer = cases.trainer(callbacks=[callback], devices=2, strategy="ddp", use_distributed_sampler=False)
-    data = cases.data(32, torch.float64)  # Lightning's own sampler would shuffle
-    sampler = DistributedSampler(data, num_replicas=2, rank=trainer.global_rank, shuffle=False)
-    trainer.fit(module, DataLoader(data, batch_size=4, sampler=sampler))
-    flat = lambda named: torch.cat([t.flatten() for t in named.values()]).numpy()
-
-    # One process: rank r sees the samples r, r + 2, ...; each keeps its own C, g_S is the mean of both.
-    network = cases.mlp(torch.float64)
-    parameters = list(network.parameters())
-    optimizer = torch.optim.SGD(parameters, 0.02, momentum=0.9)
-    x, y = cases.data(32, torch.float64).tensors
-    mse = torch.nn.functional.mse_loss
-    vector = lambda grads: torch.cat([g.flatten() for g in grads]).numpy()
-    pairs = [[], []]
-    for step in range(4):
-        rows = [slice(r + 8 * step, 8 * (step + 1), 2) for r in (0, 1)]
-        grads = [torch.autograd.grad(mse(network(x[s]), y[s]), parameters) for s in rows]
-        mean = [(a + b) / 2 for a, b in zip(*grads)]
-        for r, s in enumerate(rows):
-            one = torch.autograd.grad(mse(network(x[s][:1]), y[s][:1]), parameters)
-            pairs[r].append((vector(one), vector(mean)))
-        for p, g in zip(parameters, mean):
-            p.grad = g
-        optimizer.step()
-    expected = sum(np.diag(covariance(p, lambda t: 1 / t)) for p in pairs) / 2
-    np.testing.assert_allclose(flat(callback.variance), expected, rtol=1e-10)
-    lowest = np.argsort(expected, kind="stable")[:28]
-    assert flat(callback.frozen)[lowest].all() and flat(callback.frozen).sum() == 28
-    everywhere = trainer.strategy.all_gather(torch.from_numpy(flat(callback.frozen)))
-    weights = trainer.strategy.all_gather(torch.from_numpy(flat(dict(module.state_dict()))))
-    assert torch.equal(everywhere[0], everywhere[1]) and torch.equal(weights[0], weights[1])
-    print(f"rank {trainer.global_rank} agrees", flush=True)
-    torch.distributed.destroy_process_group()
-"""
-
-
-@pytest.mark.slow
-def test_two_ranks_agree_with_one_process(tmp_path):
-    """DDP on gloo: C is the mean of the ranks' own, in float64 to 1e-10; masks and weights are the same on both."""
-    script = tmp_path / "two_ranks.py"
-    script.write_text(TWO_RANKS)
-    root = Path(__file__).parent.parent
-    done = subprocess.run(
-        [sys.executable, str(script)], cwd=root, env=environment(root), capture_output=True, text=True, timeout=300
-    )
-    assert_agreed(done, 2)
-
-
-def environment(root: Path) -> dict[str, str]:
-    import os
-
-    return os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}

@@ -9,7 +9,7 @@ from tests.processes.launch import ROOT
 
 
 @pytest.mark.slow
-def test_run_killed_while_saving_goes_on_from_the_last_complete_checkpoint():
+def test_run_killed_while_saving_resumes_from_the_last_complete_checkpoint():
     """Three times at random moments; `python -m tests.processes.kills --times 100` does it more often.
 
     In a process of its own: children are forked from it, which a process with threads must not do.

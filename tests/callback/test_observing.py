@@ -17,9 +17,8 @@ from torch.utils.data import DataLoader
 from torchmetrics import MeanSquaredError
 
 from lightning_gcfreeze import Evidence, GradCovFreezeCallback, orderings
-from lightning_gcfreeze.gradients import capture
 from lightning_gcfreeze.gradients.capture import Capture
-from tests import cases
+from tests import cases, insides
 from tests.oracles.recursion import covariance
 from tests.oracles.training import observed_run
 
@@ -58,7 +57,7 @@ def flat(named: dict[str, Tensor]) -> np.ndarray:
     [("1/t", lambda t: 1 / t), (0.2, lambda t: 0.2), (lambda t: 2 / (t + 1), lambda t: 2 / (t + 1))],
     ids=["1/t", "constant", "callable"],
 )
-def test_the_diagonal_is_that_of_the_literal_recursion(gain, kappa):
+def test_variance_is_the_diagonal_of_the_literal_recursion(gain, kappa):
     """C_t0 of a run in a Trainer is that of a loop by hand, to float64 rounding."""
     callback = GradCovFreezeCallback(t0=12, k=0.5, gain=gain)
     captured = GradCovFreezeCallback(t0=12, k=0.5, gain=gain, gradients="auto")
@@ -69,7 +68,7 @@ def test_the_diagonal_is_that_of_the_literal_recursion(gain, kappa):
         np.testing.assert_allclose(flat(found.variance), np.diag(by_hand(steps, gain=kappa)), rtol=1e-10)
 
 
-def test_the_full_matrix_is_that_of_the_literal_recursion():
+def test_full_covariance_is_that_of_the_literal_recursion():
     """All p x p of it, rows in the order of named_parameters; its diagonal is the diagonal run's variance."""
     full = GradCovFreezeCallback(t0=12, k=0.5, covariance="full")
     diagonal = GradCovFreezeCallback(t0=12, k=0.5)
@@ -87,7 +86,7 @@ def test_the_full_matrix_is_that_of_the_literal_recursion():
 @pytest.mark.parametrize("covariance", ["diagonal", "full"])
 @pytest.mark.parametrize("how", ["replay", "capture", "auto"])
 @pytest.mark.parametrize(("samples", "count"), [("all", 8), (3, 3), (8, 8), (20, 8)])
-def test_the_noise_of_several_samples_enters_by_its_mean(samples, count, how, covariance):
+def test_noise_of_several_samples_is_averaged(samples, count, how, covariance):
     """C is the mean over steps of 1/m Σ_j (g_j - g_S)(g_j - g_S)ᵀ: NumPy on one autograd call a sample.
 
     Of the last batch, of 4, all 4 are taken; its noise is put on the scale of batches of 8.
@@ -116,8 +115,8 @@ def test_the_noise_of_several_samples_enters_by_its_mean(samples, count, how, co
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_large_layers_are_done_with_in_the_backward_pass(accumulate, monkeypatch):
-    """In a Trainer too, which zeroes gradients after the forward pass; the same, or under accumulation nearly."""
+def test_large_layers_are_summed_within_the_backward_pass(accumulate, monkeypatch):
+    """The variance is that of a sum after the pass; under accumulation it is close to it."""
     sums: list[str] = []
     add_up = Capture._add_up
 
@@ -129,7 +128,7 @@ def test_large_layers_are_done_with_in_the_backward_pass(accumulate, monkeypatch
     monkeypatch.setattr(Capture, "_add_up", counted)
 
     def run(little: int, **kwargs: Any) -> tuple[GradCovFreezeCallback, pl.Trainer]:
-        monkeypatch.setattr(capture, "MAX_KEPT_NUMEL", little)
+        insides.sum_in_backward_from(monkeypatch, little)
         callback = GradCovFreezeCallback(t0=8, k=0.5, samples="all")
         trainer = cases.trainer(callbacks=[callback], accumulate_grad_batches=accumulate, max_epochs=2)
         module = cases.Regression(cases.mlp(torch.float64))
@@ -145,7 +144,7 @@ def test_large_layers_are_done_with_in_the_backward_pass(accumulate, monkeypatch
 
 
 @pytest.mark.parametrize("how", ["replay", "capture", "auto"])
-def test_an_unused_parameter_has_no_covariance(how):
+def test_unused_parameter_has_zero_covariance(how):
     network = cases.mlp(torch.float64)
     first = next(layer for layer in network.modules() if isinstance(layer, nn.Linear))
     first.register_parameter("spare", nn.Parameter(torch.zeros(3, dtype=torch.float64)))
@@ -158,7 +157,7 @@ def test_an_unused_parameter_has_no_covariance(how):
 
 
 @pytest.mark.parametrize("how", ["replay", "capture", "auto"])
-def test_one_recursion_step_per_optimizer_step_under_accumulation(how):
+def test_accumulated_micro_batches_make_one_step_of_the_recursion(how):
     """g_S is the mean over the micro-batches, g_1 belongs to the first sample of the first of them.
 
     In the last window, of two micro-batches, the optimizer gets two thirds of the mean: Lightning divides by three all
@@ -187,7 +186,7 @@ def test_one_recursion_step_per_optimizer_step_under_accumulation(how):
     np.testing.assert_allclose(flat(callback.variance), expected, rtol=1e-10)
 
 
-def test_each_nth_step_is_observed():
+def test_every_nth_step_is_observed():
     """every=3 takes the steps 3, 6, 9, … into C, and no other."""
     callback = GradCovFreezeCallback(t0=10, k=0.5, every=3)
     fit(callback)
@@ -195,7 +194,7 @@ def test_each_nth_step_is_observed():
     np.testing.assert_allclose(flat(callback.variance), np.diag(by_hand(steps, every=3)), rtol=1e-10)
 
 
-def test_a_short_last_batch_is_put_on_the_scale_of_the_others():
+def test_noise_of_a_short_last_batch_is_rescaled():
     """With S = 8 and a last batch of 4, its squared noise counts (1 - 1/8) / (1 - 1/4) times."""
     callback = GradCovFreezeCallback(t0=3, k=0.5, gain=lambda t: 1.0)  # κ = 1: C is the last step's alone
     fit(callback, samples=20, max_epochs=1)
@@ -204,15 +203,15 @@ def test_a_short_last_batch_is_put_on_the_scale_of_the_others():
     np.testing.assert_allclose(flat(callback.variance), uncorrected * (7 / 8) / (3 / 4), rtol=1e-10)
 
 
-def test_a_last_batch_of_one_is_left_out():
-    """Its g_1 is its g_S: it says nothing, and C is that of the other steps."""
+def test_last_batch_of_one_sample_is_not_observed():
+    """Its g_1 is its g_S: C is that of the other steps."""
     callback = GradCovFreezeCallback(t0=3, k=0.5)
     fit(callback, samples=17, max_epochs=1)
     steps = [[b] for b in [*cases.loader(8, 17, torch.float64)][:2]]
     np.testing.assert_allclose(flat(callback.variance), np.diag(by_hand(steps)), rtol=1e-10)
 
 
-def test_the_freeze_takes_the_k_lowest_after_step_t0():
+def test_k_lowest_elements_freeze_after_step_t0():
     """Masks and ranks follow from the oracle's diagonal; the phase changes with step t0, not before."""
     seen = []
 
@@ -233,8 +232,8 @@ def test_the_freeze_takes_the_k_lowest_after_step_t0():
     assert seen == ["observing"] * 4 + ["frozen"] * 12
 
 
-def test_displacement_second_moment_and_snr_see_the_run():
-    """Orders that need more than C get it: start weights, E[g_S²], E[g_S], each against the loop by hand."""
+def test_evidence_of_other_orders_is_that_of_the_loop_by_hand():
+    """Start weights, E[g_S²] and E[g_S], which displacement, second_moment and snr read."""
     network = cases.mlp(torch.float64)
     start = torch.cat([p.detach().flatten().clone() for p in network.parameters()])
     optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
@@ -285,8 +284,8 @@ class Record:
     ],
     ids=["dict", "nested", "named tuple", "dataclass", "tensor", "texts"],
 )
-def test_batches_of_any_form_give_the_same_covariance(pack, unpack):
-    """The form of the batch does not reach C."""
+def test_batches_of_any_type_give_the_same_covariance(pack, unpack):
+    """Tuples, mappings, dataclasses and the like."""
 
     class AnyForm(cases.Regression):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -304,8 +303,8 @@ def test_batches_of_any_form_give_the_same_covariance(pack, unpack):
     assert_close(callback.variance, plain.variance, rtol=1e-12, atol=0.0)  # a strided y may sum in another order
 
 
-def test_the_module_can_cut_its_own_batch():
-    """`gcfreeze_first_sample` is asked first: time-major batches, which would be cut along time, come out right."""
+def test_hook_of_the_module_slices_the_batch():
+    """`gcfreeze_first_sample` comes first: time-major batches, which would be cut along time, come out right."""
 
     class TimeMajor(cases.Regression):
         def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
@@ -375,8 +374,8 @@ def run_talkative(callbacks: list[pl.Callback]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("how", ["replay", "capture", "auto"])
-def test_observing_leaves_no_trace(how):
-    """Weights, BatchNorm's buffers, metrics, logged values, plain attributes and random streams are bit-identical."""
+def test_observing_leaves_all_state_bit_identical(how):
+    """Weights, BatchNorm's buffers, metrics, logged values, plain attributes and random streams."""
     plain = run_talkative([])
     with pytest.warns(UserWarning, match="Nothing was frozen"):
         observed = run_talkative([observer := GradCovFreezeCallback(t0=1000, k=0.5, gradients=how)])
@@ -386,15 +385,15 @@ def test_observing_leaves_no_trace(how):
     assert plain["state"]["network.2.num_batches_tracked"] == 16
 
 
-def test_freezing_does_leave_one():
-    """The same comparison turns red once something is frozen: it can fail."""
+def test_comparison_of_all_state_fails_once_elements_are_frozen():
+    """So the comparison of the test above can fail."""
     plain = run_talkative([])
     frozen = run_talkative([GradCovFreezeCallback(t0=2, k=0.5)])
     with pytest.raises(AssertionError):
         cases.assert_identical(frozen["state"], plain["state"])
 
 
-def test_training_step_may_return_a_mapping():
+def test_training_step_that_returns_a_mapping_is_observed():
     """{"loss": ...}: the same C as with the loss alone."""
 
     class Dict(cases.Regression):
@@ -407,7 +406,7 @@ def test_training_step_may_return_a_mapping():
     cases.assert_identical(callback.variance, plain.variance)
 
 
-def test_a_replay_reaches_no_logger(tmp_path):
+def test_replay_writes_to_no_logger(tmp_path):
     """What `training_step` writes to `self.logger` itself is written once."""
 
     class Counting(pl.loggers.CSVLogger):
@@ -450,8 +449,8 @@ def test_non_finite_gradients_are_skipped_and_counted():
     assert not np.allclose(flat(healthy.variance), flat(callback.variance))
 
 
-def test_if_nothing_could_be_observed_nothing_is_frozen_silently():
-    """All steps skipped: an error that counts them, not an order of zeros."""
+def test_run_without_any_observed_step_raises_at_t0():
+    """The error counts the steps left out; an order of zeros would freeze anything."""
 
     class Broken(cases.Regression):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -461,8 +460,8 @@ def test_if_nothing_could_be_observed_nothing_is_frozen_silently():
         cases.trainer(callbacks=[GradCovFreezeCallback(t0=3, k=0.5)]).fit(Broken(cases.mlp()), cases.loader())
 
 
-def test_elements_that_never_had_a_gradient_are_reported():
-    """Three constant inputs of five: 24 of the 28 frozen weights never moved, and a warning counts them."""
+def test_frozen_elements_without_any_gradient_are_warned_of():
+    """With three constant inputs of five, 24 of the 28 frozen weights never had one."""
 
     class Blind(cases.Regression):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -475,7 +474,7 @@ def test_elements_that_never_had_a_gradient_are_reported():
     assert callback.frozen["network.0.weight"][:, 2:].all()
 
 
-def test_batch_norm_replays_with_running_statistics():
+def test_replay_uses_running_statistics_of_batch_norm():
     """g_1 of a BatchNorm network is that of the network with BatchNorm in eval mode and dropout off at p = 0."""
     network = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1)).double()
     reference = copy.deepcopy(network)
@@ -499,34 +498,33 @@ class SometimesNone(cases.Regression):
         return None if batch_idx == self.without_loss else loss
 
 
-def test_a_window_without_a_loss_is_skipped_and_leaves_nothing_behind():
-    """A step whose last micro-batch has no loss is counted as skipped; the next window has its own first sample."""
+def test_step_without_a_loss_is_skipped():
+    """One whose last micro-batch has no loss is counted as skipped; the next step has a first sample of its own."""
     seen: list[tuple[int, int]] = []
     callback = GradCovFreezeCallback(t0=4, k=0.5)
 
     class Watch(pl.Callback):
         def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-            samples = callback._running.samples
-            gradients = samples.gradients
+            source = insides.sample_gradients_of(callback)
+            gradients = source.gradients
 
             def spy(*args: Any) -> Any:
-                assert samples._window is not None
-                seen.append((samples._window.batch_idx, samples.batch_size or 0))
+                assert source._window is not None
+                seen.append((source._window.batch_idx, source.batch_size or 0))
                 return gradients(*args)
 
-            samples.gradients = spy  # type: ignore[method-assign]
+            source.gradients = spy
 
     with pytest.warns(UserWarning, match="returned `None`"):
         cases.trainer(callbacks=[callback, Watch()], accumulate_grad_batches=2, max_epochs=1).fit(
             SometimesNone(cases.mlp()), cases.loader()
         )
     assert seen == [(2, 16), (4, 16), (6, 16)]
-    state = callback.state_dict()["state"]
-    assert (state["observed"], state["skipped"]) == (3, 1)
+    assert (insides.observed_steps_of(callback), insides.skipped_steps_of(callback)) == (3, 1)
 
 
-def test_a_short_last_batch_of_one_may_be_the_first_observed():
-    """Where the first observed step is an epoch's last batch, of one sample, it is left out and counted."""
+def test_first_observed_batch_of_one_sample_is_skipped():
+    """Where it is an epoch's last batch, it is counted as skipped."""
     callback = GradCovFreezeCallback(t0=12, k=0.5, every=4)  # epochs of 4 steps and of 25 samples: 8 + 8 + 8 + 1
     with pytest.raises(RuntimeError, match="No step could be observed among the first `t0=12`: 3 were left out"):
         cases.trainer(callbacks=[callback], max_epochs=3).fit(cases.Regression(cases.mlp()), cases.loader(8, 25))
@@ -553,8 +551,8 @@ class CountsCalls(cases.Regression):
 
 
 @pytest.mark.parametrize("order", ["progress", "second_moment", "magnitude", "displacement", "random"])
-def test_an_order_without_the_variance_takes_no_single_samples_gradient(order):
-    """Nothing runs but the batches themselves, no layer is watched, and `variance` is empty; masks are as with them."""
+def test_order_without_the_variance_computes_no_per_sample_gradients(order):
+    """Nothing runs but the batches, no layer is watched, and `variance` is empty; the masks are the same."""
     callback = GradCovFreezeCallback(t0=5, k=0.5, order=order, seed=1)
     module = CountsCalls()
     hooks: list[int] = []
@@ -582,8 +580,8 @@ def test_an_order_without_the_variance_takes_no_single_samples_gradient(order):
 
 
 @pytest.mark.parametrize("order", ["variance", "reverse", "snr", lambda e: e.variance])
-def test_an_order_that_reads_the_variance_has_it_by_default(order):
-    """C of the first samples, as the paper has it; one's own order is taken to read it."""
+def test_order_that_reads_the_variance_gets_it_by_default(order):
+    """C of the first samples, as in the paper; a callable order is taken to read it."""
     auto, first = (GradCovFreezeCallback(t0=3, k=0.5, order=order, **kw) for kw in ({}, {"samples": "first"}))
     for callback in (auto, first):
         fit(callback, samples=32, max_epochs=1)
@@ -591,7 +589,7 @@ def test_an_order_that_reads_the_variance_has_it_by_default(order):
     cases.assert_identical(auto.variance, first.variance)
 
 
-def test_an_order_of_ones_own_may_say_that_it_does_without_the_variance():
+def test_callable_order_may_declare_that_it_reads_no_variance():
     @orderings.needs("second_moment", variance=False)
     def largest_first(evidence: Evidence) -> dict[str, Tensor]:
         assert evidence.variance == {}
@@ -604,8 +602,8 @@ def test_an_order_of_ones_own_may_say_that_it_does_without_the_variance():
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_progress_of_batches_of_one_is_that_of_the_loop_by_hand(accumulate):
-    """m² / sqrt(E g²) over single samples, to rounding; the variance cannot be had of them, and says so."""
+def test_progress_of_batches_of_one_sample_is_that_of_the_loop_by_hand(accumulate):
+    """m² / sqrt(E g²) over single samples, to rounding; `variance` raises an error that says why."""
     callback = GradCovFreezeCallback(t0=8, k=0.5, order="second_moment")
     module = cases.Regression(cases.mlp(torch.float64))
     trainer = cases.trainer(callbacks=[callback], max_epochs=1, accumulate_grad_batches=accumulate)
@@ -629,8 +627,8 @@ def test_progress_of_batches_of_one_is_that_of_the_loop_by_hand(accumulate):
         fit(GradCovFreezeCallback(t0=3, k=0.5), batch_size=1)
 
 
-def test_gradients_that_are_used_up_in_the_backward_pass_are_refused():
-    """An optimizer that steps there leaves nothing to observe: an error, not an order of zeros."""
+def test_optimizer_that_steps_within_the_backward_pass_is_refused():
+    """It leaves no gradients to observe: an error, not an order of zeros."""
 
     class StepsInBackward(cases.Regression):
         def configure_optimizers(self) -> Any:

@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,62 +11,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_gcfreeze import GradCovFreezeCallback
 from tests import cases
-
-T0, STEPS = 7, 18
-ARGUMENTS: dict[str, Any] = {"t0": T0, "k": 0.5}
-
-
-class Interrupted(Exception):
-    """The power went out."""
-
-
-class SaveAndStop(pl.Callback):
-    """Saves a checkpoint after a batch, and pulls the plug."""
-
-    def __init__(self, path: Path, after_batches: int) -> None:
-        self.path, self.left = path, after_batches
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        self.left -= 1
-        if self.left == 0:
-            trainer.save_checkpoint(self.path)
-            raise Interrupted
-
-
-def module() -> cases.Regression:
-    return cases.Regression(cases.convnet(), lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.3))
-
-
-def run(callback: GradCovFreezeCallback | None, *more: pl.Callback, ckpt: Path | None = None, **kwargs: Any) -> Any:
-    """Weights, optimizer and callback after STEPS steps of three shuffled epochs with dropout."""
-    torch.manual_seed(5)
-    network = module()
-    trainer = cases.trainer(callbacks=[*([callback] if callback else []), *more], max_epochs=3, **kwargs)
-    trainer.fit(network, cases.ResumableLoader(), ckpt_path=ckpt, weights_only=True if ckpt else None)
-    return {
-        "weights": network.state_dict(),
-        "optimizer": trainer.optimizers[0].state_dict()["state"],
-        "callback": callback.state_dict() if callback else None,
-        "ranks": callback.ranks if callback else None,
-        "frozen": callback.frozen if callback else None,
-    }
-
-
-class DropoutByStep(pl.Callback):
-    """Random streams are no part of a Lightning checkpoint; with this they follow the step."""
-
-    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        torch.manual_seed(1000 + trainer.global_step)
-
-
-def interrupted(path: Path, after: int, arguments: dict[str, Any], **kwargs: Any) -> Any:
-    with pytest.raises(Interrupted):
-        run(GradCovFreezeCallback(**arguments), DropoutByStep(), SaveAndStop(path, after), **kwargs)
-    return run(GradCovFreezeCallback(**arguments), DropoutByStep(), ckpt=path, **kwargs)
+from tests.interruptions import ARGUMENTS, STEPS, T0, DropoutByStep, Interrupted, SaveAndStop, interrupted, module, run
 
 
 @pytest.mark.parametrize("after", [2, T0 - 1, T0, T0 + 1, 12, 15])
-def test_resuming_at_any_point_equals_the_unbroken_run(tmp_path, after):
+def test_run_resumed_at_any_step_equals_the_unbroken_run(tmp_path, after):
     """Interrupted before, right before, at, right after and long after t0, in and at the end of an epoch."""
     unbroken = run(GradCovFreezeCallback(**ARGUMENTS), DropoutByStep())
     resumed = interrupted(tmp_path / "run.ckpt", after, ARGUMENTS)
@@ -93,15 +41,15 @@ def test_resuming_at_any_point_equals_the_unbroken_run(tmp_path, after):
     ],
     ids=str,
 )
-def test_whatever_an_order_gathers_is_saved(tmp_path, arguments):
-    """Start weights, moments, the matrix and the seed survive an interruption while observing."""
+def test_run_resumed_while_observing_equals_the_unbroken_run_for_every_order(tmp_path, arguments):
+    """Start weights, moments, the matrix and the seed are in the checkpoint."""
     unbroken = run(GradCovFreezeCallback(**(ARGUMENTS | arguments)), DropoutByStep())
     resumed = interrupted(tmp_path / "run.ckpt", 4, ARGUMENTS | arguments)
     cases.assert_identical(resumed, unbroken)
     assert any(f.any() for f in unbroken["frozen"].values())
 
 
-def test_resuming_under_accumulation(tmp_path):
+def test_run_resumed_under_accumulation_equals_the_unbroken_run(tmp_path):
     """Interrupted between optimizer steps of two micro-batches each."""
     unbroken = run(GradCovFreezeCallback(t0=4, k=0.5), DropoutByStep(), accumulate_grad_batches=2)
     for after in (4, 8, 10):
@@ -109,7 +57,7 @@ def test_resuming_under_accumulation(tmp_path):
         cases.assert_identical(resumed, unbroken)
 
 
-def test_a_checkpoint_of_a_frozen_run_goes_on_without_the_callback(tmp_path):
+def test_checkpoint_of_a_frozen_run_is_resumed_without_the_callback(tmp_path):
     """Weights and optimizer load in a plain Trainer, whose optimizer state is of full shape, and everything moves."""
     path = tmp_path / "run.ckpt"
     callback = GradCovFreezeCallback(**ARGUMENTS)
@@ -137,7 +85,7 @@ def test_a_checkpoint_of_a_frozen_run_goes_on_without_the_callback(tmp_path):
     ids=str,
 )
 @pytest.mark.parametrize("after", [T0 - 2, T0 + 2])
-def test_resuming_with_other_arguments_says_so(tmp_path, change, message, after):
+def test_resuming_with_other_arguments_is_refused(tmp_path, change, message, after):
     """The saved and the given value are named, in either phase."""
     path = tmp_path / "run.ckpt"
     with pytest.raises(Interrupted):
@@ -146,15 +94,15 @@ def test_resuming_with_other_arguments_says_so(tmp_path, change, message, after)
         run(GradCovFreezeCallback(**(ARGUMENTS | change)), ckpt=path)
 
 
-def test_how_often_to_log_may_change(tmp_path):
-    """It decides nothing."""
+def test_log_every_n_steps_may_change_when_resuming(tmp_path):
+    """The outcome is the same."""
     resumed = interrupted(tmp_path / "run.ckpt", 3, ARGUMENTS)
     path = tmp_path / "run.ckpt"
     other = run(GradCovFreezeCallback(**ARGUMENTS, log_every_n_steps=3), DropoutByStep(), ckpt=path)
     cases.assert_identical(other, resumed)
 
 
-def test_a_second_fit_starts_afresh():
+def test_second_fit_of_a_callback_equals_that_of_a_new_one():
     """The same object in a new run gives what a new object gives."""
     callback = GradCovFreezeCallback(**ARGUMENTS)
     first = run(callback, DropoutByStep())
@@ -163,8 +111,8 @@ def test_a_second_fit_starts_afresh():
     cases.assert_identical(again, first)
 
 
-def test_testing_between_two_fits_changes_neither(tmp_path):
-    """Loading a checkpoint for `validate` is no resumption of the next fit."""
+def test_validating_between_two_fits_changes_neither(tmp_path):
+    """A checkpoint loaded for `validate` is not resumed by the next fit."""
 
     class Tested(cases.Regression):
         def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -181,8 +129,8 @@ def test_testing_between_two_fits_changes_neither(tmp_path):
     assert callback.state_dict()["steps"] == 8
 
 
-def test_after_an_exception_the_optimizer_is_let_go():
-    """The hook on the optimizer goes with the run; what was found stays."""
+def test_exception_removes_the_hooks_from_the_optimizer():
+    """What was found stays."""
     callback = GradCovFreezeCallback(**ARGUMENTS)
 
     class Stop(pl.Callback):
@@ -202,8 +150,8 @@ def test_after_an_exception_the_optimizer_is_let_go():
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))], ids=["copy", "pickle"])
-def test_copies_and_pickles(clone):
-    """Before a run, in the middle of one and after it; the copy shares nothing, and can be trained with."""
+def test_copies_and_pickles_share_nothing_and_can_train(clone):
+    """Before a run, in the middle of one and after it."""
     copies = []
 
     class Copy(pl.Callback):
@@ -222,7 +170,7 @@ def test_copies_and_pickles(clone):
         cases.assert_identical(run(each, DropoutByStep()), expected)
 
 
-def test_another_module_is_refused_by_name(tmp_path):
+def test_checkpoint_of_another_module_is_refused_by_parameter_name(tmp_path):
     """A checkpoint whose masks do not fit the module says which parameters differ."""
     callback = GradCovFreezeCallback(t0=3, k=0.5)
     trainer = cases.trainer(callbacks=[callback], max_epochs=1)
@@ -236,14 +184,14 @@ def test_another_module_is_refused_by_name(tmp_path):
         )
 
 
-def test_another_format_is_refused():
+def test_state_of_an_unknown_format_is_refused():
     """A state of a later version is not guessed at."""
     state = GradCovFreezeCallback(**ARGUMENTS).state_dict() | {"format": 99}
     with pytest.raises(ValueError, match="has the format 99, this version reads 5"):
         GradCovFreezeCallback(**ARGUMENTS).load_state_dict(state)
 
 
-def test_a_state_can_be_looked_at_without_a_run():
+def test_load_state_dict_fills_the_attributes_without_a_run():
     """`load_state_dict` alone fills the attributes."""
     callback = GradCovFreezeCallback(**ARGUMENTS)
     run(callback)
@@ -255,8 +203,8 @@ def test_a_state_can_be_looked_at_without_a_run():
     assert other.frozen_fraction == callback.frozen_fraction > 0
 
 
-def test_one_and_one_point_zero_are_different_arguments(tmp_path):
-    """k=1 is one element, k=1.0 is all of them."""
+def test_resuming_k_1_with_k_1_0_is_refused(tmp_path):
+    """The first is one element, the second all of them."""
     path = tmp_path / "run.ckpt"
     with pytest.raises(Interrupted):
         run(GradCovFreezeCallback(t0=T0, k=1), SaveAndStop(path, 3))
@@ -273,8 +221,8 @@ def test_one_and_one_point_zero_are_different_arguments(tmp_path):
     ids=["LearningRateFinder", "BatchSizeFinder"],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_finders_that_try_before_the_run_do_not_disturb_it(finder, tmp_path, monkeypatch):
-    """They save and restore a checkpoint before anything has begun: that is no resumption."""
+def test_finders_before_the_run_leave_it_unchanged(finder, tmp_path, monkeypatch):
+    """They save and restore a checkpoint before training begins, which is not resuming."""
     monkeypatch.chdir(tmp_path)
 
     class Tuned(cases.Regression):
@@ -293,8 +241,8 @@ def test_finders_that_try_before_the_run_do_not_disturb_it(finder, tmp_path, mon
 
 @pytest.mark.parametrize("order", ["variance", "progress"])
 @pytest.mark.parametrize("after", [4, 12])
-def test_a_checkpoint_of_0_1_goes_on_with_the_default_samples(tmp_path, order, after):
-    """It was saved with samples="first", the default then, and lacks what is saved today: to the bit all the same."""
+def test_checkpoint_of_0_1_is_resumed_to_the_bit_with_the_default_samples(tmp_path, order, after):
+    """It was saved with samples="first", the default then, and lacks keys of today."""
     arguments = {"t0": T0, "k": 0.5, "order": order}
     unbroken = run(GradCovFreezeCallback(**arguments, samples="first"), DropoutByStep())
     path = tmp_path / "run.ckpt"

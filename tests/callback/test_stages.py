@@ -14,10 +14,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_gcfreeze import FreezeSchedule, GradCovFreezeCallback, Growth, Settled
-from tests import cases
-from tests.callback.test_freezing import bits
-from tests.callback.test_resume import DropoutByStep, Interrupted, SaveAndStop, interrupted, run
+from tests import cases, insides
+from tests.interruptions import DropoutByStep, Interrupted, SaveAndStop, interrupted, run
 from tests.oracles.recursion import covariance
+from tests.witnesses import bits
 
 # What is observed, or said at the end, is looked at here, so many runs end at t0.
 pytestmark = pytest.mark.filterwarnings("ignore:.*optimizer steps planned")
@@ -52,7 +52,7 @@ class Diary(pl.Callback):
                 held = mask & later[n]
                 changed = bits(before[n]) != bits(after[n])
                 assert not (changed & mask).any(), f"a frozen element of {n} moved"
-                assert (held == mask).all() or self.callback._may_thaw
+                assert (held == mask).all() or insides.may_thaw(self.callback)
                 moved, live = moved + int((changed & ~mask).sum()), live + int((~mask).sum())
         assert moved > 0.5 * live > 0
 
@@ -75,7 +75,7 @@ FOUR = Growth(first=0.5, most=0.95, stages=4)
 
 
 @pytest.mark.parametrize("hold", ["auto", "restore"])
-def test_a_monotone_schedule_adds_to_what_is_frozen(hold):
+def test_monotone_schedule_adds_to_the_frozen_elements(hold):
     """A fifth, a half, nine tenths; each set within the next."""
     schedule = FreezeSchedule([(6, 0.2), (12, 0.5), (20, 0.9)])
     callback = GradCovFreezeCallback(schedule=schedule, hold=hold)
@@ -106,7 +106,7 @@ class Pairs(pl.Callback):
             p.requires_grad_(False)
 
 
-def test_each_stage_rests_on_the_steps_since_the_one_before():
+def test_each_stage_observes_the_steps_since_the_stage_before():
     """The variance after the second stage is the recursion over steps 7 to 12 alone, of frozen elements too."""
     callback, pairs = GradCovFreezeCallback(schedule=FreezeSchedule([(6, 0.4), (12, 0.6)])), Pairs()
     diary = train(callback, pairs)
@@ -121,8 +121,8 @@ def test_each_stage_rests_on_the_steps_since_the_one_before():
     assert set(order[: round(0.6 * P)]) == set(np.flatnonzero(frozen))
 
 
-def test_a_monotone_schedule_keeps_what_the_order_would_thaw():
-    """An order that turns round: monotone, it adds from the other end; else it takes the others instead."""
+def test_monotone_schedule_keeps_what_the_order_would_thaw():
+    """With an order that changes its sign: monotone, it adds from the other end; else it thaws the first elements."""
 
     def fickle(evidence: Any) -> dict[str, Tensor]:
         fickle.sign *= -1
@@ -136,18 +136,19 @@ def test_a_monotone_schedule_keeps_what_the_order_would_thaw():
         assert sum(int((first[n] & second[n]).sum()) for n in first) == kept
 
 
-def test_losses_are_those_of_the_batches_whatever_is_accumulated():
+def test_loss_of_a_stage_does_not_depend_on_accumulation():
     """Lightning divides them by the number of micro-batches."""
     callback = GradCovFreezeCallback(t0=6, k=Growth(every=5))
     trainer = cases.trainer(callbacks=callback, max_epochs=2, accumulate_grad_batches=2)
     trainer.fit(Plateau(lambda t: 7.0), cases.loader())
-    assert callback._plan.growing is not None
-    assert callback._plan.growing.reference[0] == pytest.approx(7.0)
+    growing = insides.plan_of(callback).growing
+    assert growing is not None
+    assert growing.reference[0] == pytest.approx(7.0)
 
 
 @pytest.mark.parametrize("hold", ["auto", "restore"])
-def test_a_schedule_that_is_not_monotone_thaws_with_the_state_of_the_freeze(hold):
-    """Nine tenths, then a third: what thaws trains on with the moments that it had, and makes no leap."""
+def test_thawed_elements_have_the_optimizer_state_of_their_freeze(hold):
+    """Nine tenths freeze, then a third: what thaws has its moments, and takes no large step."""
     callback = GradCovFreezeCallback(
         schedule=FreezeSchedule([(8, 0.9), (20, 0.3), (26, 0.3)], monotone=False), hold=hold
     )
@@ -155,7 +156,7 @@ def test_a_schedule_that_is_not_monotone_thaws_with_the_state_of_the_freeze(hold
     diary = train(callback, module=cases.Regression(cases.mlp(), optimizer))
     unfrozen = train(GradCovFreezeCallback(t0=8, k=0), module=cases.Regression(cases.mlp(), optimizer))
     assert diary.counts() == [0] * 7 + [round(0.9 * P)] * 12 + [round(0.3 * P)] * 13
-    assert not callback._aside.state_dict()["masks"]  # nothing is kept after the last stage
+    assert not insides.thaw_states_of(callback).state_dict()["masks"]  # nothing is kept after the last stage
     names = list(diary.weights[0])
     thawed = {n: diary.masks[18][n] & ~diary.masks[19][n] for n in names}
     assert sum(int(t.sum()) for t in thawed.values()) > 0.4 * P
@@ -170,7 +171,7 @@ def test_a_schedule_that_is_not_monotone_thaws_with_the_state_of_the_freeze(hold
         assert (steps[:, thawed[n] & live] < 0.03).all()  # from nothing, Adam would step by 0.03 at once, and 0.06 soon
 
 
-def test_stages_that_are_not_reached_are_told():
+def test_stages_that_are_not_reached_are_warned_of():
     callback = GradCovFreezeCallback(schedule=FreezeSchedule([(6, 0.2), (100, 0.5)]))
     with pytest.warns(UserWarning, match=r"Only stage 1 was reached: training ended after 32 optimizer steps, before"):
         train(callback)
@@ -200,19 +201,19 @@ def growing(limit: float, **arguments: Any) -> tuple[GradCovFreezeCallback, Mind
 
 
 @pytest.mark.parametrize("hold", ["compact", "restore"])
-def test_k_grows_along_the_order_as_long_as_the_loss_does_not_mind(hold):
+def test_k_grows_along_the_order_while_the_loss_does_not_rise(hold):
     callback, _, diary = growing(1.0, hold=hold)
     stages = [round(f * P) for f in FOUR.fractions()]
     assert diary.counts() == [0] * 7 + [n for n in stages[:3] for _ in range(8)] + [stages[3]] * 49
     order = torch.cat([r.flatten() for r in callback.ranks.values()])
     frozen = torch.cat([m.flatten() for m in callback.frozen.values()])
     assert torch.equal(frozen, order <= stages[3])
-    assert not callback._aside.state_dict()["masks"]  # it is settled, nothing is kept any more
+    assert not insides.thaw_states_of(callback).state_dict()["masks"]  # it is settled, nothing is kept any more
 
 
 @pytest.mark.parametrize("hold", ["compact", "restore"])
-def test_a_stage_that_costs_too_much_thaws_and_stays_thawed(hold):
-    """The third: after two means of eight steps it is the second again, with the states that they froze with."""
+def test_stage_that_raises_the_loss_thaws_and_stays_thawed(hold):
+    """After two means of eight steps the third stage is the second again, with the states of the freeze."""
     _, _, diary = growing(0.8, hold=hold)
     stages = [round(f * P) for f in FOUR.fractions()]
     expected = [0] * 7 + [stages[0]] * 8 + [stages[1]] * 8 + [stages[2]] * 16 + [stages[1]] * 41
@@ -228,7 +229,7 @@ def test_a_stage_that_costs_too_much_thaws_and_stays_thawed(hold):
         assert (diary.weights[-1][n] != diary.weights[at_thaw][n])[mask].all()
 
 
-def test_everything_thaws_if_the_first_stage_is_too_much():
+def test_everything_thaws_if_the_first_stage_raises_the_loss():
     callback, _, diary = growing(0.0)
     assert (diary.counts()[-1], max(diary.counts())) == (0, round(0.5 * P))
     assert (callback.frozen_fraction, callback.phase) == (0.0, "frozen")
@@ -249,7 +250,7 @@ class Validated(cases.Regression):
         return cases.loader(64)
 
 
-def test_a_monitored_loss_decides_instead():
+def test_monitored_validation_loss_decides_about_growth():
     """One validation an epoch of 8 steps: 2.0 at t0, then 2.0 (grow), 3.0 twice (thaw)."""
     growth = replace(FOUR, monitor="val/loss", max_loss_increase=0.1)
     callback = GradCovFreezeCallback(t0=12, k=growth)
@@ -258,7 +259,7 @@ def test_a_monitored_loss_decides_instead():
     assert diary.counts() == [0] * 11 + [a] * 5 + [b] * 16 + [a] * 16  # a verdict takes effect with the next step
 
 
-def test_a_monitor_that_nobody_logs_is_refused():
+def test_monitor_that_is_not_logged_is_refused():
     callback = GradCovFreezeCallback(t0=8, k=Growth(monitor="loss/val"))
     with pytest.raises(MisconfigurationException, match=r"`monitor='loss/val'` was not logged.*val/loss was"):
         train(callback, module=Validated([1.0] * 9))
@@ -291,8 +292,8 @@ SETTLED = Settled(first=8, growth=1.5, overlap=0.1, improvement=0.05)  # looks a
     ],
     ids=["flat", "falling, then flat", "falling"],
 )
-def test_it_freezes_when_order_and_loss_have_settled(losses, t0, tmp_path):
-    """And says in the log what it found at each look."""
+def test_freeze_comes_when_order_and_loss_have_settled(losses, t0, tmp_path):
+    """The log has what each check found."""
     callback, logger = GradCovFreezeCallback(t0=SETTLED, k=0.5), CSVLogger(tmp_path)
     diary = train(callback, module=Plateau(losses), max_epochs=20, logger=logger, log_every_n_steps=1)
     assert diary.counts().index(round(0.5 * P)) == t0 - 1
@@ -308,8 +309,8 @@ def test_it_freezes_when_order_and_loss_have_settled(losses, t0, tmp_path):
     assert last == (t0 != 80)
 
 
-def test_an_order_that_does_not_settle_waits_for_max_t0():
-    """Scores drawn anew at each look."""
+def test_order_that_does_not_settle_freezes_at_max_t0():
+    """Its scores are drawn anew at each check."""
 
     def restless(evidence: Any) -> Any:
         restless.seed += 1
@@ -322,20 +323,20 @@ def test_an_order_that_does_not_settle_waits_for_max_t0():
     assert diary.counts().index(round(0.5 * P)) == 49
 
 
-def test_looks_without_anything_observed_are_left_out():
-    """Every ninth step is observed, and the first look comes after the fourth."""
+def test_checks_before_the_first_observed_step_are_left_out():
+    """Every ninth step is observed, and the first check comes after the fourth."""
     callback = GradCovFreezeCallback(t0=Settled(first=4, max_t0=20, overlap=0.9), k=0.5, every=9)
     assert train(callback).counts().index(round(0.5 * P)) == 19
 
 
-def test_without_an_end_max_t0_is_needed():
+def test_t0_auto_without_an_end_of_training_needs_max_t0():
     with pytest.raises(MisconfigurationException, match="this training has no end, or a loader without a length"):
         cases.trainer(max_epochs=-1, callbacks=GradCovFreezeCallback(t0="auto", k=0.5)).fit(
             cases.Regression(cases.mlp()), cases.loader()
         )
 
 
-def test_training_that_ends_before_max_t0_is_told():
+def test_training_that_ends_before_max_t0_is_warned_of():
     callback = GradCovFreezeCallback(t0=Settled(max_t0=100), k=0.5)
     with pytest.warns(
         UserWarning, match="Nothing was frozen: training ended after 32 optimizer steps, before `t0=100`"
@@ -347,8 +348,8 @@ def train_only(callback: GradCovFreezeCallback) -> None:
     cases.trainer(callbacks=callback, max_epochs=4).fit(cases.Regression(cases.mlp()), cases.loader())
 
 
-def test_both_from_the_data():
-    """The defaults, on a task that converges."""
+def test_t0_auto_and_k_auto_freeze_at_least_half():
+    """With the defaults, on a task that converges."""
     callback = GradCovFreezeCallback(t0="auto", k="auto")
     diary = train(callback, max_epochs=60)
     counts = diary.counts()
@@ -370,7 +371,7 @@ PLANS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("hold", ["auto", "restore"])
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
-def test_resuming_at_any_point_equals_the_unbroken_run(tmp_path, plan, hold):
+def test_run_resumed_at_any_step_equals_the_unbroken_run(tmp_path, plan, hold):
     """To the bit: weights, optimizer, statistics, masks, and what was kept of the optimizer."""
     arguments = {**plan, "hold": hold}
     unbroken = run(GradCovFreezeCallback(**arguments), DropoutByStep())
@@ -410,6 +411,6 @@ def test_resuming_with_another_schedule_is_refused(tmp_path):
         ),
     ],
 )
-def test_arguments_that_do_not_go_together_are_refused(arguments, error, message):
+def test_arguments_that_exclude_each_other_are_refused(arguments, error, message):
     with pytest.raises(error, match=message):
         GradCovFreezeCallback(**arguments)

@@ -1,4 +1,4 @@
-"""The two ranks of `test_callback_ddp` on two hosts: network namespaces with a cable between them."""
+"""Two ranks on two hosts: network namespaces with a cable between them."""
 
 import os
 import subprocess
@@ -6,15 +6,9 @@ import sys
 
 import pytest
 
-from tests.callback.test_ddp import TWO_RANKS
 from tests.processes.launch import ROOT, SCRIPTS, assert_agreed
 
 HOSTS = SCRIPTS / "two_hosts.sh"
-WHERE = """
-import os, socket
-names = " ".join(sorted(name for _, name in socket.if_nameindex()))
-print(f"[rank {os.environ['RANK']} has {names}]", flush=True)  # in one piece: both ranks write to one pipe
-"""
 
 
 @pytest.fixture
@@ -30,18 +24,16 @@ def _two_hosts() -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("_two_hosts")
 def test_two_hosts_train_the_live_elements_as_one_process_does(tmp_path):
-    """Each rank has a network of its own, and no way to the other but the cable; they agree as two on one host do."""
-    script = tmp_path / "two_hosts.py"
-    script.write_text(WHERE + TWO_RANKS)
+    """The cable is the only way from one rank to the other; both agree as two ranks on one host do."""
+    script, programs = str(SCRIPTS / "together.py"), ["interfaces", "live_elements"]
     done = subprocess.run(
-        [str(HOSTS), sys.executable, str(script)],
+        [str(HOSTS), sys.executable, script, str(tmp_path), *programs],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    assert_agreed(done, "live_elements")
     for rank in (0, 1):
         assert f"[rank {rank} has cable{rank} lo]" in done.stdout
-    assert_agreed(done, 2)

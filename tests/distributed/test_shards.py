@@ -13,7 +13,6 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lightning_gcfreeze.distributed import SINGLE_PROCESS, UNSHARDED, Shards, World, local, part, whole
-from tests.processes.launch import SCRIPTS, assert_agreed, launch
 
 
 @contextmanager
@@ -104,9 +103,3 @@ def test_unsharded_parameters_are_local_and_counted_here():
         assert same is w
     UNSHARDED.check_agreement({"w": w > 0})
     assert Shards({"w": w}, World(2)).element_world is SINGLE_PROCESS  # all processes hold all elements
-
-
-@pytest.mark.slow
-def test_four_processes_select_the_elements_that_one_process_does(tmp_path):
-    """Collectives, layouts, exact selection with ties, samples, random orders, and masks that differ."""
-    assert_agreed(launch(SCRIPTS / "selection.py", tmp_path, 4, timeout=120), 4)

@@ -5,16 +5,7 @@ import math
 import pytest
 
 from lightning_gcfreeze.estimators import gains
-
-
-def weights_of_terms(gain, steps):
-    """What each of the terms 1, …, `steps` counts in the end, and what is left of C_0: unrolled by hand."""
-    left, of_terms = 1.0, []
-    for t in range(1, steps + 1):
-        kappa = gains.at(gain, t)
-        of_terms = [(1 - kappa) * weight for weight in of_terms] + [kappa]
-        left *= 1 - kappa
-    return of_terms, left
+from tests.conformance import weights_of_terms
 
 
 def test_one_over_t_weights_all_terms_equally():

@@ -75,7 +75,7 @@ def test_the_printed_table_has_the_counts_and_the_logged_test_metrics(quick):
 
 
 @pytest.mark.slow
-def test_the_picture_is_where_the_last_lines_say(quick):
+def test_figure_is_written_where_the_output_says(quick):
     out, printed = quick
     assert f"Picture: {out / 'frozen_per_layer.png'}" in printed
     pixels = imread(out / "frozen_per_layer.png")
@@ -107,7 +107,7 @@ def test_bars_are_fractions_of_each_tensor_side_by_side():
             assert left.get_x() + left.get_width() == pytest.approx(right.get_x())
 
 
-def test_a_second_call_replaces_the_first_ones_curves_and_nothing_else(tmp_path):
+def test_second_call_replaces_the_curves_of_the_first_only(tmp_path):
     folder = tmp_path / "mnist" / "random"
     folder.mkdir(parents=True)
     (folder / "events.out.tfevents.1.host").touch()

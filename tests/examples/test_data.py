@@ -221,6 +221,6 @@ def test_the_noise_of_a_regression_can_be_set():
     ],
     ids=["source", "task"],
 )
-def test_a_wrong_word_is_named_beside_the_right_ones(make, message):
+def test_invalid_name_is_refused_with_the_valid_ones(make, message):
     with pytest.raises(ValueError, match=message):
         make()

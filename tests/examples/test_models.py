@@ -44,7 +44,7 @@ def test_layers_are_linear_maps_with_the_activation_between_them(activation):
     assert_close(layers(x), torch.as_tensor(h, dtype=torch.float32))
 
 
-def test_an_unknown_activation_is_named_beside_the_known_ones():
+def test_unknown_activation_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match=r"one of \['gelu', 'relu', 'sigmoid', 'tanh'\], got 'selu'"):
         MLPRegressor(3, activation="selu")
 

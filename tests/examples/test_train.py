@@ -43,12 +43,12 @@ def run(monkeypatch, tmp_path):
     return run
 
 
-def test_there_is_a_file_for_each_data_set():
+def test_every_data_set_has_a_config_file():
     assert {path.stem for path in CONFIGS.iterdir()} == PARAMETERS.keys()
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_a_file_trains_the_papers_model_and_freezes_half_of_it(name, run, tmp_path):
+def test_config_file_trains_the_papers_model_and_freezes_half_of_it(name, run, tmp_path):
     cli = run("fit", name)
     (callback,) = (c for c in cli.trainer.callbacks if isinstance(c, GradCovFreezeCallback))
     assert cli.trainer.global_step == 3
@@ -58,7 +58,7 @@ def test_a_file_trains_the_papers_model_and_freezes_half_of_it(name, run, tmp_pa
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")  # ModelCheckpoint's: the second command has its own log
-def test_a_checkpoint_of_a_frozen_run_is_tested_by_a_second_command(run):
+def test_checkpoint_of_a_frozen_run_is_tested_by_a_second_command(run):
     fitted = run("fit", "boston")
     checkpoint = fitted.trainer.checkpoint_callback.best_model_path
     tested = run("test", "boston", f"--ckpt_path={checkpoint}")

@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 
 from lightning_gcfreeze.freezing import ELEMENTWISE, Compact, compact
 from tests import conformance
-from tests.freezing.test_restore import DTYPES, bits, half_of, variants
+from tests.conformance import DTYPES, half_of, variants
+from tests.witnesses import flat_bits as bits
 
 NAMES = [name for name, cls in conformance.optimizers_of_torch().items() if cls in ELEMENTWISE]
 VARIANTS = [case for case in variants() if case.values[0] in NAMES]

@@ -12,29 +12,11 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_gcfreeze.freezing import ELEMENTWISE, Restore
 from tests import conformance
+from tests.conformance import DTYPES, half_of, variants
+from tests.witnesses import INTEGERS
+from tests.witnesses import flat_bits as bits
 
-INTEGER = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16}
-DTYPES = pytest.mark.parametrize("dtype", INTEGER, ids=str)
 OPTIMIZERS = conformance.optimizers_of_torch()
-
-
-def variants():
-    """Return every optimizer in each of its implementations: one loop, many tensors at once, one kernel."""
-    found = []
-    for name, optimizer in OPTIMIZERS.items():
-        arguments = inspect.signature(optimizer).parameters
-        choices = [{}]
-        if "foreach" in arguments and name != "Muon" and name != "Adafactor":
-            choices = [{"foreach": False}, {"foreach": True}]
-        if "fused" in arguments:
-            choices.append({"fused": True})
-        found += [pytest.param(name, choice, id="-".join([name, *choice])) for choice in choices]
-    return found
-
-
-def bits(tensor):
-    """Return a copy of the elements, row by row, as integers: -0.0 differs from 0.0, and a NaN equals itself."""
-    return tensor.detach().contiguous().view(-1).view(INTEGER[tensor.dtype]).clone()
 
 
 def start(name, dtype, **choice):
@@ -51,17 +33,6 @@ def step(parameters, optimizer, before=lambda: None, after=lambda: None):
     before()
     optimizer.step()
     after()
-
-
-def half_of(parameters):
-    """Return masks of about half the elements of each parameter, in its memory format; a scalar is frozen."""
-    generator = torch.Generator().manual_seed(5)
-    masks = {}
-    for name, p in parameters.items():
-        draw = torch.empty_like(p, dtype=torch.float32)  # keeps the strides
-        draw.copy_(torch.rand(p.shape, generator=generator))
-        masks[name] = draw < 0.5 if p.dim() else torch.tensor(True)
-    return masks
 
 
 def test_every_optimizer_of_torch_is_tested():
@@ -113,7 +84,7 @@ def test_restoring_holds_values_without_masked_gradients(name):
 @DTYPES
 def test_special_values_are_restored_to_the_bit(dtype):
     """The sign of a zero, infinities, the smallest numbers and the payload of a NaN."""
-    integers = torch.tensor([0, 1, -1, 5], dtype=INTEGER[dtype])  # 0.0, the smallest number, two NaN
+    integers = torch.tensor([0, 1, -1, 5], dtype=INTEGERS[dtype.itemsize])  # 0.0, the smallest number, two NaN
     values = torch.cat([torch.tensor([-0.0, float("inf"), float("-inf"), 1.0], dtype=dtype), integers.view(dtype)])
     p = Parameter(values.clone())
     holder = Restore({"w": p}, {"w": torch.tensor([True] * 3 + [False] + [True] * 4)})

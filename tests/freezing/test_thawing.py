@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lightning_gcfreeze.freezing import ELEMENTWISE, ThawStates
-from tests.callback.test_freezing import OPTIMIZERS
+from tests.cases import OPTIMIZERS
 
 
 def steps(optimizer: torch.optim.Optimizer, parameters: dict[str, Parameter], count: int) -> None:

@@ -12,7 +12,7 @@ from lightning_gcfreeze import Settled
 from lightning_gcfreeze.estimators import gains
 from lightning_gcfreeze.planning.losses import LossMean
 from lightning_gcfreeze.planning.settling import SettlingState, overlap_of_noise
-from tests.estimators.test_gains import weights_of_terms
+from tests.conformance import weights_of_terms
 
 
 @pytest.mark.parametrize("fraction", [0.02, 0.5, 0.8, 0.97])

@@ -1,9 +1,8 @@
-"""The callback under DDP on two gloo processes, started by torchrun: what travels, what is logged, what is refused."""
+"""The callback under DDP on two ranks: bytes sent, checkpoints, communication hooks, disagreement, schedules."""
 
 import copy
 import itertools
 import os
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from lightning_gcfreeze import Evidence, FreezeSchedule, GradCovFreezeCallback, Growth, Settled
 from lightning_gcfreeze.distributed import World
-from tests import cases
+from tests import cases, insides
 
 RANK = int(os.environ["RANK"])
 
@@ -96,7 +95,7 @@ def by_hand(frozen: dict[str, Tensor], start: dict[str, Tensor], steps: slice, s
     return model, copy.deepcopy(optimizer.state_dict())
 
 
-def the_run_is_that_of_one_process(directory: Path) -> None:
+def run_ends_as_that_of_one_process(directory: Path) -> None:
     """Short last batches, two groups; ranks differ in what they see, not in what they do. Fewer bytes are logged."""
     weights = Weights()
     logger = CSVLogger(directory, name="", version=f"rank{RANK}", flush_logs_every_n_steps=1)
@@ -142,7 +141,7 @@ class Calls(pl.Callback):
         self.now = 0
 
 
-def observing_adds_no_traffic() -> None:
+def observing_adds_no_collectives() -> None:
     """In each step one bucket, as DDP would, and one call of Lightning's; at t0 what it takes to agree."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         calls = Calls(monkeypatch)
@@ -152,7 +151,7 @@ def observing_adds_no_traffic() -> None:
     assert calls.of_steps[5:] == [2, 2, 2, 2]
 
 
-def a_checkpoint_saved_after_fit_holds_the_statistics_of_all_ranks(directory: Path) -> None:
+def checkpoint_saved_after_fit_holds_the_statistics_of_all_ranks(directory: Path) -> None:
     """Before t0: those of one that is saved by all at the same step, and not rank 0's own."""
 
     class Saves(pl.Callback):
@@ -181,13 +180,13 @@ def a_checkpoint_saved_after_fit_holds_the_statistics_of_all_ranks(directory: Pa
     cases.assert_identical(states[1], states[0])
 
 
-def hooks_are_composed() -> None:
+def communication_hooks_are_combined() -> None:
     """Half precision halves what travels; what looks at whole gradients goes on getting them."""
     everything = sum(p.numel() for p in network().parameters())
     live = everything - round(0.9 * everything)
     for hook in (default_hooks.fp16_compress_hook, default_hooks.bf16_compress_hook):
         callback, _ = fit(strategy := DDPStrategy(ddp_comm_hook=hook))
-        assert callback._mean.bytes_sent == 2 * live
+        assert insides.bytes_sent_of(callback) == 2 * live
         assert strategy._ddp_comm_hook is hook  # given back
     strategy = DDPStrategy(ddp_comm_hook=default_hooks.fp16_compress_hook)
     with pytest.raises(ValueError, match="No parameter is eligible"):  # before DDP's first step
@@ -195,7 +194,7 @@ def hooks_are_composed() -> None:
     assert strategy._ddp_comm_hook is default_hooks.fp16_compress_hook
     state = PowerSGDState(None, start_powerSGD_iter=1000)
     callback, _ = fit(DDPStrategy(ddp_comm_hook=powerSGD_hook, ddp_comm_state=state))
-    assert callback._mean.bytes_sent is None
+    assert insides.bytes_sent_of(callback) is None
     assert state.iter > 0  # it ran
     assert callback.frozen_fraction == pytest.approx(0.9, abs=1e-3)
 
@@ -205,11 +204,11 @@ def hooks_are_composed() -> None:
             self.model.register_comm_hook(None, default_hooks.allreduce_hook)  # type: ignore[union-attr,operator]
 
     callback, _ = fit(Own())
-    assert callback._mean.bytes_sent is None
+    assert insides.bytes_sent_of(callback) is None
     assert callback.frozen_fraction == pytest.approx(0.9, abs=1e-3)
 
 
-def ranks_that_differ_are_found() -> None:
+def orders_that_differ_between_ranks_are_refused() -> None:
     """An order that is not the same on both: both refuse, by name, before anything freezes."""
 
     def own_order(evidence: Evidence) -> dict[str, Tensor]:
@@ -219,7 +218,7 @@ def ranks_that_differ_are_found() -> None:
         fit(DDPStrategy(), order=own_order)
 
 
-def ranks_find_out_alike() -> None:
+def schedules_agree() -> None:
     """When and how much: both freeze, grow and thaw after the same steps, and have the same weights at the end."""
 
     class Minds(cases.Regression):
@@ -243,7 +242,7 @@ def ranks_find_out_alike() -> None:
             callbacks=callback, devices=2, strategy=DDPStrategy(**wrapper), use_distributed_sampler=False, max_epochs=7
         )
         trainer.fit(module, DataLoader(batches()[RANK], batch_size=None))  # type: ignore[arg-type]
-        found = (callback._plan.t0, callback._plan.k, callback.frozen_fraction)
+        found = (insides.plan_of(callback).t0, insides.plan_of(callback).k, callback.frozen_fraction)
         weights = torch.cat([p.detach().flatten() for p in module.parameters()])
         gathered = World(2).all_gather(weights)
         assert torch.equal(gathered[0], gathered[1])
@@ -254,13 +253,10 @@ def ranks_find_out_alike() -> None:
             assert callback.frozen_fraction == pytest.approx(expected, abs=1e-3), arguments
 
 
-if __name__ == "__main__":
-    the_run_is_that_of_one_process(Path(sys.argv[1]))
-    observing_adds_no_traffic()
-    a_checkpoint_saved_after_fit_holds_the_statistics_of_all_ranks(Path(sys.argv[1]))
-    hooks_are_composed()
-    ranks_that_differ_are_found()
-    ranks_find_out_alike()
-    print(f"rank {RANK} agrees", flush=True)
-    dist.barrier()
-    dist.destroy_process_group()
+def main(folder: Path) -> None:
+    run_ends_as_that_of_one_process(folder)
+    observing_adds_no_collectives()
+    checkpoint_saved_after_fit_holds_the_statistics_of_all_ranks(folder)
+    communication_hooks_are_combined()
+    orders_that_differ_between_ranks_are_refused()
+    schedules_agree()

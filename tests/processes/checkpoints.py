@@ -1,14 +1,15 @@
-"""Runs that save, or go on from what others saved, on any number of gloo processes: `DIRECTORY save` or `resume`."""
+"""Runs that save checkpoints, and runs that resume from them on another number of ranks.
+
+A single rank needs no torchrun.
+"""
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -16,9 +17,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from lightning_gcfreeze import GradCovFreezeCallback
 from lightning_gcfreeze.distributed import whole
-from tests import cases
+from tests import cases, insides
 
-RANK, RANKS = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 T0, BEFORE, AFTER, STEPS, SAMPLES = 5, 3, 7, 10, 8
 
 
@@ -130,7 +131,7 @@ def run(name: str, directory: Path, resume: int | None = None) -> dict[str, Any]
     for n, mask in frozen.items():
         assert torch.equal(end[n][mask], start.weights[n][mask])
     assert sum(int((end[n] != start.weights[n]).sum()) for n in end) == live
-    assert callback._phase.observed == T0
+    assert insides.observed_steps_of(callback) == T0
     variance = {n: whole(v) for n, v in callback.variance.items()}
     return {"frozen": frozen, "weights": end, "variance": variance, "ranks": RANKS}
 
@@ -145,23 +146,26 @@ def compare(found: dict[str, Any], expected: dict[str, Any], exact: bool, same_f
                 torch.testing.assert_close(found[what][name], tensor, rtol=1e-9, atol=1e-11, msg=f"{what} {name}")
 
 
-if __name__ == "__main__":
-    where, action = Path(sys.argv[1]), sys.argv[2]
+def save(folder: Path) -> None:
+    """Train under every strategy; leave checkpoints and what came out."""
     for name in strategies():
-        if action == "save":
-            outcome = run(name, where)
-            if RANK == 0:
-                torch.save(outcome, where / name / "outcome.pt")
-            continue
-        if not (outcome := where / saved_by(name) / "outcome.pt").exists():  # by a single rank
+        outcome = run(name, folder)
+        if RANK == 0:
+            torch.save(outcome, folder / name / "outcome.pt")
+
+
+def resume(folder: Path) -> None:
+    """Resume from every checkpoint that `save` left, before and after the freeze; end as the unbroken run."""
+    for name in strategies():
+        if not (outcome := folder / saved_by(name) / "outcome.pt").exists():  # a single rank saves no whole "fsdp2"
             continue
         unbroken = torch.load(outcome)
         same = unbroken["ranks"] == RANKS and name != "tensor"
         for step in (BEFORE, AFTER):
-            # Another number of ranks sees other first samples: before t0 that makes another freeze.
-            compare(run(name, where, step), unbroken, exact=same, same_freeze=same or step > T0)
-    if dist.is_initialized():
-        dist.barrier()
-    print(f"rank {RANK} agrees", flush=True)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+            # Other numbers of ranks have other first samples: before t0 that makes another freeze.
+            compare(run(name, folder, step), unbroken, exact=same, same_freeze=same or step > T0)
+
+
+def resume_from_one(folder: Path) -> None:
+    """Resume from what a single rank saved."""
+    resume(folder / "one")

@@ -150,8 +150,7 @@ def disagree(world: World, mesh: DeviceMesh, rank: int) -> None:
             shards.check_agreement(wrong)
 
 
-if __name__ == "__main__":
-    dist.init_process_group("gloo")
+def main() -> None:
     all_ranks, own = World(4, "cpu"), dist.get_rank()
     two_by_two = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     collectives(all_ranks, own)
@@ -160,6 +159,3 @@ if __name__ == "__main__":
     sample(all_ranks, two_by_two, own)
     draw(all_ranks, two_by_two)
     disagree(all_ranks, two_by_two, own)
-    print(f"rank {own} agrees", flush=True)
-    dist.barrier()
-    dist.destroy_process_group()

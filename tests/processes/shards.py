@@ -1,14 +1,13 @@
-"""FSDP2 and tensor parallelism on two or four gloo processes, started by torchrun, against a loop in one process."""
+"""FSDP2 and tensor parallelism on two or four ranks, against a loop in one process."""
 
-import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -19,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_gcfreeze import Evidence, GradCovFreezeCallback, apply_delta
 from lightning_gcfreeze.distributed import local, whole
-from tests import cases
+from tests import cases, insides
 from tests.oracles.recursion import covariance
 from tests.processes.checkpoints import RANK, RANKS, Module, Start, network
 
@@ -179,7 +178,7 @@ class Twice(Module):
 def a_step_that_one_rank_did_not_see_is_left_out() -> None:
     """By that rank alone: the others observe it."""
     callback, *_ = fit(RANKS, 1, make=Twice)
-    assert callback._phase.observed == T0 - 1  # the least of both
+    assert insides.observed_steps_of(callback) == T0 - 1  # the least of both
     assert callback.frozen_fraction == pytest.approx(0.6, abs=0.01)
 
 
@@ -270,20 +269,17 @@ def fractions_are_of_the_whole(data: int, tensor: int, directory: str) -> None:
             assert logged[-1] == pytest.approx(float(mask.double().mean())), name
 
 
-if __name__ == "__main__":
+def main(folder: Path) -> None:
     for layout in [(2, 1), (1, 2)] if RANKS == 2 else [(2, 2)]:
         for how, count in (("auto", 1), ("capture", 1), ("replay", 1), ("auto", 3), ("replay", 3)):
             the_run_is_that_of_one_process(*layout, how, count)
         masks_lie_as_parameters_do(*layout)
-        a_rank_without_elements_is_no_obstacle(*layout, f"{sys.argv[1]}/{layout}")
+        a_rank_without_elements_is_no_obstacle(*layout, f"{folder}/{layout}")
         what_needs_whole_tensors_is_refused(*layout)
-        fractions_are_of_the_whole(*layout, sys.argv[1])
+        fractions_are_of_the_whole(*layout, str(folder))
     if RANKS == 4:
         copies_are_averaged()
     else:
         a_step_that_one_rank_did_not_see_is_left_out()
         an_error_of_one_rank_is_one_of_all()
         batches_of_one_sample_are_refused()
-    dist.barrier()
-    print(f"rank {RANK} agrees", flush=True)
-    dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Fits whose processes the main process launches itself: `METHOD`, ddp_spawn or ddp_fork. Not for torchrun."""
+"""A fit whose processes the main process launches itself, with the strategy given: ddp_spawn or ddp_fork."""
 
 import copy
 import sys
@@ -23,7 +23,7 @@ if __name__ == "__main__":
     module = cases.Regression(cases.mlp(), sgd)
     trainer = cases.trainer(callbacks=[callback], devices=2, strategy=sys.argv[1])
     trainer.fit(module, cases.loader())
-    assert copied.phase == "observing"  # what was found is the other's
+    assert copied.phase == "observing"  # the outcome belongs to the original
     assert (callback.phase, callback.frozen_fraction) == ("frozen", 28 / 57), callback
     assert float(trainer.callback_metrics["gcfreeze/frozen_fraction"]) == torch.tensor(28 / 57).item()
     assert sum(int(mask.sum()) for mask in callback.frozen.values()) == 28
@@ -34,4 +34,4 @@ if __name__ == "__main__":
     with pytest.raises(RuntimeError, match=r"delta.of\(module, callback.frozen\)"):
         callback.delta()
     assert len(of(module, callback.frozen)) > 4
-    print("the main process knows")
+    print("the main process has the outcome")

@@ -31,7 +31,7 @@ def written(tmp_path_factory):
     return out, call("boston", *OPTIONS, "--out", out)
 
 
-def test_the_json_is_what_the_runs_say(written):
+def test_json_has_the_numbers_of_the_runs(written):
     found = json.loads((written[0] / "boston.json").read_text())
     settings = Settings("boston", 4, 9, 32, 0.02, ("variance", "random", "second_moment"), (0.0, 0.5, 1.0), seed=5)
     runs = [run(settings, index) for index in (0, 1)]
@@ -45,7 +45,7 @@ def test_the_json_is_what_the_runs_say(written):
     assert np.array(found["alpha"]["variance"]["0.5"]).sum() == pytest.approx(150)  # half of 301, to even
 
 
-def test_the_markdown_has_the_same_numbers(written):
+def test_markdown_has_the_numbers_of_the_json(written):
     found = json.loads((written[0] / "boston.json").read_text())
     text = (written[0] / "boston.md").read_text()
     row = next(line for line in text.split("## ")[1].splitlines() if line.startswith("| 0.5 |"))
@@ -54,21 +54,21 @@ def test_the_markdown_has_the_same_numbers(written):
 
 
 @pytest.mark.parametrize("picture", ["loss", "alpha", "stability"])
-def test_the_pictures_are_there(written, picture):
+def test_figures_are_written(written, picture):
     pixels = imread(written[0] / f"boston_{picture}.png")
     assert min(pixels.shape[:2]) > 300
     assert pixels.min() < 0.5 < pixels.max()
     assert f"_{picture}.png" in written[1]
 
 
-def test_a_second_call_computes_nothing(written, monkeypatch):
+def test_second_call_computes_nothing(written, monkeypatch):
     before = (written[0] / "boston.json").read_bytes()
     monkeypatch.setattr(study, "run", lambda *_: pytest.fail("computed again"))
     assert "second_moment" in call("boston", *OPTIONS, "--out", written[0])
     assert (written[0] / "boston.json").read_bytes() == before
 
 
-def test_interrupted_it_says_how_to_go_on(tmp_path, monkeypatch):
+def test_interrupted_command_says_how_to_resume(tmp_path, monkeypatch):
     def interrupted(settings, index):
         if index:
             raise KeyboardInterrupt
@@ -181,7 +181,7 @@ def test_a_scan_without_values_takes_the_tasks_four(planned):
         (["boston", "--jobs", "two"], "invalid int value: 'two'"),
     ],
 )
-def test_what_cannot_be_is_refused_by_name(argv, message, capsys):
+def test_invalid_option_is_refused_by_name(argv, message, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(argv)
     assert re.search(message, " ".join(capsys.readouterr().err.split()))

@@ -70,8 +70,8 @@ def by_member(members):
     ],
 )
 @pytest.mark.filterwarnings("ignore:.* never had a gradient", "ignore:You defined a `validation_step`")
-def test_a_member_is_the_model_that_a_trainer_of_its_own_trains(data, orders, tmp_path):
-    """In float64 equal to rounding: the frozen set, every weight, and Adam went the same way for 60 steps."""
+def test_member_ends_as_the_model_that_a_trainer_of_its_own_trains(data, orders, tmp_path):
+    """In float64 to rounding: the frozen set, and every weight after 60 steps."""
     settings = of(data, t0=15, steps=60, orders=orders, fractions=(0.3, 0.8))
     experiment = in_float64(prepare(settings, index=2))
     evidence = warm_up(experiment, tmp_path / "t0.ckpt")
@@ -92,8 +92,8 @@ def test_a_member_is_the_model_that_a_trainer_of_its_own_trains(data, orders, tm
 
 
 @pytest.mark.parametrize("fraction", [0.3, 0.8])
-def test_a_run_is_what_numpy_makes_of_the_papers_equations(fraction):
-    """Weights, batches and data alone are taken from the code; loss and frozen set come out the same."""
+def test_run_equals_the_papers_equations_in_numpy(fraction):
+    """Only weights, batches and data are taken from the code."""
     settings = of("synthetic3", t0=30, steps=70, fractions=(0.0, fraction, 1.0))
     found = run(settings, index=1)
     loss, frozen = by_hand(settings, fraction)
@@ -112,7 +112,7 @@ def test_a_run_is_what_numpy_makes_of_the_papers_equations(fraction):
     ],
     ids=["descending", "constant gain", "no g_1", "last sample", "drift"],
 )
-def test_the_comparison_with_numpy_would_notice(mistake):
+def test_comparison_with_numpy_notices_a_mistake(mistake):
     """Each mistake changes the frozen set or the loss by more than the tolerance of the test above."""
     settings = of("synthetic3", t0=30, steps=70)
     right, wrong = by_hand(settings, 0.8), by_hand(settings, 0.8, **mistake)
@@ -164,7 +164,7 @@ def test_curves_begin_at_no_freeze_and_end_at_the_state_of_t0(tmp_path):
     assert len(set(found.train[:, 2])) == 7
 
 
-def test_a_run_is_fixed_by_its_seed():
+def test_run_is_determined_by_its_seed():
     once, again, other, shifted = run(SHORT, 0), run(SHORT, 0), run(SHORT, 1), run(replace(SHORT, seed=4), 0)
     for field in ("train", "test", "frozen"):
         assert np.array_equal(getattr(once, field), getattr(again, field))
@@ -173,7 +173,7 @@ def test_a_run_is_fixed_by_its_seed():
 
 
 @pytest.mark.parametrize("same", [True, False])
-def test_runs_share_w_and_only_on_request_the_objects(monkeypatch, same):
+def test_runs_share_w_and_share_objects_only_on_request(monkeypatch, same):
     """A synthetic parameter means the same in every run; weights and batches are new each time."""
     made, task = [], TASKS["synthetic3"]
     monkeypatch.setitem(TASKS, "synthetic3", replace(task, data=lambda *a: made.append(task.data(*a)) or made[-1]))
@@ -184,7 +184,7 @@ def test_runs_share_w_and_only_on_request_the_objects(monkeypatch, same):
     assert one.batches != other.batches
 
 
-def test_the_random_order_has_a_stream_of_its_own():
+def test_random_order_has_a_random_stream_of_its_own():
     """Not the one that initial weights and batches are drawn from."""
     experiments = [prepare(SHORT, index) for index in (0, 1)]
     seeds = [seed for experiment in experiments for seed in (experiment.seed, experiment.order_seed)]
@@ -192,7 +192,7 @@ def test_the_random_order_has_a_stream_of_its_own():
     assert len({tuple(stream.tolist()) for stream in streams}) == 4
 
 
-def test_an_epoch_visits_every_object_once_and_ends_in_a_short_batch():
+def test_epoch_visits_every_object_once_and_ends_in_a_short_batch():
     batches = epochs(objects=10, batch_size=4, steps=7, seed=0)
     assert [len(batch) for batch in batches] == [4, 4, 2, 4, 4, 2, 4]
     for first in (0, 3):
@@ -201,8 +201,8 @@ def test_an_epoch_visits_every_object_once_and_ends_in_a_short_batch():
     assert batches == epochs(10, 4, 7, seed=0) != epochs(10, 4, 7, seed=1)
 
 
-def test_ctrl_c_is_no_result(monkeypatch):
-    """Lightning ends a fit early on Ctrl-C, by exit or, before 2.5, without a word: neither may pass for a run."""
+def test_ctrl_c_raises_instead_of_returning_a_run(monkeypatch):
+    """Lightning ends a fit early on Ctrl-C: by exit or, before 2.5, without an exception."""
 
     def pressed(self, batch, batch_idx):
         raise KeyboardInterrupt
@@ -217,6 +217,6 @@ def test_ctrl_c_is_no_result(monkeypatch):
                 run(SHORT, 0)
 
 
-def test_a_batch_larger_than_the_data_is_refused():
+def test_batch_size_above_the_number_of_objects_is_refused():
     with pytest.raises(ValueError, match="`batch_size=364` is more than the 363 training objects"):
         run(of("boston", batch_size=364), 0)

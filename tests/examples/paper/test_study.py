@@ -51,8 +51,8 @@ def test_results_do_not_depend_on_the_number_of_processes(tmp_path):
     assert not equal(one[0], one[1])
 
 
-def test_what_is_there_is_not_computed_again(tmp_path, monkeypatch):
-    """Also with more runs than before; but with any other setting."""
+def test_runs_with_a_file_are_not_computed_again(tmp_path, monkeypatch):
+    """Also if more runs are asked for; with any other setting they are."""
     computed = []
 
     def fake(settings, index):
@@ -73,7 +73,7 @@ def test_what_is_there_is_not_computed_again(tmp_path, monkeypatch):
     assert study.load(replace(SHORT, t0=3), 1, tmp_path)[0].test.item() == 3
 
 
-def test_an_interrupted_run_leaves_nothing_and_the_finished_ones_stay(tmp_path, monkeypatch):
+def test_interrupted_run_leaves_no_file_and_finished_ones_stay(tmp_path, monkeypatch):
 
     def interrupted(settings, index):
         if index == 1:
@@ -92,14 +92,14 @@ def test_an_interrupted_run_leaves_nothing_and_the_finished_ones_stay(tmp_path, 
 
 
 @pytest.mark.slow
-def test_an_error_in_another_process_comes_back(tmp_path):
+def test_error_in_a_worker_is_raised_in_the_main_process(tmp_path):
     wrong = replace(SHORT, orders=("alphabetical",))
     with pytest.raises(ValueError, match="alphabetical"):
         list(study.compute([(wrong, 0), (wrong, 1)], 2, tmp_path))
     assert files(tmp_path) == []
 
 
-def test_results_of_other_code_are_other_results(tmp_path, monkeypatch):
+def test_runs_are_computed_again_when_the_code_changes(tmp_path, monkeypatch):
     """The sources that a run is computed by are part of its file's name."""
     done = Run(np.zeros((1, 1)), np.zeros((1, 1)), np.zeros((1, 1, 1), bool))
     monkeypatch.setattr(study, "run", lambda *_: done)
@@ -127,7 +127,7 @@ def test_results_of_other_code_are_other_results(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
-def test_no_worker_outlives_a_killed_command(tmp_path):
+def test_workers_end_with_a_killed_command(tmp_path):
     command = [
         sys.executable,
         "-m",
