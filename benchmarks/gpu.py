@@ -28,6 +28,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning_gcfreeze.phases import Observing
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -36,7 +37,6 @@ from benchmarks.observe import MODELS, Batch, Empty, LanguageModel, Step, Watche
 from lightning_gcfreeze import GradCovFreezeCallback, orderings, selection
 from lightning_gcfreeze._types import Named
 from lightning_gcfreeze.gradients.batch import batch_gradients
-from lightning_gcfreeze.phases import Observing
 
 warnings.filterwarnings("ignore")
 BURST, ROUNDS = 0.025, 5  # seconds, and how many

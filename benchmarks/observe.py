@@ -30,6 +30,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
+from lightning_gcfreeze.phases import Observing
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.models import resnet18
@@ -38,7 +39,6 @@ from lightning_gcfreeze import GradCovFreezeCallback
 from lightning_gcfreeze.gradients.batch import batch_gradients
 from lightning_gcfreeze.gradients.choice import SourceChoice
 from lightning_gcfreeze.gradients.source import SampleGradients
-from lightning_gcfreeze.phases import Observing
 
 Batch = tuple[Tensor, Tensor]
 

@@ -14,11 +14,11 @@ import time
 from collections.abc import Callable
 
 import torch
+from lightning_gcfreeze.phases import Observing
 
 from benchmarks.observe import MODELS, Step, keep_freed_memory
 from lightning_gcfreeze import Settled, orderings
 from lightning_gcfreeze.distributed import SINGLE_PROCESS
-from lightning_gcfreeze.phases import Observing
 from lightning_gcfreeze.planning.plan import Plan
 from lightning_gcfreeze.planning.settling import SAMPLE_SIZE, sampled
 

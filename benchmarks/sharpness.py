@@ -26,6 +26,7 @@ from itertools import islice, product
 from pathlib import Path
 
 import torch
+from lightning_gcfreeze.phases import Observing
 from scipy.stats import rankdata
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -35,7 +36,6 @@ from examples.data import MNIST
 from lightning_gcfreeze import orderings, selection
 from lightning_gcfreeze._types import Named
 from lightning_gcfreeze.gradients.batch import batch_gradients
-from lightning_gcfreeze.phases import Observing
 
 PAPER = "first/1"
 SETTINGS = (PAPER, "first/2", "first/4", "8/4", "8/8", "all/1", "all/4", "all/8", "all/16", "all/32", "all/64")

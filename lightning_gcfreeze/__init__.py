@@ -1,11 +1,25 @@
-"""Freeze, to the bit, the parameters whose gradients are quietest: one callback for any Lightning Trainer."""
+"""Freeze, to the bit, the parameters whose gradients are quietest: for Lightning and for loops of your own."""
 
 from lightning_gcfreeze.callback import GradCovFreezeCallback
 from lightning_gcfreeze.delta import apply_delta
+from lightning_gcfreeze.freezer import Freezer
+from lightning_gcfreeze.freezing.savings import Savings
+from lightning_gcfreeze.gradients.slicing import first_sample
 from lightning_gcfreeze.orderings import Evidence, Ordering
 from lightning_gcfreeze.planning.growing import Growth
 from lightning_gcfreeze.planning.schedule import FreezeSchedule
 from lightning_gcfreeze.planning.settling import Settled
 
-__all__ = ["Evidence", "FreezeSchedule", "GradCovFreezeCallback", "Growth", "Ordering", "Settled", "apply_delta"]
+__all__ = [
+    "Evidence",
+    "FreezeSchedule",
+    "Freezer",
+    "GradCovFreezeCallback",
+    "Growth",
+    "Ordering",
+    "Savings",
+    "Settled",
+    "apply_delta",
+    "first_sample",
+]
 __version__ = "0.1.0"

@@ -1,28 +1,216 @@
-"""Private names of Lightning that have no public counterpart, and what is assumed of them."""
+"""What is asked of Lightning beyond its hooks. All private names of Lightning stand here.
 
-from typing import Any
+`tests/test_private_api.py` lists what is assumed of them.
+"""
 
+import inspect
+import math
+import multiprocessing
+import pickle
+import sys
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_module, rank_zero_warn
+
+from lightning_gcfreeze.distributed import World
 from lightning_gcfreeze.distributed.comm_hook import LiveAllReduce
+from lightning_gcfreeze.surroundings import Surroundings
+from lightning_gcfreeze.user_code.reached import Owners
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback
+else:
+    # Lightning is published under two names whose classes know nothing of each other. The Trainer of either takes any
+    # callback in a list, but a single `callbacks=callback` and the LightningCLI ask for their own class.
+    rank_zero_log = rank_zero_module.log
+    try:
+        from pytorch_lightning import Callback as StandaloneCallback
+
+        rank_zero_module.log = rank_zero_log  # the import turns the Trainer's messages over to another logger
+
+        class Callback(pl.Callback, StandaloneCallback):
+            """A callback of both packages."""
+
+    except ImportError:
+        Callback = pl.Callback
+
+__all__ = ["Callback", "Mailbox"]
+
+
+def surroundings(
+    trainer: pl.Trainer, module: pl.LightningModule, index: int, name: str, all_reduce: LiveAllReduce | None
+) -> Surroundings:
+    """Return what a run needs to know of a Trainer.
+
+    Args:
+        trainer: in a fit; its optimizers exist.
+        module: what it trains.
+        index: of the optimizer that is followed.
+        name: of the callback, in front of what it says.
+        all_reduce: DDP's communication hook, if there is one.
+    """
+    strategy: Any = trainer.strategy
+    data = getattr(strategy, "distributed_sampler_kwargs", None) or {}
+    known: Sequence[Any] = [*trainer.callbacks]  # type: ignore[attr-defined]
+
+    def in_trial() -> bool:
+        """Lightning's tuners swap the Trainer's callbacks while they try."""
+        return not any(callback is one for callback in trainer.callbacks for one in known)  # type: ignore[attr-defined]
+
+    return Surroundings(
+        module=module,
+        optimizer=trainer.optimizers[index],
+        training_step=training_step(module) if module.automatic_optimization else None,
+        context=lambda: muted(trainer),
+        wrapper=strategy.model,
+        world=World(trainer.world_size, strategy.root_device),
+        n_replicas=data.get("num_replicas", 1),
+        all_reduce=all_reduce,
+        readers=[] if module.automatic_optimization else ["manual optimization"],
+        owners=lambda: owners(trainer),
+        planned_steps=lambda: planned_steps(trainer) if module.automatic_optimization else math.nan,
+        is_last_batch=lambda: bool(trainer.is_last_batch),
+        in_trial=in_trial,
+        inform=lambda sentence: rank_zero_info(f"{name}: {sentence}"),
+        warn=lambda sentence: rank_zero_warn(f"{name}: {sentence}"),
+        error=MisconfigurationException,
+    )
+
+
+def training_step(module: pl.LightningModule) -> Callable[[Any, int], Any]:
+    """Return `training_step` of (batch, batch_idx), also where it takes the batch only."""
+    step = module.training_step
+    kinds = [p.kind for p in inspect.signature(step).parameters.values()]
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    takes_more = sum(kind in positional for kind in kinds) >= 2 or inspect.Parameter.VAR_POSITIONAL in kinds
+    return step if takes_more else lambda batch, batch_idx: step(batch)
+
+
+@contextmanager
+def muted(trainer: pl.Trainer) -> Iterator[None]:
+    """Give the surroundings of a training step, with mute loggers: a `training_step` may talk to `self.logger`."""
+    loggers = trainer.loggers
+    trainer.loggers = [DummyLogger() for _ in loggers]
+    try:
+        with trainer.precision_plugin.train_step_context():
+            yield
+    finally:
+        trainer.loggers = loggers
+
+
+def owners(trainer: pl.Trainer) -> Owners:
+    """Return everything in a fit that may have code of the user's."""
+    schedulers: list[Any] = [config.scheduler for config in trainer.lr_scheduler_configs]
+    lambdas = [function for scheduler in schedulers for function in getattr(scheduler, "lr_lambdas", ())]
+    others: list[Any] = [trainer.strategy, trainer.precision_plugin, trainer, *trainer.loggers, *schedulers, *lambdas]
+    others += [] if (data := getattr(trainer, "datamodule", None)) is None else [data]
+    return Owners(trainer.lightning_module, [*trainer.callbacks, *others])  # type: ignore[attr-defined]
+
+
+def planned_steps(trainer: pl.Trainer) -> float:
+    """Return the optimizer steps that the Trainer will take in all; NaN where it cannot tell."""
+    try:
+        return float(trainer.estimated_stepping_batches)
+    except MisconfigurationException:  # accumulation that changes from epoch to epoch
+        return math.nan
+
+
+def is_last_micro_batch(trainer: pl.Trainer, batch_idx: int) -> bool:
+    """Return whether the optimizer steps after this batch."""
+    number = batch_idx + 1
+    is_last: bool = number % trainer.accumulate_grad_batches == 0 or number == trainer.num_training_batches
+    return is_last or bool(trainer.is_last_batch)
+
+
+def loss_scale(trainer: pl.Trainer) -> float:
+    """Return what 16-mixed precision multiplies losses by now; 1 without a loss scaler."""
+    scaler = _scaler(trainer)
+    return float(scaler.get_scale()) if scaler else 1.0
+
+
+def _scaler(trainer: pl.Trainer) -> Any:
+    return getattr(trainer.precision_plugin, "scaler", None)
+
+
+def may_skip_steps(trainer: pl.Trainer) -> bool:
+    """Return whether the optimizer's step may be left out after its gradients were made ready."""
+    own = type(trainer.precision_plugin).optimizer_step.__module__.split(".")[0]
+    return _scaler(trainer) is not None or own not in ("lightning", "pytorch_lightning")
+
+
+def is_optimizer(optimizer: Any, trainer: pl.Trainer, index: int) -> bool:
+    """Return whether a hook of Lightning's was given the optimizer of that index, wrapped or not."""
+    return trainer.optimizers[index] in (optimizer, getattr(optimizer, "optimizer", None))
+
+
+def log_step(trainer: pl.Trainer) -> int:
+    """Return the step on the axis of whatever `self.log` writes."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
 def take_comm_hook(strategy: Any) -> LiveAllReduce | None:
-    """Take the communication hook that a DDPStrategy was given. Call before the strategy wraps the module.
-
-    DDP accepts one hook, so the strategy must not register its own.
-
-    Assumes that the strategy registers ``_ddp_comm_hook``, with ``_ddp_comm_state`` and ``_ddp_comm_wrapper``, when it
-    wraps the module, and nothing if the hook is None.
-
-    Returns:
-        A hook that does the same, to be registered later; None if the strategy does not use DDP.
-    """
+    """Take the communication hook from a DDPStrategy before it sets DDP up; None for other strategies."""
     if not hasattr(strategy, "_ddp_comm_hook"):
         return None
     all_reduce = LiveAllReduce(strategy._ddp_comm_hook, strategy._ddp_comm_state, strategy._ddp_comm_wrapper)
-    strategy._ddp_comm_hook = None
+    strategy._ddp_comm_hook = None  # DDP takes one
     return all_reduce
 
 
 def give_back_comm_hook(strategy: Any, all_reduce: LiveAllReduce) -> None:
-    """Give a strategy its own hook back, which `take_comm_hook` took; the strategy is as before."""
+    """Leave a strategy as it was before `take_comm_hook`."""
     strategy._ddp_comm_hook = all_reduce.user_hook
+
+
+def callbacks_being_validated(frame: FrameType) -> Sequence[Any] | None:
+    """Return a Trainer's callbacks where it compares their state keys; None where a frame is of something else."""
+    return frame.f_locals.get("callbacks", ()) if frame.f_code.co_name == "_validate_callbacks_list" else None
+
+
+def in_signal_handler() -> bool:
+    """Return whether this runs inside SLURM's signal handler, which may come between any two lines."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code.co_name != "_slurm_sigusr_handler_fn":
+        frame = frame.f_back
+    return frame is not None
+
+
+class Mailbox:
+    """A file by which a process that was launched for a fit (ddp_spawn, ddp_fork) sends its state to the launcher."""
+
+    def __init__(self) -> None:
+        self._path = Path(tempfile.gettempdir()) / f"lightning_gcfreeze-{uuid.uuid4().hex}.pickle"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Mailbox":
+        """Return another box: what the processes of a copy find out is not the original's."""
+        return Mailbox()
+
+    @staticmethod
+    def is_needed(trainer: pl.Trainer) -> bool:
+        """Return whether this is rank 0 of a fit that was launched in processes of its own."""
+        is_launched = type(trainer.strategy.launcher).__name__ == "_MultiProcessingLauncher"
+        return is_launched and trainer.is_global_zero and multiprocessing.parent_process() is not None
+
+    def send(self, value: Any) -> None:
+        """Leave a value for the launcher."""
+        self._path.touch(mode=0o600)
+        with self._path.open("wb") as file:
+            pickle.dump(value, file)
+
+    def receive(self) -> Any:
+        """Return what was sent to this process since the last call, or None."""
+        if not self._path.exists() or multiprocessing.parent_process() is not None:
+            return None
+        with self._path.open("rb") as file:
+            value = pickle.load(file)
+        self._path.unlink()
+        return value

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 

@@ -231,7 +231,7 @@ def examples(draw: st.DrawFn) -> Example:
     )
     maybe("granularity", st.sampled_from(["element", "row", "tensor"]))
     maybe("hold", st.sampled_from(["auto", "restore", *(["compact"] * 2 if optimizer not in NOT_ELEMENTWISE else [])]))
-    maybe("promote", st.booleans())
+    maybe("skip_frozen_gradients", st.booleans())
     maybe("seed", st.integers(0, 2**63 - 1))
     maybe("log_every_n_steps", st.integers(1, 5))
     if model == "mlp" and draw(st.integers(0, 4)) == 0:
@@ -378,7 +378,7 @@ def check(example: Example) -> str:
         plain, _ = _fit(example, reference)
         if diary.loss_scales != reference.loss_scales:
             # A gradient that is not computed, or taken away early, cannot overflow: a step more is taken.
-            spares = example.arguments.get("hold") != "restore" or example.arguments.get("promote", True)
+            spares = example.arguments.get("hold") != "restore" or example.arguments.get("skip_frozen_gradients", True)
             assert spares, "other steps overflowed than without us"
             return "resumed, other steps overflowed"
         rtol, atol = TOLERANCE[example.precision]

@@ -32,7 +32,7 @@ FOUND = {
     # The eligible gradients are finite and are observed, another one overflows, and the step comes again.
     "a step that is observed and left out comes again after a restart": fuzz.Example(
         {"exclude": "*bias", "t0": 5, "k": 12, "every": 2, "gain": 0.75, "gradients": "replay", "granularity": "row",
-         "promote": False}, "convnet", "RAdam", True, True, "16-mixed", 2, 0.5, stop=14,
+         "skip_frozen_gradients": False}, "convnet", "RAdam", True, True, "16-mixed", 2, 0.5, stop=14,
     ),
 }  # fmt: skip
 

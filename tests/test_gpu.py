@@ -278,7 +278,7 @@ def test_steps_that_overflow_after_the_freeze_leave_no_trace(optimizer):
     found = []
     for more, arguments in [([], {"hold": "restore"}), ([], {"hold": "compact"}), ([Looks()], {"hold": "compact"})]:
         scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**8, growth_interval=1)
-        callback, weights = scaled(optimizer, scaler, *more, **arguments, promote=False)
+        callback, weights = scaled(optimizer, scaler, *more, **arguments, skip_frozen_gradients=False)
         found.append((callback.state_dict()["steps"], scaler.get_scale(), weights))
     assert found[0][0] < 64
     for steps, scale, weights in found[1:]:

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lightning_gcfreeze import _modules
+from lightning_gcfreeze._names import shortened
 from lightning_gcfreeze.distributed import World
 from lightning_gcfreeze.gradients.capture import Capture
 from lightning_gcfreeze.gradients.choice import Reduction, SourceChoice
 from lightning_gcfreeze.gradients.replay import Replay
 from lightning_gcfreeze.gradients.window import StepWindow
-from lightning_gcfreeze.misconfiguration import some
 
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 
@@ -153,7 +153,7 @@ class Comparison:
             "capture and replay differ": [name for name in others if name in choice.replayed],
             "not seen by a layer hook, or zero so far": [name for name in others if name not in choice.replayed],
         }
-        listing = "; ".join(f"{reason}: {some(names)}" for reason, names in reasons.items() if names)
+        listing = "; ".join(f"{reason}: {shortened(names)}" for reason, names in reasons.items() if names)
         return (
             f"{captured}, for {len(choice.captured)} of {len(self._parameters)} parameters. For the others they are"
             f" computed by replaying `training_step` on single samples ({listing})."

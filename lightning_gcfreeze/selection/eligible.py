@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from lightning_gcfreeze import misconfiguration
+from lightning_gcfreeze import _names
 
 
 def eligible(
@@ -32,8 +32,8 @@ def eligible(
         and not any(fnmatchcase(name, pattern) for pattern in exclude or ())
     }
     if not chosen:
-        names = misconfiguration.some(candidates) or "none that belongs to the module and requires a gradient"
-        hint = f" Closest: {misconfiguration.closest(include[0], candidates)}." if include and candidates else ""
+        names = _names.shortened(candidates) or "none that belongs to the module and requires a gradient"
+        hint = f" Closest: {_names.closest(include[0], candidates)}." if include and candidates else ""
         raise ValueError(
             f"No parameter is eligible with `include={include}` and `exclude={exclude}`. The optimizer trains"
             f" {names}.{hint}"

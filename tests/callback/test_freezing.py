@@ -132,7 +132,7 @@ def test_clipping_counts_live_elements_only():
             total = nn.utils.clip_grad_norm_(self.parameters(), 0.5)
             norms.append((float(total), float(flat.norm()), float(flat[live].norm())))
 
-    callback = GradCovFreezeCallback(t0=6, k=0.5, order="reverse", hold="restore", promote=False)
+    callback = GradCovFreezeCallback(t0=6, k=0.5, order="reverse", hold="restore", skip_frozen_gradients=False)
     module = Clipping(cases.mlp())
     unmasked: list[float] = []
 
@@ -226,7 +226,7 @@ def test_callable_order_decides_what_freezes():
 @pytest.mark.parametrize("hold", ["compact", "restore"])
 def test_optimizer_state_of_frozen_elements_is_cleared_once(hold):
     """Per-element state of frozen elements is zero after the freeze; the step count is not."""
-    callback = GradCovFreezeCallback(t0=6, k=0.5, hold=hold, promote=False)
+    callback = GradCovFreezeCallback(t0=6, k=0.5, hold=hold, skip_frozen_gradients=False)
     module = cases.Regression(cases.mlp(), lambda p: torch.optim.Adam(p, 0.01))
     trainer = train(callback, module)
     for name, p in module.named_parameters():

@@ -67,7 +67,7 @@ ARGUMENTS = st.fixed_dictionaries(
         "granularity": st.sampled_from(GRANULARITIES),
         "k": st.sampled_from([0.2, 0.5, 0.9, 120]),
         "order": st.sampled_from(["variance", "random", "reverse"]),
-        "promote": st.booleans(),
+        "skip_frozen_gradients": st.booleans(),
     }
 )
 TRAINER = st.fixed_dictionaries(
@@ -132,8 +132,8 @@ def test_random_combinations_hold_frozen_bits_and_resume_to_the_bit(tmp_path, op
 def test_compact_and_restore_train_alike(optimizer, granularity):
     """To rounding, in float64. A granularity changes the masks only, so three optimizers try the others."""
     ends = []
-    for hold, promote in (("compact", True), ("restore", False)):
-        callback = GradCovFreezeCallback(t0=4, k=0.6, granularity=granularity, hold=hold, promote=promote)
+    for hold, skips in (("compact", True), ("restore", False)):
+        callback = GradCovFreezeCallback(t0=4, k=0.6, granularity=granularity, hold=hold, skip_frozen_gradients=skips)
         module, _ = fit(OPTIMIZERS[optimizer], callback, precision="64-true")
         assert callback.frozen_fraction > (0.03 if granularity == "tensor" else 0.5)
         ends.append(dict(module.state_dict()))
@@ -190,7 +190,7 @@ def test_compact_optimizer_has_state_and_gradients_of_live_elements_only(hold, g
 
 def test_restore_reports_no_saving_of_state():
     """The control of the test above."""
-    callback = GradCovFreezeCallback(t0=4, k=0.9, hold="restore", promote=False)
+    callback = GradCovFreezeCallback(t0=4, k=0.9, hold="restore", skip_frozen_gradients=False)
     look = Look()
     fit(adamw, callback, look=look)
     assert look.seen["elements"] == SIZE
@@ -306,7 +306,7 @@ def test_norm_for_clipping_is_that_of_live_gradients(hold):
 
     batches: list[Any] = []
     expected: list[float] = []
-    callback = GradCovFreezeCallback(t0=4, k=0.5, order="reverse", promote=False, hold=hold)
+    callback = GradCovFreezeCallback(t0=4, k=0.5, order="reverse", skip_frozen_gradients=False, hold=hold)
     cases.trainer(callbacks=[callback]).fit(Clipping(cases.mlp(), adamw), cases.loader())
     assert len(norms) == 12
     np.testing.assert_allclose(norms, expected, rtol=1e-5)
@@ -389,7 +389,7 @@ def test_rows_and_tensors_freeze_whole_while_they_fit_into_k(granularity):
 def test_default_hold_is_auto_by_element_with_gradients_skipped():
     """What a user gets who says nothing."""
     callback = GradCovFreezeCallback(t0=4, k=0.5)
-    assert (callback.hold, callback.granularity, callback.promote) == ("auto", "element", True)
+    assert (callback.hold, callback.granularity, callback.skip_frozen_gradients) == ("auto", "element", True)
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -426,7 +426,7 @@ def test_micro_batches_without_a_loss_train_alike_under_both_holds(without):
 
     ends = []
     for hold in HOLDS:
-        callback = GradCovFreezeCallback(t0=2, k=0.5, hold=hold, promote=False)
+        callback = GradCovFreezeCallback(t0=2, k=0.5, hold=hold, skip_frozen_gradients=False)
         module = Some(network(), OPTIMIZERS["SGD momentum"])
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*returned `None`")
@@ -467,7 +467,9 @@ def test_modules_that_write_gradients_or_weights_train_alike_under_both_holds(ki
     """One calls backward within its training step, the other clamps its weights."""
     ends = []
     for hold in HOLDS:
-        callback = GradCovFreezeCallback(t0=4, k=0.5, hold=hold, promote=hold == "compact", gradients="capture")
+        callback = GradCovFreezeCallback(
+            t0=4, k=0.5, hold=hold, skip_frozen_gradients=hold == "compact", gradients="capture"
+        )
         module = kind(cases.mlp(torch.float64), OPTIMIZERS["SGD"])
         trainer = cases.trainer(callbacks=[callback], max_epochs=2)
         trainer.fit(module, cases.loader(dtype=torch.float64))

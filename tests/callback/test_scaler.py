@@ -14,7 +14,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 from torch.testing import assert_close
 
-from lightning_gcfreeze import GradCovFreezeCallback, phases
+from lightning_gcfreeze import GradCovFreezeCallback, observing
 from tests import cases
 from tests.oracles.freezing import PlainFreeze
 
@@ -82,7 +82,7 @@ def test_step_that_overflows_is_neither_counted_nor_observed(monkeypatch, optimi
     Whether a gradient was finite the callback learns at once on a CPU, and with the next step on a GPU.
     """
     if asks == "later":
-        monkeypatch.setattr(phases, "_costs_nothing_to_ask", lambda total: False)
+        monkeypatch.setattr(observing, "_is_free_to_read", lambda total: False)
     kind: type[Overflowing] = Looking if hold == "auto, looking" else Overflowing
     callback = GradCovFreezeCallback(t0=T0, k=0.5, hold=hold.split(",")[0])  # type: ignore[arg-type]
     module, moves = kind(optimizer, overflows), Moves(callback)

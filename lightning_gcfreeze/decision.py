@@ -1,0 +1,217 @@
+"""`Decision`: which elements are frozen, and by what scores. `decide` makes it from what was observed.
+
+Tensors and numbers in, tensors and numbers out: no module, optimizer or trainer is known here.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_gcfreeze import orderings, selection
+from lightning_gcfreeze._types import Granularity, Named
+from lightning_gcfreeze.distributed import UNSHARDED, Shards
+from lightning_gcfreeze.observing import Observing
+
+
+@dataclass
+class Decision:
+    """The decision at t0, and what it was based on. Tensors go by parameter name and have its (local) shape."""
+
+    frozen: dict[str, Tensor]
+    """bool, True = held constant."""
+    scores: dict[str, Tensor]
+    """The order; the lowest scores are frozen."""
+    variance: dict[str, Tensor]
+    """The diagonal of C_t0: the very same mapping as `scores` where these are the variances."""
+    matrix: Tensor | None
+    """C_t0, (p, p), if it was kept."""
+    observed: int
+    """Steps in C_t0."""
+    skipped: int
+    """Steps that were left out of it."""
+    uses_per_step: dict[str, int]
+    """By name of a weight, at how many positions of a step's batch it is applied, where that was counted."""
+    n_frozen: dict[str, int]
+    """By name, how many elements are frozen, on all processes."""
+    n_without_gradient: int
+    """How many elements froze first because they never had a gradient: no noise, and nothing scored lower. A dead unit,
+    an embedding row that did not occur and an unused parameter look like this; they have not converged."""
+    shapes: dict[str, torch.Size]
+    """Of the whole parameters."""
+    shards: Shards
+    """How the parameters lie on the processes."""
+
+    @property
+    def count(self) -> int:
+        """The number of frozen elements."""
+        return sum(self.n_frozen.values())
+
+    @property
+    def n_eligible(self) -> int:
+        """The number of eligible elements."""
+        return sum(shape.numel() for shape in self.shapes.values())
+
+    @property
+    def fraction(self) -> float:
+        """Frozen elements / eligible elements."""
+        return self.count / self.n_eligible
+
+    @property
+    def fractions(self) -> dict[str, float]:
+        """Frozen elements of each parameter / its elements."""
+        return {name: self.n_frozen[name] / max(shape.numel(), 1) for name, shape in self.shapes.items()}
+
+    def with_k(self, k: int, granularity: Granularity) -> "Decision":
+        """Return the decision for another k along the same order."""
+        frozen = selection.lowest_k(self.scores, k, granularity, self.shards)
+        return replace(self, frozen=frozen, n_frozen=self.shards.n_marked(frozen))
+
+    def sentence(self, steps: int) -> str:
+        """Return what was decided after so many optimizer steps, for the log."""
+        return (
+            f"after {steps} optimizer steps ({self.observed} observed, {self.skipped} left out) {self.fraction:.1%} of"
+            f" the eligible elements are frozen: {self.count:,}."
+        )
+
+    def doubts(self, k: int, given_k: int | float, granularity: Granularity) -> list[str]:
+        """Return sentences to warn with.
+
+        Args:
+            k: how many elements were to freeze.
+            given_k: `k` as the user gave it.
+            granularity: what freezes together.
+        """
+        found = []
+        if k and not self.count:
+            found.append(
+                f"Nothing was frozen: the first {granularity} in the order has more than `k={given_k}` allows, {k:,}"
+                " elements. Raise `k`, or choose a finer `granularity`."
+            )
+        if self.n_without_gradient > 0.1 * k:
+            found.append(
+                f"{self.n_without_gradient:,} of the {self.count:,} frozen elements never had a gradient in the"
+                f" {self.observed} observed steps (constant inputs, dead units, unseen embedding rows, unused"
+                " parameters). They rank lowest because they had no gradient, not because they converged. Raise `t0`,"
+                " or keep them trainable with `exclude`."
+            )
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint holds, whole tensors on the CPU of rank 0 where parameters are sharded.
+
+        Keys: ``frozen`` {name: bool (*p.shape)}; ``scores`` {name: real (*p.shape)}; ``variance`` {name: float
+        (*p.shape)}, or None if it is ``scores``; ``matrix`` (p, p) or None; ``observed``, ``skipped``,
+        ``n_without_gradient`` int; ``uses_per_step`` {name: int}.
+        """
+        return {
+            "frozen": self.shards.whole(self.frozen),
+            "scores": self.shards.whole(self.scores),
+            "variance": None if self.variance is self.scores else self.shards.whole(self.variance),
+            "matrix": self.matrix,
+            "observed": self.observed,
+            "skipped": self.skipped,
+            "n_without_gradient": self.n_without_gradient,
+            "uses_per_step": self.uses_per_step,
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> "Decision":
+        """Return the decision that `state_dict` was taken of, with whole tensors; see `to`."""
+        given = {**state, "variance": state["scores"] if state["variance"] is None else state["variance"]}
+        shapes = {name: mask.shape for name, mask in state["frozen"].items()}
+        return cls(**given, n_frozen=UNSHARDED.n_marked(state["frozen"]), shapes=shapes, shards=UNSHARDED)
+
+    def to(self, parameters: Named, shards: Shards) -> None:
+        """Keep only the local parts of loaded tensors, on the devices of the parameters."""
+
+        def there(named: Named) -> dict[str, Tensor]:
+            return {name: t.to(parameters[name].device) for name, t in shards.parts(named).items()}
+
+        variance = None if self.variance is self.scores else there(self.variance)
+        self.shards, self.frozen, self.scores = shards, there(self.frozen), there(self.scores)
+        self.variance = self.scores if variance is None else variance
+
+
+def scores_now(
+    observing: Observing, ordering: orderings.Ordering, weights: Named, seed: int, granularity: Granularity
+) -> dict[str, Tensor]:
+    """Return the ordering's scores by the evidence so far, in the order of the parameters, which decides ties.
+
+    Elements that freeze together have the same score: the mean of what the ordering gave them.
+
+    Raises:
+        ValueError: the ordering did not score every element, or with NaN.
+    """
+    return _scores(ordering, observing.evidence(weights, seed, granularity))
+
+
+def decide(
+    observing: Observing,
+    ordering: orderings.Ordering,
+    weights: Named,
+    seed: int,
+    k: int,
+    granularity: Granularity = "element",
+    uses_per_step: Mapping[str, int] | None = None,
+    keep: Named | None = None,
+) -> Decision:
+    """Rank the elements and mark the k lowest, Eq. (2.7); the same on all processes, which is checked.
+
+    Args:
+        observing: the statistics, the same on all processes that have an element.
+        ordering: gives the scores.
+        weights: the parameters now; of sharded ones the local parts.
+        seed: of the random order.
+        k: how many elements to mark.
+        granularity: what freezes together.
+        uses_per_step: see `Decision`.
+        keep: ``{name: bool (*p.shape)}``, elements that are frozen in any case, before all others.
+
+    Raises:
+        ValueError: the ordering did not score every element, or with NaN.
+        RuntimeError: processes would freeze different elements.
+    """
+    shards, evidence = observing.shards, observing.evidence(weights, seed, granularity)
+    scores = given = _scores(ordering, evidence)
+    if keep is not None:
+        scores = {name: score.double().masked_fill(keep[name], -math.inf) for name, score in given.items()}
+    frozen = selection.lowest_k(scores, k, granularity, shards)
+    shards.check_agreement(frozen)
+    scores_are_variance = ordering is orderings.variance and granularity == "element" and keep is None
+    return Decision(
+        frozen=frozen,
+        scores=scores,
+        variance=scores if scores_are_variance else dict(evidence.variance),
+        matrix=observing.matrix,
+        observed=observing.observed,
+        skipped=observing.skipped,
+        uses_per_step=dict(uses_per_step or {}),
+        n_frozen=shards.n_marked(frozen),
+        n_without_gradient=_n_without_gradient(frozen, given, observing.activity(weights), shards),
+        shapes=observing.shapes,
+        shards=shards,
+    )
+
+
+def _scores(ordering: orderings.Ordering, evidence: orderings.Evidence) -> dict[str, Tensor]:
+    failure = None
+    try:
+        scores = ordering(evidence)
+        selection.check_scores(scores, evidence.weights)
+    except Exception as error:
+        failure = error
+    if evidence.shards.world.any(failure is not None):  # else the other processes would wait
+        raise failure or RuntimeError("`order` failed on another process; see its error.")
+    by_element = {name: scores[name].detach() for name in evidence.weights}
+    return selection.pooled(by_element, evidence.granularity, evidence.shards)
+
+
+def _n_without_gradient(frozen: Named, scores: Named, activity: Named, shards: Shards) -> int:
+    own = min((float(score.min()) for score in scores.values() if score.numel()), default=math.inf)
+    least = float(shards.element_world.all_reduce_min(torch.tensor(own, dtype=torch.float64)))
+    dead = {name: mask & (activity[name] == 0) & (scores[name] == least) for name, mask in frozen.items()}
+    return sum(shards.n_marked(dead).values())

@@ -1,0 +1,119 @@
+"""`Options`: what to observe, how to rank, what to freeze. Checked once, and shared by all fronts."""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lightning_gcfreeze import _checks, orderings
+from lightning_gcfreeze._types import Granularity
+from lightning_gcfreeze.estimators import gains
+from lightning_gcfreeze.gradients.choice import Source
+from lightning_gcfreeze.planning.growing import Growth
+from lightning_gcfreeze.planning.plan import PlannedDecision, check_every, decisions_from_arguments
+from lightning_gcfreeze.planning.schedule import FreezeSchedule, Stage
+from lightning_gcfreeze.planning.settling import Settled
+
+_DECISIVE = (
+    "t0", "k", "schedule", "order", "samples", "every", "gain", "granularity", "include", "exclude", "seed",
+    "covariance",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The arguments of a run, checked; `GradCovFreezeCallback` documents each.
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+        ValueError: an argument is outside its range, or does not go with another.
+    """
+
+    t0: int | Literal["auto"] | Settled | None = None
+    k: int | float | Literal["auto"] | Growth | None = None
+    order: orderings.Name | orderings.Ordering = "variance"
+    samples: Literal["auto", "first", "all"] | int = "auto"
+    every: int = 1
+    covariance: Literal["diagonal", "full"] = "diagonal"
+    gain: gains.Gain = "1/t"
+    gradients: Source = "auto"
+    granularity: Granularity = "element"
+    hold: Literal["auto", "compact", "restore"] = "auto"
+    skip_frozen_gradients: bool = True
+    include: str | Sequence[str] | None = None
+    exclude: str | Sequence[str] | None = None
+    seed: int | None = None
+    schedule: FreezeSchedule | Sequence[Stage] | None = None
+    ordering: orderings.Ordering = field(init=False, repr=False)
+    """The function that `order` names, or is."""
+    decisions: tuple[PlannedDecision, ...] = field(init=False, repr=False)
+    """When to freeze, and how much: by `t0` and `k`, or by `schedule`."""
+    monotone: bool = field(init=False, repr=False)
+    """Whether elements stay frozen from one stage to the next."""
+
+    def __post_init__(self) -> None:
+        decisions, monotone = decisions_from_arguments(self.t0, self.k, self.schedule)
+        check_every(_checks.integer("every", self.every, at_least=1), decisions)
+        _checks.integer_or_name("samples", self.samples, at_least=1, allowed=["auto", "first", "all"])
+        _checks.one_of("covariance", self.covariance, ["diagonal", "full"])
+        gains.check(self.gain)
+        _checks.one_of("gradients", self.gradients, ["auto", "replay", "capture"])
+        _checks.one_of("granularity", self.granularity, ["element", "row", "tensor"])
+        _checks.one_of("hold", self.hold, ["auto", "compact", "restore"])
+        _checks.boolean("skip_frozen_gradients", self.skip_frozen_gradients)
+        if self.seed is not None:
+            _checks.integer("seed", self.seed, at_least=0, at_most=2**63 - 1)
+        listed = isinstance(self.schedule, list)
+        self.__dict__.update(  # the dataclass is frozen
+            schedule=FreezeSchedule(self.schedule) if listed else self.schedule,  # type: ignore[arg-type]
+            ordering=orderings.resolve(self.order),
+            include=_checks.patterns("include", self.include),
+            exclude=_checks.patterns("exclude", self.exclude),
+            decisions=decisions,
+            monotone=monotone,
+        )
+
+    @property
+    def may_thaw(self) -> bool:
+        """Whether an element that froze may train again."""
+        return not self.monotone or isinstance(self.decisions[-1][1], Growth)
+
+    @property
+    def reads_samples(self) -> bool:
+        """Whether gradients of single samples are taken."""
+        asked = self.samples != "auto" or self.covariance == "full"
+        return asked or orderings.reads_variance(self.ordering)
+
+    @property
+    def reads_losses(self) -> bool:
+        """Whether training losses are listened to."""
+        (t, _), *_ = self.decisions
+        k = self.decisions[-1][1]
+        return isinstance(t, Settled) or (isinstance(k, Growth) and k.monitor is None)
+
+    @property
+    def n_samples(self) -> int | None:
+        """How many samples of a batch are observed; None: all."""
+        return self.samples if isinstance(self.samples, int) else None if self.samples == "all" else 1
+
+    def gain_of_scores(self, t: int) -> float:
+        """Return the gain of the noisiest statistic that the ordering reads, at observed step t."""
+        kappa = gains.at(self.gain, t)
+        return gains.recent(kappa, t) if "recent_mean" in orderings.needed_by(self.ordering) else kappa
+
+    def decisive(self) -> dict[str, Any]:
+        """Return the arguments that decide what freezes, as numbers, strings and lists of them."""
+        return {name: _plain(getattr(self, name)) for name in _DECISIVE}
+
+    def given(self) -> str:
+        """Return the arguments that differ from their defaults, as in a call."""
+        defaults = {name: p.default for name, p in inspect.signature(Options).parameters.items()}
+        return ", ".join(f"{n}={getattr(self, n)!r}" for n, default in defaults.items() if getattr(self, n) != default)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, FreezeSchedule | Settled | Growth):
+        return {"class": type(value).__name__, **{name: _plain(v) for name, v in vars(value).items()}}
+    if callable(value):
+        return f"{value.__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value

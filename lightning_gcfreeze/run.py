@@ -1,0 +1,400 @@
+"""`Run`: one training run of one optimizer, driven by events. No trainer is known here.
+
+One optimizer step, t = 1, 2, …, as a loop tells of it:
+
+    begin_batch           a batch comes: keep its first sample
+    before_backward       its loss is there
+    after_backward        while observing: fold (g_1, g_S) into C_t; once frozen: hand over the live elements' gradients
+    before_step           zero the gradients of frozen elements, before they are clipped
+    (the optimizer steps) in its hooks: count t; at t0 decide and freeze; write live elements, or frozen ones, back
+    after_batch           whether there is something to log
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_gcfreeze import _modules, misconfiguration, refusals, reporting, selection
+from lightning_gcfreeze.distributed import Shards, local
+from lightning_gcfreeze.estimators import FullCovariance
+from lightning_gcfreeze.freezing import WeightUses
+from lightning_gcfreeze.gradients.batch import batch_gradients
+from lightning_gcfreeze.gradients.choice import SourceChoice
+from lightning_gcfreeze.gradients.source import SampleGradients
+from lightning_gcfreeze.holding import owners_of
+from lightning_gcfreeze.observing import Observing
+from lightning_gcfreeze.options import Options
+from lightning_gcfreeze.planning.growing import Growth
+from lightning_gcfreeze.stages import Stages
+from lightning_gcfreeze.state import State
+from lightning_gcfreeze.surroundings import Surroundings
+from lightning_gcfreeze.user_code import readers
+from lightning_gcfreeze.user_code.watch import GradientWatch
+
+_WATCHED_STEPS = (1, 2, 8, 64, 512, 4096)
+"""Optimizer steps in which reads of ``p.grad`` are noted."""
+
+
+class Run:
+    """Observe the steps of an optimizer, decide, and hold what froze, until `close`.
+
+    Args:
+        options: what to do.
+        state: what is known so far, which the run goes on with and writes to.
+        around: the loop that drives the run.
+
+    Raises:
+        ValueError: no parameter is eligible, or k exceeds their number.
+        Surroundings.error: the module, the optimizer or the loop cannot be served.
+    """
+
+    def __init__(self, options: Options, state: State, around: Surroundings) -> None:
+        self._options, self._state, self._around = options, state, around
+        module, optimizer = around.module, around.optimizer
+        around.refuse(refusals.unsupported_module(module, around.training_step, options.reads_samples))
+        around.refuse(refusals.unsupported_optimizer(optimizer))
+        if options.hold == "compact":
+            around.refuse(refusals.not_compactable(optimizer, module))
+            around.refuse(refusals.optimizer_state_is_read(readers.optimizer_state_readers(owners_of(around))))
+        if options.reads_samples:
+            around.refuse(refusals.unsupported_samples(module, options.n_samples))
+        self.parameters = selection.eligible(module, optimizer, options.include, options.exclude)
+        self.n_eligible = sum(p.numel() for p in self.parameters.values())
+        for _, k in options.decisions:
+            if not isinstance(k, Growth):
+                selection.resolve_count(k, self.n_eligible)
+        full = options.covariance == "full"
+        self.shards = Shards(self.parameters, around.world)
+        if self.shards.is_sharded:
+            around.refuse(refusals.unsupported_with_shards(full, options.hold, options.may_thaw))
+        if full:
+            FullCovariance({name: p.to("meta") for name, p in self.parameters.items()})  # refuses one that is too large
+        self.source: SampleGradients | None = None
+        if around.training_step is not None:
+            self.source = SampleGradients(
+                options.gradients,
+                module,
+                self.parameters,
+                around.training_step,
+                around.context,
+                around.inform,
+                state.choice,
+                n_samples=options.n_samples,
+                keep_each=full,
+                world=around.world if self.shards.is_sharded else None,
+            )
+        self.stages = Stages(options, state, around, self.parameters, self.shards, selection.trained(module, optimizer))
+        self._uses = WeightUses(module, self.parameters)
+        self._hooks: tuple[RemovableHandle, ...] = ()  # on the optimizer's step
+        self._watch: GradientWatch | None = None
+        self._reads_samples = options.reads_samples
+        self._in_trial = False  # a tuner's steps are being taken
+        self._is_compiled = _modules.has_compiled(module)
+        self._graph_was_checked = False
+        self._micro_batches = 0  # since the last optimizer step
+        self._n_evaluations = 0  # of the loss, since the last optimizer step or batch
+        self._depth = 0  # of optimizer steps within the optimizer's step
+        self._changed_in_batch = False  # the masks
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether `begin` was called."""
+        return bool(self._hooks)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the eligible parameters as they are, of sharded ones the local parts; not copies."""
+        return {name: local(p.detach()) for name, p in self.parameters.items()}
+
+    def begin(self) -> None:
+        """Begin, or go on from a loaded state, which is complete by now."""
+        state, around, options = self._state, self._around, self._options
+        if state.loaded_arguments is None:
+            seed = torch.initial_seed() % 2**63 if options.seed is None else options.seed
+            state.seed = around.world.broadcast_object(seed)
+            state.observing = self.stages.new_observing(self._reads_samples)
+            state.choice = SourceChoice.initial(options.gradients, self.parameters)
+        else:
+            resumed = refusals.not_resumable(state.loaded_arguments, options.decisive(), state.shapes, self.parameters)
+            around.refuse(resumed)
+        around.refuse(state.plan.start(around.planned_steps))
+        if not isinstance(around.wrapper, DistributedDataParallel) and not self.shards.is_sharded:
+            around.readers.extend(readers.accumulator_holders(self.parameters))  # DDP holds them itself
+        self.attach()
+        optimizer = around.optimizer
+        self._hooks = (
+            optimizer.register_step_pre_hook(self._before_optimizer_step),
+            optimizer.register_step_post_hook(self._after_optimizer_step),
+        )
+
+    def attach(self) -> None:
+        """Tie the state, which has just begun or was loaded, to the module and the optimizer."""
+        state = self._state
+        if state.loaded_arguments is not None:
+            weights = self.weights()
+            for known in (state.observing, state.decision):
+                if known is not None:
+                    known.to(weights, self.shards)
+            state.thaw_states.to(self.parameters)
+            if state.observing:
+                self._reads_samples = state.observing.reads_samples  # of version 0.1, it may differ from the options
+        self._in_trial = False
+        if self.source:
+            self.source.reset()
+            self.source.choice = state.choice
+        if state.decision:
+            self.shards.check_agreement(state.decision.frozen)
+            self.stages.hold(state.decision, self._seen_reading, resumed=True)
+
+    def warnings(self) -> list[str]:
+        """Return, before the first step, sentences on what is probably not meant."""
+        options, plan = self._options, self._state.plan
+        names = [name for name, _ in self._around.module.named_parameters()]
+        stages = [t for t, _ in options.decisions if isinstance(t, int)][plan.n_decisions :]
+        found = (
+            misconfiguration.freeze_never_reached(stages, self._around.planned_steps()),
+            misconfiguration.useless_patterns("include", options.include, names),
+            misconfiguration.useless_patterns("exclude", options.exclude, names),
+            *(misconfiguration.small_count(k, self.n_eligible) for _, k in options.decisions),
+        )
+        return [sentence for sentence in found if sentence]
+
+    # Events, in the order of a step --------------------------------------------------------------------------------
+
+    def begin_batch(self, batch: object, batch_idx: int, is_first: bool) -> None:
+        """Keep what will be needed of a batch, before the loss is computed and the batch can be changed in place.
+
+        Args:
+            batch: the batch to come.
+            batch_idx: its number in the epoch.
+            is_first: whether it is the first since the last optimizer step, whose gradients are, or will be, zero.
+        """
+        state = self._state
+        self._n_evaluations = self._depth = 0
+        if self._in_trial:  # that was not taken back
+            self.attach()
+        if is_first:
+            self._begin_step()
+        if state.plan.is_decision_step(state.steps + 1):
+            self._uses.listen()
+        if self.source and state.observing and self._reads_samples and (self._is_due or state.steps == 0):
+            self.source.begin_batch(batch, batch_idx)
+
+    def zero_grad(self) -> None:
+        """Let go of gradients that the optimizer does not know of, when it zeroes its own."""
+        if self._around.all_reduce:
+            self._around.all_reduce.begin_step()
+        if self.stages.holder:
+            self.stages.holder.begin_step()
+
+    def before_backward(self, loss: Tensor, to_mean: float = 1.0) -> None:
+        """Take in the loss of a batch, right before its backward pass.
+
+        Args:
+            loss: 0-dim.
+            to_mean: factor that makes it the mean loss of its batch: the number of micro-batches / the loss scale.
+        """
+        state, options = self._state, self._options
+        if state.plan.needs_loss(state.steps + 1):
+            state.plan.record_loss(loss.detach() * to_mean)
+        if state.observing:
+            self._uses.stop()
+            needs_graph = options.gradients == "capture" if self._reads_samples else options.skip_frozen_gradients
+            if needs_graph and not self._graph_was_checked:
+                self._around.refuse(refusals.unsupported_graph(loss))
+            self._graph_was_checked = True
+            if self.source:
+                self.source.begin_backward()
+        if self.stages.holder:
+            self.stages.holder.begin_backward(loss)
+
+    def after_backward(
+        self,
+        is_last: bool,
+        n_micro_batches: int = 1,
+        loss_scale: float = 1.0,
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        """Observe a step, while observing; then take the live elements' gradients. After each backward pass.
+
+        Args:
+            is_last: whether the optimizer steps next: ``p.grad`` is g_S, times the loss scale.
+            n_micro_batches: what each mean loss was divided by, the micro-batches of a full step.
+            loss_scale: what each mean loss was multiplied by.
+            weights: what the mean losses since the last step were multiplied by, if by different factors; replaces the
+                two above.
+        """
+        if self.stages.holder and is_last:
+            self.stages.holder.after_backward()
+        observing = self._state.observing
+        self._micro_batches += 1
+        if observing is None:
+            return
+        has_batch = self.source.end_backward() if self.source and self._reads_samples else not self._reads_samples
+        if has_batch and is_last:
+            # Each loss is divided by the micro-batches of a full step, also in the short last one of an epoch.
+            share = self._micro_batches / n_micro_batches * loss_scale
+            scale = loss_scale / n_micro_batches
+            self._observe(observing, *((scale, share) if weights is None else (weights[0], sum(weights))))
+
+    def gradients_are_ready(self) -> None:
+        """Observe a step right before the optimizer takes it, in a loop that does not tell of its backward passes."""
+        self._uses.stop()
+        self._micro_batches = 0
+        self.after_backward(is_last=True)
+
+    def before_step(self, may_be_skipped: bool = False) -> None:
+        """Zero the gradients of frozen elements, after averaging and unscaling, before clipping.
+
+        Args:
+            may_be_skipped: whether a loss scaler may leave the optimizer's step out.
+        """
+        if not may_be_skipped:
+            self._n_evaluations += 1
+            if self._n_evaluations > 1:
+                self._around.refuse(refusals.several_evaluations(self._around.optimizer))
+        if self.stages.holder:
+            self.stages.holder.before_step()
+
+    def after_batch(self) -> None:
+        """Put frozen values back where others may have written to them since the optimizer's step."""
+        if self._n_evaluations:
+            self._around.refuse(refusals.no_step_hooks(self._around.optimizer))
+        stages, self._changed_in_batch, first = self.stages, False, self._changed_in_batch
+        if stages.holder and stages.others_write:
+            stages.holder.after_batch(first)
+            if first:
+                self._state.remember_bits(self.parameters)
+
+    def synchronize(self) -> None:
+        """Let all processes go on from the same statistics."""
+        self._state.synchronize(self.shards)
+
+    def close(self) -> None:
+        """Leave the module and the optimizer as they were, but for the values."""
+        if self.source:
+            self.source.reset()
+        self._uses.stop()
+        if self._watch is not None:
+            self._watch.disarm()
+        self.stages.release()
+        for hook in self._hooks:
+            hook.remove()
+
+    def metrics(self) -> dict[str, float]:
+        """Return what there is to log now, by tag."""
+        state, all_reduce = self._state, self._around.all_reduce
+        known = state.decision or state.observing
+        return reporting.scalars(
+            state.decision.fractions if state.decision else dict.fromkeys(self.parameters, 0.0),
+            state.frozen_fraction,
+            known.observed if known else 0,
+            state.savings.scalars() if state.savings else None,
+            all_reduce.bytes_sent if all_reduce else None,
+            state.plan.metrics,
+        )
+
+    # Observing -----------------------------------------------------------------------------------------------------
+
+    @property
+    def _is_due(self) -> bool:
+        """Whether the optimizer step to come is to be observed."""
+        return (self._state.steps + 1) % self._options.every == 0
+
+    @property
+    def _seen_reading(self) -> list[str]:
+        return [*self._state.gradient_readers, *(self._watch.seen if self._watch else ())]
+
+    def _begin_step(self) -> None:
+        if self.source:
+            self.source.reset()
+        self._uses.clear()
+        self._micro_batches = 0
+        self._watch_gradients()
+        # Between our two hooks on the step lies what the optimizer does, and no hook of anybody else.
+        for hook, last in zip(self._hooks, (True, False), strict=False):
+            if (hooks := hook.hooks_dict_ref()) is not None:
+                hooks.move_to_end(hook.id, last=last)
+
+    def _observe(self, observing: Observing, scale: float, share: float) -> None:
+        """Take in a step whose first mean loss was multiplied by `scale`, and all of them together by `share`."""
+        state, source, size = self._state, self.source, None
+        if self._reads_samples and source and source.batch_size is not None:
+            size = source.batch_size * self._around.n_replicas
+        if state.steps == 0:  # at a later step it is a short last batch
+            self._around.refuse(refusals.single_sample(size))
+            self._around.refuse(refusals.no_gradients(self.parameters))
+        step = state.steps + 1
+        if not (self._is_due and observing.wants(step)):
+            return
+        g_batch = batch_gradients(self.parameters if observing.reads_gradients else {}, share)
+        gain = self._options.gain
+        if not self._reads_samples:
+            observing.observe(step, {}, g_batch, gain)
+            return
+        found = source.gradients(scale, g_batch, size) if source and size != 1 else None
+        if found is None:
+            observing.leave_out(step)
+        else:
+            observing.observe(step, found.by_name, g_batch, gain, size, found.mean_is_g_batch)
+
+    def _watch_gradients(self) -> None:
+        """Note who asks for gradients in a few observed steps, each until the next step begins."""
+        state = self._state
+        if self._watch is not None:
+            self._watch.disarm()
+            state.gradient_readers += [name for name in self._watch.seen if name not in state.gradient_readers]
+            self._watch = None
+        is_due = state.observing and state.steps + 1 in _WATCHED_STEPS and self._around.watches_gradients
+        if is_due and not (self.shards.is_sharded or self._is_compiled):
+            self._watch = GradientWatch(self.parameters.values())
+            self._watch.arm()
+
+    # Hooks on the optimizer's step ---------------------------------------------------------------------------------
+
+    def _before_optimizer_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Hand the live elements over, where that is done late. Without a loss scaler, runs before the forward pass."""
+        self._depth += 1
+        if not self._in_trial and self._around.in_trial():
+            self._in_trial = True
+            if self.source:
+                self.source.reset()
+            self._uses.stop()
+            if self._state.decision:
+                self.stages.hold(self._state.decision, self._seen_reading, resumed=True, in_trial=True)
+        return self.stages.holder.before_late_step(args, kwargs) if self.stages.holder else None
+
+    def _after_optimizer_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        """Count the step; freeze at t0; put frozen values back. Runs right after the parameters have moved.
+
+        It does not run on a step that a loss scaler leaves out, except with a fused optimizer, which leaves the step
+        out itself when ``found_inf`` says so.
+        """
+        state = self._state
+        self._depth -= 1
+        if self._depth > 0:  # the step of a parent class, within that of its child
+            return
+        self._n_evaluations = 0
+        found_inf = getattr(optimizer, "found_inf", None)
+        if self._in_trial or (found_inf is not None and bool(found_inf)):  # the step does not count
+            if self.stages.holder:
+                self.stages.holder.after_step()
+            return
+        if self.source:
+            self.source.reset()
+        state.steps += 1
+        observing = state.observing
+        if observing and state.steps % self._options.every == 0:
+            observing.close_step(state.steps)
+        if self.stages.holder:
+            self.stages.check_held()
+            self.stages.holder.after_step()
+        before = state.decision
+        self.stages.advance(observing, self._uses.uses_per_step, self._seen_reading)
+        self._changed_in_batch |= state.decision is not before
+        if state.observing is None and observing and self.source:
+            self.source.close()

@@ -1,0 +1,227 @@
+"""`Stages`: from statistics to held elements, stage by stage. No trainer is known here."""
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from lightning_gcfreeze import misconfiguration, orderings, selection
+from lightning_gcfreeze._names import shortened
+from lightning_gcfreeze.decision import Decision, decide, scores_now
+from lightning_gcfreeze.distributed import Shards, local
+from lightning_gcfreeze.freezing import Holder
+from lightning_gcfreeze.holding import plan_holding
+from lightning_gcfreeze.observing import Observing
+from lightning_gcfreeze.options import Options
+from lightning_gcfreeze.planning.settling import SAMPLE_SIZE, sampled
+from lightning_gcfreeze.state import State
+from lightning_gcfreeze.surroundings import Surroundings
+
+
+class Stages:
+    """Decide what to freeze, hold it, and change that from stage to stage, until `release`.
+
+    Args:
+        options: what to freeze, and how.
+        state: what is known so far; the decision, the plan and the savings are written to it.
+        around: the loop.
+        parameters: the eligible parameters, by name.
+        shards: how they lie on the processes.
+        trained: all parameters that the optimizer trained when the run began, by name.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        state: State,
+        around: Surroundings,
+        parameters: dict[str, Parameter],
+        shards: Shards,
+        trained: dict[str, Parameter],
+    ) -> None:
+        self._options, self._state, self._around = options, state, around
+        self._parameters, self._shards, self._trained = parameters, shards, trained
+        self._n_eligible = sum(p.numel() for p in parameters.values())
+        self._held_since = 0  # the optimizer step
+        self.holder: Holder | None = None
+        """Holds the frozen elements; None before t0."""
+        self.others_write = False
+        """Whether other code may write to weights between optimizer steps."""
+        self.has_changed = False
+        """Whether the masks have changed since this was last set to False."""
+
+    # Deciding ------------------------------------------------------------------------------------------------------
+
+    def advance(self, observing: Observing | None, uses_per_step: dict[str, int], seen_reading: list[str]) -> None:
+        """Decide, grow or thaw, if it is time. Right after each optimizer step.
+
+        Args:
+            observing: the statistics for the next decision; None if there is none to come.
+            uses_per_step: at how many positions of this step's batch each weight was applied, where that was counted.
+            seen_reading: code that was seen to ask for gradients.
+        """
+        state = self._state
+        if observing and state.plan.is_decision_step(state.steps):
+            if self._is_time(observing):
+                self._change(self._decide(observing, uses_per_step), seen_reading)
+        elif state.decision:
+            self._judge(state.decision, seen_reading)
+
+    def new_observing(self, reads_samples: bool) -> Observing:
+        """Return empty statistics of what the ordering reads."""
+        options = self._options
+        full = options.covariance == "full"
+        return Observing(self._weights(), full, orderings.needed_by(options.ordering), self._shards, reads_samples)
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: local(p.detach()) for name, p in self._parameters.items()}
+
+    def _count(self) -> int:
+        """How many elements the plan wants frozen."""
+        return selection.resolve_count(self._state.plan.k, self._n_eligible)
+
+    def _is_time(self, observing: Observing) -> bool:
+        """Return whether to decide now. With ``t0="auto"`` the data say so, the same on all processes."""
+        state, options, world = self._state, self._options, self._around.world
+        if state.plan.settling is None:
+            return True
+        is_last = state.steps >= state.plan.next_deadline
+        observed = int(world.all_reduce_min(torch.tensor(observing.observed)))
+        if not observed:
+            if not is_last:
+                state.plan.settling.skip()
+            return is_last
+        weights = self._weights()
+        scores = scores_now(observing, options.ordering, weights, state.seed, options.granularity)
+        check = state.plan.check_settled(
+            sampled(scores, SAMPLE_SIZE, self._shards),
+            sampled(observing.activity(weights), SAMPLE_SIZE, self._shards) > 0,
+            observed,
+            self._count() / self._n_eligible,
+            world,
+        )
+        if check.settled or is_last:
+            why = "the order and the loss have settled" if check.settled else "`max_t0` is reached"
+            self._around.inform(f"{why}. At the last check {check.sentence()}.")
+        return check.settled or is_last
+
+    def _decide(self, observing: Observing, uses_per_step: dict[str, int]) -> Decision:
+        """Rank and mark, the same on all processes: their statistics are averaged first."""
+        state, options, around = self._state, self._options, self._around
+        if around.world.any(not observing.observed):
+            since = "among the first" if state.plan.t0 is None else "since the last stage, until"
+            raise RuntimeError(
+                f"No step could be observed {since} `t0={state.steps}`: {observing.skipped} were left out because a"
+                " gradient was not finite, there was no loss, or the batch had one sample."
+            )
+        observing.synchronize()
+        if late := misconfiguration.late_parameters(around.module, around.optimizer, self._trained):
+            around.warn(late)
+        keep = state.decision.frozen if state.decision and options.monotone else None
+        state.plan.record_decision(state.steps, around.world)
+        k, granularity = self._count(), options.granularity
+        decision = decide(observing, options.ordering, self._weights(), state.seed, k, granularity, uses_per_step, keep)
+        state.observing = self.new_observing(observing.reads_samples) if state.plan.has_next_decision else None
+        around.inform(decision.sentence(state.steps))
+        for doubt in decision.doubts(k, state.plan.k, granularity):
+            around.warn(doubt)
+        return decision
+
+    def _judge(self, decision: Decision, seen_reading: list[str]) -> None:
+        """Freeze the next stage, or thaw the last, where k grows."""
+        state = self._state
+        verdict = state.plan.judge_stage(state.steps, self._around.world)
+        if verdict == "stay":
+            state.thaw_states.forget()
+            self._tell_savings()
+        elif verdict in ("grow", "thaw"):
+            self._change(decision.with_k(self._count(), self._options.granularity), seen_reading)
+        if state.plan.growing and verdict != "wait":
+            self._around.inform(
+                f"after {state.steps} optimizer steps {state.plan.growing.sentence(verdict)}"
+                f" {state.frozen_fraction:.1%} of the eligible elements are frozen."
+            )
+
+    def _tell_savings(self) -> None:
+        if self._state.savings and not self._state.plan.masks_may_change:
+            self._around.inform(self._state.savings.table())
+
+    # Holding -------------------------------------------------------------------------------------------------------
+
+    def hold(self, decision: Decision, seen_reading: list[str], resumed: bool, in_trial: bool = False) -> None:
+        """Hold the elements of a decision from now on at the values that they have.
+
+        Args:
+            decision: what is frozen.
+            seen_reading: code that was seen to ask for gradients.
+            resumed: whether the optimizer's state already is that of a run with this decision.
+            in_trial: whether a tuner tries steps that do not count.
+        """
+        state, around = self._state, self._around
+        self.release()
+        plan, sends_live_only = plan_holding(
+            self._options,
+            around,
+            self._parameters,
+            seen_reading,
+            whole_gradients=state.observing is not None,
+            is_sharded=self._shards.is_sharded,
+            in_trial=in_trial,
+        )
+        self.holder = Holder(
+            plan,
+            around.optimizer,
+            around.module,
+            around.wrapper,
+            self._parameters,
+            decision.frozen,
+            decision.uses_per_step,
+            resumed,
+        )
+        self.others_write, self._held_since = plan.puts_back, state.steps
+        state.remember_bits(self._parameters)
+        state.savings = self.holder.savings
+        if around.all_reduce and sends_live_only:
+            around.all_reduce.leave_out({self._parameters[name]: mask for name, mask in decision.frozen.items()})
+
+    def check_held(self) -> None:
+        """Check the bits of frozen elements where nothing puts them back: at powers of two and at each epoch's end.
+
+        Right after the optimizer's step, what others swap for a while (averages, for a validation) is in its place.
+
+        Raises:
+            RuntimeError: other code has written to them.
+        """
+        age = self._state.steps - self._held_since
+        is_due = age & (age - 1) == 0 or self._around.is_last_batch()
+        if self.holder is None or self.holder.puts_back or not is_due:
+            return
+        if moved := self._state.moved(self._around.module):
+            raise RuntimeError(
+                f"{shortened(moved)}: code that was not found has written to frozen elements between steps. Use"
+                " `hold='restore'`, which puts them back after each step."
+            )
+
+    def release(self) -> None:
+        """Leave the module and the optimizer as they were, but for the values."""
+        if self.holder:
+            self.holder.release()
+        self.holder = None
+
+    def _change(self, decision: Decision, seen_reading: list[str]) -> None:
+        """Hold what a new decision says, and nothing else."""
+        state, optimizer = self._state, self._around.optimizer
+        nothing = {name: torch.zeros_like(mask) for name, mask in decision.frozen.items()}
+        before = state.decision.frozen if state.decision else nothing
+        self.release()
+        state.decision = decision
+        if self._options.may_thaw:
+            thawing = {name: mask & ~decision.frozen[name] for name, mask in before.items()}
+            state.thaw_states.restore_to(optimizer, self._parameters, thawing)
+            if state.plan.growth or not state.plan.masks_may_change:
+                state.thaw_states.forget()  # where k grows, only the last stage may thaw
+            if state.plan.masks_may_change:
+                freezing = {name: mask & ~before[name] for name, mask in decision.frozen.items()}
+                state.thaw_states.store(optimizer, self._parameters, freezing)
+        self.has_changed = True
+        self.hold(decision, seen_reading, resumed=False)
+        self._tell_savings()

@@ -1,0 +1,273 @@
+"""`State`: what outlives a run and goes into checkpoints: counters, statistics, the decision, the plan.
+
+A checkpoint of a front is `State.state_dict`, format 6; format 5, of version 0.1, is converted when it is read.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gcfreeze import delta, selection
+from lightning_gcfreeze._names import shortened
+from lightning_gcfreeze._types import Named
+from lightning_gcfreeze.decision import Decision, scores_now
+from lightning_gcfreeze.distributed import Shards
+from lightning_gcfreeze.freezing import ThawStates
+from lightning_gcfreeze.freezing.fingerprints import fingerprints
+from lightning_gcfreeze.freezing.savings import Savings
+from lightning_gcfreeze.gradients.choice import SourceChoice
+from lightning_gcfreeze.observing import Observing
+from lightning_gcfreeze.options import Options
+from lightning_gcfreeze.planning.growing import Growth
+from lightning_gcfreeze.planning.plan import Plan
+from lightning_gcfreeze.planning.settling import Settled
+
+FORMAT = 6
+
+
+class State:
+    """Everything found out so far. What is observed and what was decided stand side by side.
+
+    Args:
+        options: the arguments of the run.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self.steps = 0
+        """Optimizer steps taken; a trainer's own counter may count the steps of several optimizers."""
+        self.seed = 0
+        """Of the random order; set when a run begins."""
+        self.observing: Observing | None = None
+        """The statistics for the next decision; None before a run, and where no decision is to come."""
+        self.decision: Decision | None = None
+        """The last decision; None before t0."""
+        self.plan = Plan(options.decisions, options.gain_of_scores)
+        self.thaw_states = ThawStates()
+        self.choice = SourceChoice.initial(options.gradients, ())
+        """Which gradients of single samples are captured and which are replayed."""
+        self.gradient_readers: list[str] = []
+        """Code that was seen to ask for gradients."""
+        self.savings: Savings | None = None
+        self.held_bits: dict[str, int] = {}
+        """Fingerprints of the frozen elements' bits, by parameter name; not in checkpoints."""
+        self.loaded_arguments: dict[str, Any] | None = None
+        """The decisive arguments that a loaded state was made with."""
+
+    # Public properties of the fronts -------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        """Return the progress in words."""
+        if self.decision is None:
+            return f"observing, {self.steps} optimizer steps"
+        return f"frozen {self.decision.count:,} of {self.decision.n_eligible:,}"
+
+    @property
+    def phase(self) -> Literal["observing", "frozen"]:
+        """The phase: "observing" until step t0 has been taken, then "frozen"."""
+        return "observing" if self.decision is None else "frozen"
+
+    @property
+    def shards(self) -> Shards:
+        """How the parameters lie on the processes."""
+        known = self.decision or self.observing
+        return known.shards if known else Shards()
+
+    @property
+    def frozen(self) -> dict[str, Tensor]:
+        """Copies of the masks, ``{name: bool (*p.shape)}``, True = held constant; DTensors where sharded."""
+        masks = self.decision.frozen if self.decision else {}
+        return self.shards.wrapped({name: mask.clone() for name, mask in masks.items()})
+
+    @property
+    def frozen_fraction(self) -> float:
+        """Frozen elements / eligible elements; 0.0 before t0."""
+        return self.decision.fraction if self.decision else 0.0
+
+    @property
+    def variance(self) -> dict[str, Tensor]:
+        """A copy of the diagonal of C_t, from t0 on of the last decision, ``{name: (*p.shape)}``."""
+        known = self.decision or self.observing
+        return self.shards.wrapped({name: v.clone() for name, v in known.variance.items()}) if known else {}
+
+    @property
+    def covariance(self) -> Tensor | None:
+        """A copy of C_t, (p, p), if it is kept."""
+        known = self.decision or self.observing
+        return known.matrix.clone() if known and known.matrix is not None else None
+
+    def ranks(self, weights: Named) -> dict[str, Tensor]:
+        """Return the paper's I by the decision's scores, or, before t0, by the scores as they would be now.
+
+        Raises:
+            RuntimeError: the parameters are sharded: no process has all scores.
+        """
+        if self.shards.is_sharded:
+            raise RuntimeError("`ranks` needs all scores on one process, but they are sharded. Use `frozen`.")
+        if self.decision:
+            return selection.ranks(self.decision.scores)
+        if not (weights and self.observing and self.observing.observed):
+            return {}
+        options = self._options
+        return selection.ranks(scores_now(self.observing, options.ordering, weights, self.seed, options.granularity))
+
+    def delta(self, module: nn.Module | None) -> dict[str, Tensor]:
+        """Return the live elements' positions and values, see `lightning_gcfreeze.delta`.
+
+        Args:
+            module: the module of the last run, if it is still there.
+
+        Raises:
+            RuntimeError: nothing is frozen yet, there is no module, or its frozen elements have moved.
+        """
+        if self.decision is None:
+            raise RuntimeError(f"There is no delta before step t0={self._next_t0}: nothing is frozen yet.")
+        if module is None:
+            raise RuntimeError(
+                "The module of the last run is not known here: this is a copy, or the run took place in other processes"
+                " (ddp_spawn, ddp_fork), or the module is gone. Use `lightning_gcfreeze.delta.of(module, frozen)`."
+            )
+        if moved := self.moved(module):
+            raise RuntimeError(
+                f"{shortened(moved)}: frozen elements have other values than they froze with, so the weights of"
+                " step t0 and the live elements do not give this model. Averages of weights (EMA, SWA) and code that"
+                " writes to parameters do this. Take the delta before, or average weights only from `t0` on."
+            )
+        return delta.of(module, self.frozen)
+
+    def unfinished(self) -> tuple[str | None, str | None]:
+        """Return, at the end of training, a warning and a remark about decisions that did not come about."""
+        if self.plan.has_next_decision:
+            what = "Nothing was frozen" if self.plan.t0 is None else f"Only stage {self.plan.n_decisions} was reached"
+            return (
+                f"{what}: training ended after {self.steps} optimizer steps, before `t0={self._next_t0}`. Lower `t0` or"
+                " train longer.",
+                None,
+            )
+        if self.plan.masks_may_change:
+            return None, (
+                f"`k='auto'` was not settled: training ended with stage {int(self.plan.k * 100)} % still being"
+                " evaluated. Train longer, validate more often, or make `every` of `Growth` smaller."
+            )
+        return None, None
+
+    @property
+    def _next_t0(self) -> int | str:
+        """The step of the next decision, or "auto" where it is not known yet."""
+        (t, _), *_ = self._options.decisions
+        return self.plan.next_deadline if self.plan.settling or isinstance(t, int) else "auto"
+
+    # Constancy -----------------------------------------------------------------------------------------------------
+
+    def remember_bits(self, parameters: Mapping[str, Tensor]) -> None:
+        """Take the fingerprints of the frozen elements as they are now."""
+        self.held_bits = fingerprints(parameters, self.decision.frozen if self.decision else {})
+
+    def moved(self, module: nn.Module) -> list[str]:
+        """Return the names of parameters whose frozen elements do not have the bits that they are held at."""
+        parameters = dict(module.named_parameters())
+        masks = self.decision.frozen if self.decision else {}
+        now = fingerprints(parameters, {name: masks[name] for name in self.held_bits if name in parameters})
+        return [name for name, bits in now.items() if bits != self.held_bits[name]]
+
+    # Checkpoints ---------------------------------------------------------------------------------------------------
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """The shapes of the eligible parameters, whole ones, by name."""
+        known = self.decision or self.observing
+        return known.shapes if known else {}
+
+    def synchronize(self, shards: Shards) -> None:
+        """Let all processes go on from the same statistics, by means over processes."""
+        if self.observing:
+            self.observing.synchronize()
+            self.choice.synchronize(shards.world)
+        self.plan.synchronize(shards.world)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint holds: tensors under parameter names, numbers and strings.
+
+        Where parameters are sharded, tensors are whole, on the CPU of rank 0, and all processes must call.
+
+        Keys: ``format`` int; ``begun`` bool, False before the first step of a first run; ``arguments`` {name: plain
+        value}, of the arguments that decide what freezes; ``seed``, ``steps`` int; ``gradient_readers`` list of str;
+        ``source`` see `SourceChoice`; ``observing`` see `Observing`, or None; ``decision`` see `Decision`, or None;
+        ``plan`` see `Plan`; ``thaw_states`` see `ThawStates`.
+        """
+        return {
+            "format": FORMAT,
+            "begun": self.observing is not None or self.decision is not None,
+            "arguments": self._options.decisive(),
+            "seed": self.seed,
+            "steps": self.steps,
+            "gradient_readers": list(self.gradient_readers),
+            "source": self.choice.state_dict(),
+            "observing": self.observing and self.observing.state_dict(),
+            "decision": self.decision and self.decision.state_dict(),
+            "plan": self.plan.state_dict(),
+            "thaw_states": self.thaw_states.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned, here or in version 0.1.
+
+        Raises:
+            ValueError: an unknown format.
+        """
+        if (version := state.get("format")) not in (5, FORMAT):
+            raise ValueError(
+                f"The checkpoint's state has the format {version}, and this version reads 5 and {FORMAT}. Resume with"
+                " the version of lightning_gcfreeze that wrote it."
+            )
+        state = _from_format_5(state) if version == 5 else state
+        if not state["begun"]:  # saved before training began, as LearningRateFinder does
+            return
+        self.loaded_arguments = state["arguments"]
+        self.seed, self.steps = state["seed"], state["steps"]
+        self.gradient_readers = list(state["gradient_readers"])
+        self.choice.load_state_dict(state["source"])
+        self.observing = state["observing"] and Observing.from_state_dict(state["observing"])
+        self.decision = state["decision"] and Decision.from_state_dict(state["decision"])
+        self.plan.load_state_dict(state["plan"])
+        self.thaw_states.load_state_dict(state["thaw_states"])
+
+
+def _from_format_5(old: dict[str, Any]) -> dict[str, Any]:
+    """Return a state of version 0.1 in the present format: there an observation was a phase, or within a phase."""
+    state = old["state"]
+    if not state["begun"]:
+        return {"begun": False}
+    observing, decision = (state, None) if old["phase"] == "observing" else (state["again"], state)
+    source = observing and observing["decided"]
+    if observing:
+        fields = ("shapes", "full", "covariance", "moments", "start", "scale", "observed", "skipped", "batch_size")
+        observing = {name: observing[name] for name in fields} | {"observed_step": old.get("observed_step", 0)}
+    if decision:
+        decision = {name: decision[name] for name in ("frozen", "scores", "matrix", "observed", "skipped")} | {
+            "variance": None if decision["by_variance"] else decision["variance"],
+            "n_without_gradient": decision["never_moved"],
+            "uses_per_step": decision["positions"],
+        }
+    arguments = dict(old["arguments"])
+    max_t0, increase, monitor = (arguments.pop(name, None) for name in ("max_t0", "max_loss_increase", "monitor"))
+    if max_t0 is not None:
+        arguments["t0"] = {"class": "Settled", **dataclasses.asdict(Settled(max_t0=max_t0))}
+    if increase is not None or monitor is not None:
+        growth = Growth(Growth.max_loss_increase if increase is None else increase, monitor)
+        arguments["k"] = {"class": "Growth", **dataclasses.asdict(growth)}
+    return {
+        "begun": True,
+        "arguments": arguments,
+        "seed": old["seed"],
+        "steps": old["steps"],
+        "gradient_readers": old.get("readers", []),
+        "source": source or SourceChoice.initial("auto", ()).state_dict(),
+        "observing": observing,
+        "decision": decision,
+        "plan": old["plan"],
+        "thaw_states": old["aside"],
+    }

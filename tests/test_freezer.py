@@ -1,0 +1,302 @@
+"""`Freezer` in a plain loop against the callback in a Trainer: the same bits; and in loops that people write."""
+
+import copy
+import io
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_gcfreeze import Freezer, FreezeSchedule, GradCovFreezeCallback, Growth, Settled, apply_delta
+from tests import cases
+
+STEPS = 16
+OPTIONS: dict[str, dict[str, Any]] = {
+    "variance": {"t0": 6, "k": 0.5},
+    "all samples at every second step": {"t0": 6, "k": 0.5, "samples": "all", "every": 2},
+    "full covariance": {"t0": 6, "k": 9, "covariance": "full"},
+    "replayed": {"t0": 6, "k": 0.5, "gradients": "replay"},
+    "progress": {"t0": 6, "k": 0.9, "order": "progress"},
+    "rows, restored": {"t0": 6, "k": 0.5, "granularity": "row", "hold": "restore"},
+    "tensors, compact": {"t0": 6, "k": 0.9, "granularity": "tensor", "hold": "compact"},
+    "random": {"t0": 1, "k": 1.0, "order": "random", "seed": 3},
+    "stages": {"schedule": FreezeSchedule([(4, 0.3), (8, 0.6)])},
+    "stages that thaw": {"schedule": FreezeSchedule([(4, 0.6), (8, 0.3), (12, 0.5)], monotone=False)},
+    "from the data": {
+        "t0": Settled(max_t0=7, first=2),
+        "k": Growth(every=2, patience=2, stages=2, max_loss_increase=0.5),
+        "order": "progress",
+    },
+}
+
+
+def batches() -> list[list[Tensor]]:
+    return [list(batch) for batch in cases.loader(batch_size=4, samples=4 * STEPS)]
+
+
+def loss_of(model: nn.Module, batch: list[Tensor]) -> Tensor:
+    x, y = batch
+    return nn.functional.mse_loss(model(x), y)
+
+
+def adamw(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.3)
+
+
+class SeedByBatch(pl.Callback):
+    """Dropout draws the same numbers in both loops."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        torch.manual_seed(1000 + batch_idx)
+
+
+class ReadsGradients(pl.Callback):
+    """With it the callback leaves gradients where they are, as `Freezer` does unless it is told otherwise."""
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        pass
+
+
+def by_the_callback(options: dict[str, Any], accumulate: int, clip: float | None, skips: bool) -> Any:
+    module = cases.Regression(cases.convnet(), adamw)
+    callback = GradCovFreezeCallback(**options)
+    trainer = cases.trainer(
+        callbacks=[SeedByBatch(), callback, *([] if skips else [ReadsGradients()])],
+        max_epochs=1,
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=clip,
+    )
+    torch.manual_seed(0)
+    trainer.fit(module, cases.loader(batch_size=4, samples=4 * STEPS))
+    return results(module.network, trainer.optimizers[0], callback)
+
+
+def results(network: nn.Module, optimizer: torch.optim.Optimizer, front: Any) -> dict[str, Any]:
+    prefix = "" if isinstance(front, Freezer) else "network."
+    of_front = {"frozen": front.frozen, "variance": front.variance}
+    return {
+        "weights": network.state_dict(),
+        "optimizer": optimizer.state_dict()["state"],
+        "fraction": front.frozen_fraction,
+        **{what: {name.removeprefix(prefix): t for name, t in named.items()} for what, named in of_front.items()},
+    }
+
+
+class Loop:
+    """What a user writes, with the lines of the freezer."""
+
+    def __init__(self, options: dict[str, Any], accumulate: int = 1, clip: float | None = None, **more: Any) -> None:
+        torch.manual_seed(0)
+        self.network = cases.convnet()
+        torch.manual_seed(0)
+        self.optimizer = adamw(self.network.parameters())
+        self.accumulate, self.clip = accumulate, clip
+        self.freezer = Freezer(
+            self.network, self.optimizer, loss=loss_of, accumulate=accumulate, planned_steps=STEPS, **options, **more
+        )
+
+    def train(self, start: int = 0, stop: int = STEPS) -> None:
+        for number, batch in enumerate(batches()[start:stop], start=start):
+            torch.manual_seed(1000 + number)
+            self.freezer.begin_batch(batch)
+            loss = loss_of(self.network, batch) / self.accumulate
+            self.freezer.backward(loss)
+            if (number + 1) % self.accumulate:
+                continue
+            if self.clip:  # as a Trainer does
+                stepped = [p for group in self.optimizer.param_groups for p in group["params"]]
+                nn.utils.clip_grad_norm_(stepped, self.clip)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def results(self) -> dict[str, Any]:
+        self.freezer.close()
+        return results(self.network, self.optimizer, self.freezer)
+
+
+@pytest.mark.parametrize("skips", [False, True], ids=["gradients stay", "gradients skipped"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_freezer_in_a_plain_loop_gives_the_callbacks_bits(name, skips):
+    """Weights, buffers, optimizer state, masks and variances; dropout and BatchNorm run, some elements freeze."""
+    expected = by_the_callback(OPTIONS[name], 1, None, skips)
+    loop = Loop(OPTIONS[name], skip_frozen_gradients=skips)
+    loop.train()
+    cases.assert_identical(loop.results(), expected)
+    assert loop.freezer.frozen_fraction > 0
+
+
+@pytest.mark.parametrize("skips", [False, True], ids=["gradients stay", "gradients skipped"])
+@pytest.mark.parametrize("name", ["variance", "progress", "rows, restored", "tensors, compact"])
+def test_freezer_with_accumulation_and_clipping_gives_the_callbacks_bits(name, skips):
+    """Two micro-batches a step; the norm of live gradients is clipped."""
+    options = OPTIONS[name] | {"t0": 3}
+    loop = Loop(options, 2, 0.5, skip_frozen_gradients=skips)
+    loop.train()
+    cases.assert_identical(loop.results(), by_the_callback(options, 2, 0.5, skips))
+    assert loop.freezer.steps == STEPS // 2
+
+
+@pytest.mark.parametrize("stop", [1, 4, 5, 6, 7, 8, 12, 15])
+@pytest.mark.parametrize("name", ["variance", "progress", "stages that thaw", "from the data"])
+def test_freezer_resumed_at_any_step_gives_the_bits_of_the_unbroken_loop(name, stop):
+    """Saved with torch.save, loaded with weights_only, into a new model, optimizer and freezer."""
+    unbroken, first, second = Loop(OPTIONS[name]), Loop(OPTIONS[name]), Loop(OPTIONS[name])
+    unbroken.train()
+    first.train(stop=stop)
+    parts = ("network", "optimizer", "freezer")
+    torch.save({part: getattr(first, part).state_dict() for part in parts}, file := io.BytesIO())
+    file.seek(0)
+    for part, state in torch.load(file, weights_only=True).items():
+        getattr(second, part).load_state_dict(state)
+    second.train(start=stop)
+    cases.assert_identical(second.results(), unbroken.results())
+
+
+def test_saving_in_the_middle_changes_nothing():
+    """The loop that saves at each step ends as the one that does not."""
+    plain, saving = Loop(OPTIONS["variance"]), Loop(OPTIONS["variance"])
+    plain.train()
+    for step in range(STEPS):
+        saving.train(step, step + 1)
+        copy.deepcopy([saving.freezer.state_dict(), saving.optimizer.state_dict()])
+    cases.assert_identical(saving.results(), plain.results())
+
+
+def test_frozen_elements_keep_their_bits_while_live_ones_move_and_the_delta_rebuilds_the_model():
+    """AdamW with strong weight decay would move every element."""
+    loop = Loop(OPTIONS["variance"])
+    loop.train(stop=6)
+    start = copy.deepcopy(loop.network)
+    loop.train(start=6)
+    for name, p in loop.network.named_parameters():
+        frozen, before = loop.freezer.frozen[name], start.get_parameter(name)
+        assert torch.equal(p[frozen].view(torch.int32), before[frozen].view(torch.int32))
+        assert not (p[~frozen] == before[~frozen]).any()
+    apply_delta(start, loop.freezer.delta())
+    cases.assert_identical(start.state_dict(), loop.network.state_dict())
+
+
+def test_user_code_that_reads_gradients_between_backward_and_step_sees_all_of_them():
+    """By default gradients stay where they are: those of frozen elements are zero, those of live ones are not."""
+    loop = Loop({"t0": 2, "k": 0.5})
+    loop.train(stop=3)
+    batch = batches()[3]
+    loop.freezer.begin_batch(batch)
+    loop.freezer.backward(loss_of(loop.network, batch))
+    seen = {name: p.grad.clone() for name, p in loop.network.named_parameters()}
+    for name, frozen in loop.freezer.frozen.items():
+        assert not seen[name][frozen].any()
+        assert seen[name][~frozen].any() or frozen.all()
+    loop.optimizer.step()
+
+
+def test_scheduler_and_scaler_of_the_loop_go_on_working():
+    """A GradScaler whose first scale overflows float16 skips steps: these are neither counted nor observed."""
+    torch.manual_seed(0)
+    network = cases.mlp()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=10**6)
+    freezer = Freezer(network, optimizer, t0=4, k=0.5, loss=loss_of, scaler=scaler)
+    taken = 0
+    for batch in batches():
+        freezer.begin_batch(batch)
+        before, scale = network[0].weight.detach().clone(), scaler.get_scale()
+        freezer.backward(scaler.scale(loss_of(network, batch)))
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        if scaler.get_scale() == scale:
+            taken += 1
+            scheduler.step()
+            assert not torch.equal(before, network[0].weight)
+    freezer.close()
+    assert 0 < taken < STEPS
+    assert freezer.steps == taken
+    assert freezer.frozen_fraction == pytest.approx(0.5, abs=0.01)
+
+
+def test_two_freezers_serve_a_generator_and_a_discriminator_with_their_own_t0_and_k():
+    """Each optimizer is followed by itself; the discriminator steps twice as often."""
+    torch.manual_seed(0)
+    generator, critic = nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1))
+    ours = {"generator": torch.optim.Adam(generator.parameters()), "critic": torch.optim.Adam(critic.parameters())}
+
+    def loss_of_critic(model: nn.Module, batch: Tensor) -> Tensor:
+        return model(batch).square().mean() - model(generator(batch).detach()).mean()
+
+    freezers = {
+        "generator": Freezer(
+            generator, ours["generator"], t0=2, k=0.5, loss=lambda model, z: critic(model(z)).square().mean()
+        ),
+        "critic": Freezer(critic, ours["critic"], t0=6, k=0.25, loss=loss_of_critic),
+    }
+    for step in range(8):
+        x = torch.randn(6, 2)
+        for _ in range(2):
+            freezers["critic"].begin_batch(x)
+            freezers["critic"].backward(loss_of_critic(critic, x))
+            ours["critic"].step()
+            ours["critic"].zero_grad()
+        freezers["generator"].begin_batch(x)
+        freezers["generator"].backward(critic(generator(x)).square().mean())
+        ours["generator"].step()
+        critic.zero_grad()
+        ours["generator"].zero_grad()
+        assert [freezers["generator"].phase, freezers["critic"].phase] == [
+            "frozen" if step >= 1 else "observing",
+            "frozen" if step >= 2 else "observing",
+        ]
+    assert {name: round(freezer.frozen_fraction, 2) for name, freezer in freezers.items()} == {
+        "generator": 0.5,
+        "critic": 0.24,
+    }
+    for freezer in freezers.values():
+        freezer.close()
+
+
+def test_batch_that_was_not_announced_is_an_error():
+    """Without `begin_batch` nothing could be observed, and nothing would freeze."""
+    loop = Loop(OPTIONS["variance"])
+    with pytest.raises(RuntimeError, match=r"Call `freezer.begin_batch\(batch\)` before the forward pass"):
+        loop.freezer.backward(loss_of(loop.network, batches()[0]))
+
+
+def test_order_by_variance_without_a_loss_is_an_error():
+    """The error names the orders that do without."""
+    network = cases.mlp()
+    with pytest.raises(ValueError, match=r"`loss` is needed .* `order='progress'`"):
+        Freezer(network, adamw(network.parameters()), t0=2, k=0.5)
+
+
+def test_training_that_ends_before_t0_is_warned_of_when_the_freezer_is_closed():
+    """A freeze that did not happen is said so."""
+    loop = Loop(OPTIONS["variance"])
+    loop.train(stop=3)
+    with pytest.warns(UserWarning, match="Nothing was frozen: training ended after 3 optimizer steps, before `t0=6`"):
+        loop.freezer.close()
+    with pytest.raises(RuntimeError, match="This Freezer is closed"):
+        loop.freezer.begin_batch(batches()[0])
+
+
+def test_state_of_other_options_is_refused():
+    """Resuming with another k would be another run."""
+    first, second = Loop(OPTIONS["variance"]), Loop(OPTIONS["variance"] | {"k": 0.6})
+    first.train(stop=2)
+    second.freezer.load_state_dict(first.freezer.state_dict())
+    with pytest.raises(RuntimeError, match=r"k=0.5 \(now 0.6\)"):
+        second.train(start=2)
+
+
+def test_metrics_name_the_frozen_fraction_and_new_findings_once():
+    """For the user's own logger."""
+    loop = Loop(OPTIONS["variance"])
+    loop.train(stop=6)
+    found = loop.freezer.metrics()
+    assert found["gcfreeze/frozen_fraction"] == pytest.approx(0.5, abs=0.02)
+    assert found["gcfreeze/t0"] == 6.0
+    assert "gcfreeze/t0" not in loop.freezer.metrics()
