@@ -38,6 +38,11 @@ def skipped_steps_of(callback: GradCovFreezeCallback) -> int:
     return known.skipped
 
 
+def computes_noise(callback: GradCovFreezeCallback) -> bool:
+    """Return whether per-sample gradients are computed."""
+    return callback._noise
+
+
 def sample_gradients_of(callback: GradCovFreezeCallback) -> Any:
     """Return the source of per-sample gradients; only while a Trainer trains."""
     return callback._running.source

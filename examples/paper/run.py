@@ -1,8 +1,8 @@
 """One run of an experiment: train to t0 once, then go on from there with every frozen set.
 
 Both parts are fits of a Lightning Trainer with `GradCovFreezeCallback`. All continuations are one fit: a batched model,
-resumed from a checkpoint of the warm-up in which every tensor is repeated for each member and the callback's masks are
-those of the frozen sets.
+resumed from a checkpoint of the warm-up in which every tensor is repeated for each member. It is that of step t0 - 1:
+after step t0 the callback freezes in each member what an ordering of its own, `Given`, puts first.
 """
 
 import tempfile
@@ -113,11 +113,42 @@ class Recorder:
         return evidence.variance
 
 
+class Given:
+    """An ordering that puts given elements first.
+
+    Args:
+        frozen: ``{name: bool (*p.shape)}``, True = first.
+    """
+
+    needs = frozenset[str]()
+    reads_variance = False  # so no per-sample gradients are computed
+
+    def __init__(self, frozen: Named) -> None:
+        self.frozen = frozen
+
+    def __call__(self, evidence: Evidence) -> Named:
+        return {name: (~mask).float() for name, mask in self.frozen.items()}
+
+
+class SaveBefore(pl.Callback):
+    """Saves a checkpoint before the optimizer step `step`, counted from 1."""
+
+    def __init__(self, step: int, checkpoint: Path) -> None:
+        self.step, self.checkpoint = step, checkpoint
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self.step - 1:
+            trainer.save_checkpoint(self.checkpoint)
+
+
 def run(settings: Settings, index: int) -> Run:
     """Train run number `index`, from its warm-up to the losses of all its continuations."""
     experiment = prepare(settings, index)
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = Path(folder) / "t0.ckpt"
+        checkpoint = Path(folder) / "before_t0.ckpt"
         frozen = frozen_sets(warm_up(experiment, checkpoint), settings.orders, settings.fractions)
         # Equal sets, as those of no and of all elements are in every order, are trained once.
         sets, member = np.unique(frozen.reshape(-1, frozen.shape[-1]), axis=0, return_inverse=True)
@@ -154,11 +185,16 @@ def epochs(objects: int, batch_size: int, steps: int, seed: int) -> list[list[in
 
 
 def warm_up(experiment: Experiment, checkpoint: Path) -> Evidence:
-    """Train for t0 steps while the callback observes; leave a checkpoint, and return what an ordering may look at."""
-    recorder = Recorder()
+    """Train for t0 steps while the callback observes; return what an ordering may look at.
+
+    Args:
+        experiment: what the run starts from.
+        checkpoint: where to save the state before step t0.
+    """
+    t0, recorder = experiment.settings.t0, Recorder()
+    freeze = GradCovFreezeCallback(t0, k=0, order=recorder, seed=experiment.order_seed)
     members = Members(experiment.model, 1, experiment.settings.lr)
-    trainer = _fit(members, experiment, recorder, slice(None, experiment.settings.t0))
-    trainer.save_checkpoint(checkpoint)
+    _fit(members, experiment, [SaveBefore(t0, checkpoint), freeze], slice(None, t0))
     return recorder.evidence
 
 
@@ -171,45 +207,49 @@ def frozen_sets(evidence: Evidence, orders: Sequence[str], fractions: Sequence[f
 
 
 def go_on(experiment: Experiment, checkpoint: Path, frozen: Masks) -> Members:
-    """Train on from a warm-up's checkpoint, once for each of the M rows of `frozen`, (M, p)."""
+    """Train on from a warm-up's checkpoint, once for each of the M rows of `frozen`, (M, p); freeze after step t0."""
     members = Members(experiment.model, len(frozen), experiment.settings.lr)
     repeated = checkpoint.with_name("members.ckpt")
-    torch.save(_repeated(torch.load(checkpoint, weights_only=True), frozen), repeated)
-    _fit(members, experiment, Recorder(), slice(experiment.settings.t0, None), repeated)
+    torch.save(_repeated(torch.load(checkpoint, weights_only=True), len(frozen)), repeated)
+    named = dict(members.named_parameters())
+    parts = torch.as_tensor(frozen).split([p[0].numel() for p in named.values()], dim=1)
+    masks = {name: part.reshape(p.shape) for (name, p), part in zip(named.items(), parts, strict=True)}
+    freeze = GradCovFreezeCallback(t0=1, k=int(frozen.sum()), order=Given(masks))
+    _fit(members, experiment, [freeze], slice(experiment.settings.t0 - 1, None), repeated)
     return members
 
 
-def _repeated(checkpoint: dict[str, Any], frozen: Masks) -> dict[str, Any]:
-    """A checkpoint of one member as that of M, each of which has the same past and its own frozen set."""
+def _repeated(checkpoint: dict[str, Any], members: int) -> dict[str, Any]:
+    """Return a checkpoint of one member as that of several with the same past."""
 
     def repeat(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: repeat(v) for key, v in value.items()}
         if isinstance(value, Tensor) and value.dim():  # Adam's count of steps is one for all
-            return value.expand(len(frozen), *value.shape[1:]).clone()
+            return value.expand(members, *value.shape[1:]).clone()
         return value
 
-    (callback,) = checkpoint["callbacks"].values()
-    callback["state"] = repeat(callback["state"])
-    masks = callback["state"]["frozen"]
-    parts = torch.as_tensor(frozen).split([mask[0].numel() for mask in masks.values()], dim=1)
-    masks.update({name: part.reshape(mask.shape) for (name, mask), part in zip(masks.items(), parts, strict=True)})
     checkpoint["state_dict"] = repeat(checkpoint["state_dict"])
     checkpoint["optimizer_states"] = [repeat(state) for state in checkpoint["optimizer_states"]]
-    del checkpoint["loops"]  # the new Trainer counts its own steps, and has its own batches
+    for key in ("loops", "callbacks"):  # the new Trainer counts its own steps, with batches and a callback of its own
+        del checkpoint[key]
     return checkpoint
 
 
 def _fit(
-    members: Members, experiment: Experiment, recorder: Recorder, steps: slice, checkpoint: Path | None = None
-) -> pl.Trainer:
-    """Take these steps of the experiment with the callback; where it is to freeze, `checkpoint` says what."""
+    members: Members,
+    experiment: Experiment,
+    callbacks: list[pl.Callback],
+    steps: slice,
+    checkpoint: Path | None = None,
+) -> None:
+    """Take these steps of the experiment, from a checkpoint if one is given."""
     batches = experiment.batches[steps]
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=1,
         max_steps=len(batches),
-        callbacks=GradCovFreezeCallback(experiment.settings.t0, k=0, order=recorder, seed=experiment.order_seed),
+        callbacks=callbacks,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -218,9 +258,9 @@ def _fit(
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*optimizer steps planned")  # a warm-up ends at t0
+            warnings.filterwarnings("ignore", ".* never had a gradient")  # in the one step that a continuation observes
             trainer.fit(members, DataLoader(experiment.train, sampler=batches, batch_size=None), ckpt_path=checkpoint)
     except SystemExit as error:  # so Lightning passes Ctrl-C on
         raise KeyboardInterrupt from error
     if trainer.interrupted:  # and so did versions before 2.5: without a word, half of the training done
         raise KeyboardInterrupt
-    return trainer
