@@ -62,7 +62,7 @@ def one_of(name: str, value: Any, allowed: Collection[str]) -> str:
 
 
 def did_you_mean(value: Any, allowed: Collection[str]) -> str:
-    """A question at the end of an error, if a value resembles an allowed one."""
+    """Return a question for the end of an error, or "" if a value resembles no allowed one."""
     close = get_close_matches(value, allowed, n=1) if isinstance(value, str) else []
     return f" Did you mean {close[0]!r}?" if close else ""
 
@@ -95,17 +95,18 @@ def integer_or_name(name: str, value: Any, at_least: int, allowed: Collection[st
 def number(
     name: str, value: Any, above: float = -math.inf, below: float = math.inf, at_least: float | None = None
 ) -> float:
-    """Return `value` as a float between two bounds, which it may not touch, or of at least a third.
+    """Return `value` as a float strictly between `above` and `below`, and not less than `at_least`.
 
     Raises:
         TypeError: `value` is no number (a bool is none).
-        ValueError: it is not between them.
+        ValueError: `value` is NaN or outside the bounds.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"`{name}` must be a number, got {value!r} ({type(value).__name__}).")
     found = float(value)
     if math.isnan(found) or not above < found < below or (at_least is not None and found < at_least):
-        wanted = [f"above {above:g}"] * (above > -math.inf) + [f"below {below:g}"] * (below < math.inf)
+        wanted = [f"above {above:g}"] if above > -math.inf else []
+        wanted += [f"below {below:g}"] if below < math.inf else []
         wanted += [] if at_least is None else [f"at least {at_least:g}"]
         raise ValueError(f"`{name}` must be {' and '.join(wanted)}, got {value}.")
     return found
