@@ -136,6 +136,13 @@ def test_a_frozen_value_that_somebody_wrote_is_noticed_and_a_live_one_is_not():
         callback.delta()
 
 
+def test_parameters_that_moved_after_the_last_step_are_named():
+    assert misconfiguration.moved_at_the_end([]) is None
+    text = str(misconfiguration.moved_at_the_end(NAMES))
+    assert text.startswith("the fit ends with other values of frozen elements in encoder.layer.0.query.weight, ")
+    assert "and 145 more than they froze with" in text
+
+
 def test_messages_stay_short_with_many_parameters():
     text = misconfiguration.useless_patterns("include", ["encoder.layers.*", "tpyo"], NAMES)
     assert text is not None
