@@ -1,4 +1,4 @@
-"""Checks of single arguments. Errors name the value, what is allowed and, where it is not obvious, the way out."""
+"""Checks of single arguments. An error names what came, what is allowed and, where it is not obvious, the way out."""
 
 import math
 from collections.abc import Collection, Sequence
@@ -11,7 +11,7 @@ def integer(name: str, value: Any, at_least: int, at_most: int | None = None) ->
     """Return `value` as an int.
 
     Raises:
-        TypeError: `value` is not an integer, or is a bool.
+        TypeError: `value` is no integer (a bool is none).
         ValueError: `value` is below `at_least` or above `at_most`.
     """
     if not isinstance(value, Integral) or isinstance(value, bool):
@@ -28,7 +28,7 @@ def count_or_fraction(name: str, value: Any) -> int | float:
     """Return `value` as a non-negative int (a count) or a float in [0, 1] (a fraction).
 
     Raises:
-        TypeError: `value` is neither an int nor a float, or is a bool.
+        TypeError: `value` is neither an int nor a float (a bool is neither).
         ValueError: `value` is negative, NaN, or a float above 1.
     """
     if not isinstance(value, Real) or isinstance(value, bool):
@@ -52,7 +52,7 @@ def one_of(name: str, value: Any, allowed: Collection[str]) -> str:
     """Return `value` if it is among `allowed`.
 
     Raises:
-        ValueError: `value` is not among `allowed`, which the message lists.
+        ValueError: it is not; the message lists the allowed values.
     """
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(
@@ -62,7 +62,7 @@ def one_of(name: str, value: Any, allowed: Collection[str]) -> str:
 
 
 def did_you_mean(value: Any, allowed: Collection[str]) -> str:
-    """Return a question for the end of an error if `value` resembles an allowed value, else an empty string."""
+    """Return a question for the end of an error, or "" if a value resembles no allowed one."""
     close = get_close_matches(value, allowed, n=1) if isinstance(value, str) else []
     return f" Did you mean {close[0]!r}?" if close else ""
 
@@ -71,7 +71,7 @@ def boolean(name: str, value: Any) -> bool:
     """Return `value` if it is True or False.
 
     Raises:
-        TypeError: `value` is neither.
+        TypeError: it is neither.
     """
     if not isinstance(value, bool):
         raise TypeError(f"`{name}` must be True or False, got {value!r}.")
@@ -79,11 +79,11 @@ def boolean(name: str, value: Any) -> bool:
 
 
 def integer_or_name(name: str, value: Any, at_least: int, allowed: Collection[str]) -> int | str:
-    """Return `value` if it is an int of at least `at_least` or one of the allowed names.
+    """Return an int of at least `at_least`, or one of the allowed names.
 
     Raises:
-        TypeError: `value` is neither an int nor a string.
-        ValueError: `value` is an int below `at_least`, or a string that is not among `allowed`.
+        TypeError: it is neither an int nor a string.
+        ValueError: it is too small, or another string.
     """
     if isinstance(value, str):
         return one_of(name, value, allowed)
@@ -95,33 +95,29 @@ def integer_or_name(name: str, value: Any, at_least: int, allowed: Collection[st
 def number(
     name: str, value: Any, above: float = -math.inf, below: float = math.inf, at_least: float | None = None
 ) -> float:
-    """Return `value` as a float that is strictly between `above` and `below`, and at least `at_least`.
+    """Return `value` as a float strictly between `above` and `below`, and not less than `at_least`.
 
     Raises:
-        TypeError: `value` is not a number, or is a bool.
+        TypeError: `value` is no number (a bool is none).
         ValueError: `value` is NaN or outside the bounds.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"`{name}` must be a number, got {value!r} ({type(value).__name__}).")
     found = float(value)
     if math.isnan(found) or not above < found < below or (at_least is not None and found < at_least):
-        bounds = []
-        if above > -math.inf:
-            bounds.append(f"above {above:g}")
-        if below < math.inf:
-            bounds.append(f"below {below:g}")
-        if at_least is not None:
-            bounds.append(f"at least {at_least:g}")
-        raise ValueError(f"`{name}` must be {' and '.join(bounds)}, got {value}.")
+        wanted = [f"above {above:g}"] if above > -math.inf else []
+        wanted += [f"below {below:g}"] if below < math.inf else []
+        wanted += [] if at_least is None else [f"at least {at_least:g}"]
+        raise ValueError(f"`{name}` must be {' and '.join(wanted)}, got {value}.")
     return found
 
 
 def sequence(name: str, value: Any) -> Sequence[Any]:
-    """Return `value` if it is a sequence with at least one item, and not a string.
+    """Return `value` if it is a sequence of something, and no string.
 
     Raises:
-        TypeError: `value` is not a sequence, or is a string.
-        ValueError: `value` is empty.
+        TypeError: it is none.
+        ValueError: it is empty.
     """
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise TypeError(f"`{name}` must be a list, got {value!r}.")
@@ -131,7 +127,7 @@ def sequence(name: str, value: Any) -> Sequence[Any]:
 
 
 def patterns(name: str, value: str | Sequence[str] | None) -> tuple[str, ...] | None:
-    """Return fnmatch patterns, given as one string or a sequence of strings, as a tuple; None stays None.
+    """Return one fnmatch pattern or several as a tuple; None stays None.
 
     Raises:
         TypeError: `value` is not a string, a sequence of strings or None.

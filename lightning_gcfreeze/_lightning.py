@@ -17,6 +17,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_module, rank_zero_warn
@@ -47,7 +48,12 @@ __all__ = ["Callback", "Mailbox"]
 
 
 def surroundings(
-    trainer: pl.Trainer, module: pl.LightningModule, index: int, name: str, all_reduce: LiveAllReduce | None
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    index: int,
+    name: str,
+    tag: str,
+    all_reduce: LiveAllReduce | None,
 ) -> Surroundings:
     """Return what a run needs to know of a Trainer.
 
@@ -56,6 +62,7 @@ def surroundings(
         module: what it trains.
         index: of the optimizer that is followed.
         name: of the callback, in front of what it says.
+        tag: under which other callbacks read the frozen fraction: EarlyStopping, ModelCheckpoint, progress bars.
         all_reduce: DDP's communication hook, if there is one.
     """
     strategy: Any = trainer.strategy
@@ -65,6 +72,9 @@ def surroundings(
     def in_trial() -> bool:
         """Lightning's tuners swap the Trainer's callbacks while they try."""
         return not any(callback is one for callback in trainer.callbacks for one in known)  # type: ignore[attr-defined]
+
+    def publish(fraction: float) -> None:
+        trainer.callback_metrics[tag] = torch.tensor(fraction)
 
     return Surroundings(
         module=module,
@@ -77,6 +87,8 @@ def surroundings(
         all_reduce=all_reduce,
         readers=[] if module.automatic_optimization else ["manual optimization"],
         owners=lambda: owners(trainer),
+        loss_scale=lambda: loss_scale(trainer),
+        publish=publish,
         planned_steps=lambda: planned_steps(trainer) if module.automatic_optimization else math.nan,
         is_last_batch=lambda: bool(trainer.is_last_batch),
         in_trial=in_trial,
@@ -169,6 +181,16 @@ def take_comm_hook(strategy: Any) -> LiveAllReduce | None:
 def give_back_comm_hook(strategy: Any, all_reduce: LiveAllReduce) -> None:
     """Leave a strategy as it was before `take_comm_hook`."""
     strategy._ddp_comm_hook = all_reduce.user_hook
+
+
+def refuse(reason: str | None) -> None:
+    """Raise Lightning's error for a Trainer and a callback that do not go together, if there is a reason."""
+    if reason:
+        raise MisconfigurationException(reason)
+
+
+def no_module() -> None:
+    """Stand in for a dead weak reference to a module."""
 
 
 def callbacks_being_validated(frame: FrameType) -> Sequence[Any] | None:

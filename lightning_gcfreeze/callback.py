@@ -1,14 +1,12 @@
 """`GradCovFreezeCallback`: the front for Lightning. It tells a `Run` when things happen; no maths here.
 
-One optimizer step, t = 1, 2, …, in hooks of the Trainer, each with the event of the run that it becomes:
+One optimizer step, t = 1, 2, …, in hooks of the Trainer; `Run` says what each of them does:
 
-    on_train_batch_start        begin_batch: keep the first sample of the batch
+    on_train_batch_start        begin_batch: keep the first sample
     on_before_backward          before_backward
-    on_after_backward           after_backward: while observing, fold (g_1, g_S) into C_t;
-                                once frozen, hand the live elements' gradients to the optimizer,
-    on_before_optimizer_step    before_step: or zero those of frozen elements, before clipping
-    (the optimizer's own hooks) count t; at t0 decide and freeze; once frozen, write live elements, or frozen ones, back
-                                and decide again, where there are several stages or k grows
+    on_after_backward           after_backward: observe, or hand over the live elements' gradients
+    on_before_optimizer_step    before_step: zero the gradients of frozen elements, before clipping
+    (the optimizer's own hooks) count t; at t0 decide and freeze; keep frozen elements at their values
     on_train_batch_end          after_batch; log
 """
 
@@ -20,8 +18,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -83,8 +79,7 @@ class GradCovFreezeCallback(_lightning.Callback):
         seed: of the random order; None: torch's initial seed, as `seed_everything` sets it.
         log_every_n_steps: None: the Trainer's.
         schedule: several stages, in place of `t0` and `k`: a `FreezeSchedule`, or a list of (t, k).
-        optimizer: index of the optimizer to follow, where a module with manual optimization has several; pass one
-            callback for each. Orders that read the variance need automatic optimization.
+        optimizer: index of the optimizer to follow, where manual optimization has several: pass a callback for each.
         promote: deprecated name of `skip_frozen_gradients`.
         max_t0: deprecated; use ``t0=Settled(max_t0=...)``.
         max_loss_increase: deprecated; use ``k=Growth(max_loss_increase=...)``.
@@ -94,8 +89,7 @@ class GradCovFreezeCallback(_lightning.Callback):
         TypeError: an argument is of the wrong kind.
         ValueError: an argument is outside its range, or does not go with another; at the start of training, it does not
             fit the model.
-        MisconfigurationException: at the start of training, the Trainer, module or optimizer cannot be served; the
-            message says why and names the way out.
+        MisconfigurationException: at the start of training, the Trainer, module or optimizer cannot be served.
     """
 
     def __init__(
@@ -144,7 +138,7 @@ class GradCovFreezeCallback(_lightning.Callback):
         self._state = State(self._options)
         self._run: Run | None = None  # during a fit
         self._all_reduce: LiveAllReduce | None = None  # DDP's communication hook
-        self._module: Callable[[], pl.LightningModule | None] = _no_module  # of the last fit
+        self._module: Callable[[], pl.LightningModule | None] = _lightning.no_module  # of the last fit
         self._logged_step = self._batch_idx = 0
 
     # Public properties ---------------------------------------------------------------------------------------------
@@ -167,10 +161,7 @@ class GradCovFreezeCallback(_lightning.Callback):
 
     @property
     def frozen(self) -> dict[str, Tensor]:
-        """The masks, ``{name: bool (*p.shape)}``, True = held constant; empty while observing.
-
-        The mask of a sharded parameter is a DTensor, laid out as the parameter is.
-        """
+        """The masks, ``{name: bool (*p.shape)}``, True = held constant; empty while observing. DTensors if sharded."""
         return self._known.frozen
 
     @property
@@ -183,8 +174,7 @@ class GradCovFreezeCallback(_lightning.Callback):
         """The diagonal of C_t, ``{name: (*p.shape)}``, float32 or wider, in squared gradients; after t0 the last one.
 
         With S fixed it estimates (1 - 1/S) times the variance of a single sample's gradient. Empty before the first
-        observed step, and where no gradients of single samples are taken; see `samples`. For a sharded parameter it is
-        a DTensor, laid out as the parameter is.
+        observed step, and where no gradients of single samples are taken; see `samples`. DTensors where sharded.
         """
         return self._known.variance
 
@@ -213,7 +203,7 @@ class GradCovFreezeCallback(_lightning.Callback):
         """Return the live elements' positions and values: with the weights of step t0 they give those of now.
 
         Args:
-            file: where to save them as well, as safetensors; `apply_delta` takes it.
+            file: where to save them as well, as safetensors, for `apply_delta`.
 
         Returns:
             A flat dict of CPU tensors, see `lightning_gcfreeze.delta`.
@@ -232,7 +222,7 @@ class GradCovFreezeCallback(_lightning.Callback):
     def state_key(self) -> str:
         """The key in checkpoints. A Trainer compares keys when it is made, and would refuse two without a reason."""
         if (callbacks := _lightning.callbacks_being_validated(sys._getframe(1))) is not None:
-            self._refuse_doubles(callbacks)
+            _lightning.refuse(refusals.too_many_callbacks(_followed(callbacks)))
         name = type(self).__qualname__
         return f"{name}{{'optimizer': {self.optimizer}}}" if self.optimizer else name
 
@@ -241,8 +231,8 @@ class GradCovFreezeCallback(_lightning.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Forget an earlier fit. Runs before a checkpoint is loaded."""
         if stage == "fit":
-            _refuse(refusals.unsupported_strategy(trainer.strategy))
-            self._refuse_doubles(trainer.callbacks)  # type: ignore[attr-defined]
+            _lightning.refuse(refusals.unsupported_strategy(trainer.strategy))
+            _lightning.refuse(refusals.too_many_callbacks(_followed(trainer.callbacks)))  # type: ignore[attr-defined]
             self._start_afresh()
             self._all_reduce = _lightning.take_comm_hook(trainer.strategy) if not self.optimizer else None
 
@@ -256,9 +246,8 @@ class GradCovFreezeCallback(_lightning.Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return all that is needed to go on from here; see `State.state_dict` for keys, types and shapes.
 
-        With several processes it must be called on all of them, as a Trainer does: while observing, each goes on from
-        the mean of their statistics afterwards, so that a run that is resumed here has the bits of this one. A
-        checkpoint triggered by a SLURM signal holds only rank 0's statistics: the signal can arrive at any point.
+        With several processes it must be called on all of them, as a Trainer does: all go on from the mean of their
+        statistics. A checkpoint triggered by a SLURM signal, which can arrive at any point, holds only rank 0's.
         """
         state = self._known
         if self._run and not _lightning.in_signal_handler():
@@ -268,13 +257,14 @@ class GradCovFreezeCallback(_lightning.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse what cannot work, before anything is trained. The optimizers exist by now."""
         self._module = weakref.ref(pl_module)
-        _refuse(refusals.unsupported_optimizer_index(self.optimizer, trainer.optimizers))
+        _lightning.refuse(refusals.unsupported_optimizer_index(self.optimizer, trainer.optimizers))
         if not pl_module.automatic_optimization:
             options = self._options
-            _refuse(refusals.unsupported_manual_optimization(options.reads_samples, options.reads_losses))
-        around = _lightning.surroundings(trainer, pl_module, self.optimizer or 0, type(self).__name__, self._all_reduce)
+            _lightning.refuse(refusals.unsupported_manual_optimization(options.reads_samples, options.reads_losses))
+        tag, index = self._tag(reporting.FROZEN_FRACTION), self.optimizer or 0
+        around = _lightning.surroundings(trainer, pl_module, index, type(self).__name__, tag, self._all_reduce)
         self._run = Run(self._options, self._state, around)
-        _refuse(refusals.unsupported_mesh(trainer.strategy, self._run.shards.meshes))
+        _lightning.refuse(refusals.unsupported_mesh(trainer.strategy, self._run.shards.meshes))
         if self._all_reduce:
             _lightning.give_back_comm_hook(trainer.strategy, self._all_reduce)
             if why := self._all_reduce.register(trainer.strategy.model):
@@ -284,20 +274,15 @@ class GradCovFreezeCallback(_lightning.Callback):
         """Begin, or go on where the checkpoint stopped: by now all of it is loaded under every strategy."""
         self._running.begin()
         self._logged_step = self._state.steps
-        self._publish(trainer)
         averages = misconfiguration.averaged_weights(trainer.callbacks)  # type: ignore[attr-defined]
-        for sentence in (*self._running.warnings(), *([averages] if averages else [])):
+        for sentence in filter(None, [*self._running.warnings(), averages]):
             rank_zero_warn(f"{type(self).__name__}: {sentence}")
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Keep the first sample, before `training_step` can change the batch in place."""
-        if pl_module.trainer is not trainer:
-            raise MisconfigurationException(
-                "Another Trainer was used on this module in the middle of the fit, and Lightning sends hooks to that"
-                " Trainer from now on. Give it a copy of the module (`copy.deepcopy`)."
-            )
+        _lightning.refuse(refusals.other_trainer(pl_module.trainer is trainer))
         self._batch_idx = batch_idx
         is_first = not pl_module.automatic_optimization or batch_idx % trainer.accumulate_grad_batches == 0
         self._running.begin_batch(batch, batch_idx, is_first)
@@ -312,17 +297,13 @@ class GradCovFreezeCallback(_lightning.Callback):
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Take in the loss. Runs before every micro-batch's backward."""
         if pl_module.automatic_optimization:
-            to_mean = trainer.accumulate_grad_batches / _lightning.loss_scale(trainer)
-            self._running.before_backward(loss, to_mean)
+            self._running.before_backward(loss, trainer.accumulate_grad_batches)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Observe one step, while observing; then take the live elements' gradients.
-
-        Runs after every micro-batch's backward; ``p.grad`` is g_S, times the loss scale, on the last one of a step.
-        """
+        """Observe one step, or take the live elements' gradients. Runs after every micro-batch's backward."""
         if pl_module.automatic_optimization:
             is_last = _lightning.is_last_micro_batch(trainer, self._batch_idx)
-            self._running.after_backward(is_last, trainer.accumulate_grad_batches, _lightning.loss_scale(trainer))
+            self._running.after_backward(is_last, trainer.accumulate_grad_batches)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -338,8 +319,8 @@ class GradCovFreezeCallback(_lightning.Callback):
     ) -> None:
         """Log after each n-th optimizer step, and whenever something was found out or decided."""
         run, state = self._running, self._state
+        run.check_step_was_seen()
         run.after_batch()
-        self._publish(trainer)
         every_n: int = self.log_every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
         is_due = bool(state.plan.metrics) or (every_n > 0 and state.steps % every_n == 0)
         if is_due and self._logged_step != state.steps:
@@ -348,45 +329,32 @@ class GradCovFreezeCallback(_lightning.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the monitored loss, if there is one."""
-        plan = self._state.plan
-        if self._run is None or trainer.sanity_checking or not plan.masks_may_change:
-            return
-        if plan.growth is None or (monitor := plan.growth.monitor) is None:
-            return
-        if monitor not in trainer.callback_metrics:
-            raise MisconfigurationException(
-                f"`monitor={monitor!r}` was not logged by this validation, but"
-                f" {', '.join(sorted(trainer.callback_metrics)) or 'nothing'} was. Log it with `self.log`, or leave"
-                " `monitor` out, to watch the training loss."
-            )
-        losses = self._run.shards.world.all_gather_object(float(trainer.callback_metrics[monitor]))
-        plan.record_validation_loss(sum(losses) / len(losses))
+        monitor = self._state.plan.monitor
+        if self._run and monitor is not None and not trainer.sanity_checking:
+            _lightning.refuse(refusals.not_monitored(monitor, trainer.callback_metrics))
+            self._run.record_validation_loss(float(trainer.callback_metrics[monitor]))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so if nothing was frozen, or a stage was not reached. Share what was seen while there is a way to."""
         if self._run:
             self._run.synchronize()
-        warning, remark = self._state.unfinished()
-        if warning:
-            rank_zero_warn(warning)
-        if remark:
-            rank_zero_info(remark)
+        for say, sentence in zip((rank_zero_warn, rank_zero_info), self._state.unfinished(), strict=True):
+            if sentence:
+                say(sentence)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let go of module and optimizer; what was found stays, also in the process that launched this one."""
         if stage != "fit":
             return
-        if self._run and (moved := self._state.moved(pl_module)):
-            rank_zero_warn(f"{type(self).__name__}: {misconfiguration.moved_at_the_end(moved)}")
+        if self._run and (warning := misconfiguration.moved_at_the_end(self._state.moved(pl_module))):
+            rank_zero_warn(f"{type(self).__name__}: {warning}")
         self._unbind(trainer)
         if self._mailbox.is_needed(trainer):
             self._mailbox.send((self._state.state_dict(), self._state.savings, self._state.held_bits))
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Let go of module and optimizer: after an exception there is no teardown."""
+        """Let go of module and optimizer: there is no teardown."""
         self._unbind(trainer)
-
-    # Internals -----------------------------------------------------------------------------------------------------
 
     @property
     def _running(self) -> Run:
@@ -401,14 +369,6 @@ class GradCovFreezeCallback(_lightning.Callback):
             saved, self._state.savings, self._state.held_bits = received
             self._state.load_state_dict(saved)
         return self._state
-
-    def _refuse_doubles(self, callbacks: Sequence[Any]) -> None:
-        own = [callback.optimizer or 0 for callback in callbacks if isinstance(callback, GradCovFreezeCallback)]
-        _refuse(refusals.too_many_callbacks(own))
-
-    def _publish(self, trainer: pl.Trainer) -> None:
-        """Let other callbacks read the frozen fraction: EarlyStopping, ModelCheckpoint's file names, progress bars."""
-        trainer.callback_metrics[self._tag("gcfreeze/frozen_fraction")] = torch.tensor(self._state.frozen_fraction)
 
     def _tag(self, tag: str) -> str:
         return tag.replace("gcfreeze/", f"gcfreeze/optimizer_{self.optimizer}/", 1) if self.optimizer else tag
@@ -432,13 +392,9 @@ class GradCovFreezeCallback(_lightning.Callback):
     def __getstate__(self) -> dict[str, Any]:
         """Leave the Trainer out of copies and pickles, and the module, whose `log` Lightning attaches to callbacks."""
         kept = {name: v for name, v in self.__dict__.items() if name not in ("log", "log_dict")}
-        return kept | {"_run": None, "_module": _no_module, "_all_reduce": None}
+        return kept | {"_run": None, "_module": _lightning.no_module, "_all_reduce": None}
 
 
-def _no_module() -> None:
-    """Stands in for a dead weak reference."""
-
-
-def _refuse(reason: str | None) -> None:
-    if reason:
-        raise MisconfigurationException(reason)
+def _followed(callbacks: Sequence[Any]) -> list[int]:
+    """Return the indices of the optimizers that these callbacks follow."""
+    return [callback.optimizer or 0 for callback in callbacks if isinstance(callback, GradCovFreezeCallback)]

@@ -112,6 +112,7 @@ class Freezer:
                 all_reduce=all_reduce,
                 watches_gradients=False,
                 readers=[] if skip_frozen_gradients else ["the training loop"],
+                loss_scale=lambda: float(self._scaler.get_scale()) if self._scaler is not None else 1.0,
                 planned_steps=lambda: math.inf if planned_steps is None else planned_steps,
                 inform=self._inform,
                 warn=self._warn,
@@ -179,13 +180,13 @@ class Freezer:
         if not self._run.has_begun:
             raise RuntimeError("Call `freezer.begin_batch(batch)` before the forward pass of each batch.")
         self._weights += [] if weight is None else [weight]
-        self._run.before_backward(loss, 1.0 if weight is not None else self._accumulate / self._loss_scale)
+        self._run.before_backward(loss, self._accumulate if weight is None else None)
 
     def after_backward(self, is_last: bool | None = None) -> None:
         """Do what has to happen right after a backward pass, before gradients are unscaled and clipped."""
         self._micro_batches += 1
         is_last = self._micro_batches >= self._accumulate if is_last is None else is_last
-        self._run.after_backward(is_last, self._accumulate, self._loss_scale, self._weights or None)
+        self._run.after_backward(is_last, self._accumulate, self._weights or None)
         if is_last:
             self._micro_batches, self._weights = 0, []
             self._run.before_step(may_be_skipped=self._scaler is not None)
@@ -196,8 +197,7 @@ class Freezer:
         Args:
             loss: on this process.
         """
-        losses = self._run.shards.world.all_gather_object(float(loss))
-        self._state.plan.record_validation_loss(sum(losses) / len(losses))
+        self._run.record_validation_loss(float(loss))
 
     def metrics(self) -> dict[str, float]:
         """Return what there is to log now, by tag: ``gcfreeze/frozen_fraction`` and so on."""
@@ -284,10 +284,6 @@ class Freezer:
         return found
 
     # Internals -----------------------------------------------------------------------------------------------------
-
-    @property
-    def _loss_scale(self) -> float:
-        return float(self._scaler.get_scale()) if self._scaler is not None else 1.0
 
     def _inform(self, sentence: str) -> None:
         if self._is_first_rank:

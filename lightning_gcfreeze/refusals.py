@@ -6,7 +6,7 @@ neither is imported.
 """
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -185,6 +185,26 @@ def unsupported_samples(module: nn.Module, n_samples: int | None) -> str | None:
     return (
         f"`gcfreeze_first_sample` of {type(module).__name__} gives the first sample of a batch and no other. Use"
         " `samples='first'`, or remove the method if batches can be sliced along the first axis of their tensors."
+    )
+
+
+def other_trainer(is_this: bool) -> str | None:
+    """Modules that another Trainer was used on in the middle of a fit."""
+    if is_this:
+        return None
+    return (
+        "Another Trainer was used on this module in the middle of the fit, and Lightning sends hooks to that Trainer"
+        " from now on. Give it a copy of the module (`copy.deepcopy`)."
+    )
+
+
+def not_monitored(monitor: str, logged: Collection[str]) -> str | None:
+    """Monitored losses that a validation did not log."""
+    if monitor in logged:
+        return None
+    return (
+        f"`monitor={monitor!r}` was not logged by this validation, but {', '.join(sorted(logged)) or 'nothing'} was."
+        " Log it with `self.log`, or leave `monitor` out, to watch the training loss."
     )
 
 

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_gcfreeze import _modules, misconfiguration, refusals, reporting, selection
+from lightning_gcfreeze import _modules, misconfiguration, refusals, selection
 from lightning_gcfreeze.distributed import Shards, local
 from lightning_gcfreeze.estimators import FullCovariance
 from lightning_gcfreeze.freezing import WeightUses
@@ -107,7 +107,7 @@ class Run:
         return bool(self._hooks)
 
     def weights(self) -> dict[str, Tensor]:
-        """Return the eligible parameters as they are, of sharded ones the local parts; not copies."""
+        """Return the eligible parameters themselves, of sharded ones the local parts."""
         return {name: local(p.detach()) for name, p in self.parameters.items()}
 
     def begin(self) -> None:
@@ -119,8 +119,8 @@ class Run:
             state.observing = self.stages.new_observing(self._reads_samples)
             state.choice = SourceChoice.initial(options.gradients, self.parameters)
         else:
-            resumed = refusals.not_resumable(state.loaded_arguments, options.decisive(), state.shapes, self.parameters)
-            around.refuse(resumed)
+            saved, now = state.loaded_arguments, options.decisive()
+            around.refuse(refusals.not_resumable(saved, now, state.shapes, self.parameters))
         around.refuse(state.plan.start(around.planned_steps))
         if not isinstance(around.wrapper, DistributedDataParallel) and not self.shards.is_sharded:
             around.readers.extend(readers.accumulator_holders(self.parameters))  # DDP holds them itself
@@ -149,12 +149,13 @@ class Run:
         if state.decision:
             self.shards.check_agreement(state.decision.frozen)
             self.stages.hold(state.decision, self._seen_reading, resumed=True)
+        self._around.publish(state.frozen_fraction)
 
     def warnings(self) -> list[str]:
         """Return, before the first step, sentences on what is probably not meant."""
-        options, plan = self._options, self._state.plan
+        options = self._options
         names = [name for name, _ in self._around.module.named_parameters()]
-        stages = [t for t, _ in options.decisions if isinstance(t, int)][plan.n_decisions :]
+        stages = [t for t, _ in options.decisions if isinstance(t, int)][self._state.plan.n_decisions :]
         found = (
             misconfiguration.freeze_never_reached(stages, self._around.planned_steps()),
             misconfiguration.useless_patterns("include", options.include, names),
@@ -191,15 +192,16 @@ class Run:
         if self.stages.holder:
             self.stages.holder.begin_step()
 
-    def before_backward(self, loss: Tensor, to_mean: float = 1.0) -> None:
+    def before_backward(self, loss: Tensor, n_micro_batches: int | None = 1) -> None:
         """Take in the loss of a batch, right before its backward pass.
 
         Args:
             loss: 0-dim.
-            to_mean: factor that makes it the mean loss of its batch: the number of micro-batches / the loss scale.
+            n_micro_batches: what the mean loss was divided by, apart from the loss scale; None: `loss` is the mean.
         """
         state, options = self._state, self._options
         if state.plan.needs_loss(state.steps + 1):
+            to_mean = 1.0 if n_micro_batches is None else n_micro_batches / self._around.loss_scale()
             state.plan.record_loss(loss.detach() * to_mean)
         if state.observing:
             self._uses.stop()
@@ -216,7 +218,6 @@ class Run:
         self,
         is_last: bool,
         n_micro_batches: int = 1,
-        loss_scale: float = 1.0,
         weights: Sequence[float] | None = None,
     ) -> None:
         """Observe a step, while observing; then take the live elements' gradients. After each backward pass.
@@ -224,28 +225,21 @@ class Run:
         Args:
             is_last: whether the optimizer steps next: ``p.grad`` is g_S, times the loss scale.
             n_micro_batches: what each mean loss was divided by, the micro-batches of a full step.
-            loss_scale: what each mean loss was multiplied by.
-            weights: what the mean losses since the last step were multiplied by, if by different factors; replaces the
-                two above.
+            weights: in place of that and of the loss scale, what the mean loss of each micro-batch was multiplied by.
         """
         if self.stages.holder and is_last:
             self.stages.holder.after_backward()
-        observing = self._state.observing
         self._micro_batches += 1
-        if observing is None:
+        if (observing := self._state.observing) is None:
             return
         has_batch = self.source.end_backward() if self.source and self._reads_samples else not self._reads_samples
         if has_batch and is_last:
-            # Each loss is divided by the micro-batches of a full step, also in the short last one of an epoch.
-            share = self._micro_batches / n_micro_batches * loss_scale
-            scale = loss_scale / n_micro_batches
-            self._observe(observing, *((scale, share) if weights is None else (weights[0], sum(weights))))
+            self._observe(observing, n_micro_batches, weights)
 
     def gradients_are_ready(self) -> None:
         """Observe a step right before the optimizer takes it, in a loop that does not tell of its backward passes."""
         self._uses.stop()
-        self._micro_batches = 0
-        self.after_backward(is_last=True)
+        self.after_backward(is_last=True, weights=[1.0])
 
     def before_step(self, may_be_skipped: bool = False) -> None:
         """Zero the gradients of frozen elements, after averaging and unscaling, before clipping.
@@ -260,15 +254,23 @@ class Run:
         if self.stages.holder:
             self.stages.holder.before_step()
 
-    def after_batch(self) -> None:
-        """Put frozen values back where others may have written to them since the optimizer's step."""
+    def check_step_was_seen(self) -> None:
+        """Refuse an optimizer whose hooks did not run, in a loop that always steps after `before_step`."""
         if self._n_evaluations:
             self._around.refuse(refusals.no_step_hooks(self._around.optimizer))
+
+    def after_batch(self) -> None:
+        """Put frozen values back where others may have written to them since the optimizer's step."""
         stages, self._changed_in_batch, first = self.stages, False, self._changed_in_batch
         if stages.holder and stages.others_write:
             stages.holder.after_batch(first)
             if first:
                 self._state.remember_bits(self.parameters)
+
+    def record_validation_loss(self, loss: float) -> None:
+        """Take in a validation's loss on this process; the mean over processes counts."""
+        losses = self.shards.world.all_gather_object(loss)
+        self._state.plan.record_validation_loss(sum(losses) / len(losses))
 
     def synchronize(self) -> None:
         """Let all processes go on from the same statistics."""
@@ -287,16 +289,8 @@ class Run:
 
     def metrics(self) -> dict[str, float]:
         """Return what there is to log now, by tag."""
-        state, all_reduce = self._state, self._around.all_reduce
-        known = state.decision or state.observing
-        return reporting.scalars(
-            state.decision.fractions if state.decision else dict.fromkeys(self.parameters, 0.0),
-            state.frozen_fraction,
-            known.observed if known else 0,
-            state.savings.scalars() if state.savings else None,
-            all_reduce.bytes_sent if all_reduce else None,
-            state.plan.metrics,
-        )
+        all_reduce = self._around.all_reduce
+        return self._state.metrics(self.parameters, all_reduce.bytes_sent if all_reduce else None)
 
     # Observing -----------------------------------------------------------------------------------------------------
 
@@ -320,8 +314,7 @@ class Run:
             if (hooks := hook.hooks_dict_ref()) is not None:
                 hooks.move_to_end(hook.id, last=last)
 
-    def _observe(self, observing: Observing, scale: float, share: float) -> None:
-        """Take in a step whose first mean loss was multiplied by `scale`, and all of them together by `share`."""
+    def _observe(self, observing: Observing, n_micro_batches: int, weights: Sequence[float] | None) -> None:
         state, source, size = self._state, self.source, None
         if self._reads_samples and source and source.batch_size is not None:
             size = source.batch_size * self._around.n_replicas
@@ -331,6 +324,13 @@ class Run:
         step = state.steps + 1
         if not (self._is_due and observing.wants(step)):
             return
+        if (
+            weights is None
+        ):  # each loss is divided by the micro-batches of a full step, also in an epoch's short last one
+            loss_scale = self._around.loss_scale()
+            scale, share = loss_scale / n_micro_batches, self._micro_batches / n_micro_batches * loss_scale
+        else:
+            scale, share = weights[0], sum(weights)
         g_batch = batch_gradients(self.parameters if observing.reads_gradients else {}, share)
         gain = self._options.gain
         if not self._reads_samples:

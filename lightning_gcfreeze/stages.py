@@ -224,4 +224,5 @@ class Stages:
                 state.thaw_states.store(optimizer, self._parameters, freezing)
         self.has_changed = True
         self.hold(decision, seen_reading, resumed=False)
+        self._around.publish(state.frozen_fraction)
         self._tell_savings()

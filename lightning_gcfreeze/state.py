@@ -4,13 +4,13 @@ A checkpoint of a front is `State.state_dict`, format 6; format 5, of version 0.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_gcfreeze import delta, selection
+from lightning_gcfreeze import delta, reporting, selection
 from lightning_gcfreeze._names import shortened
 from lightning_gcfreeze._types import Named
 from lightning_gcfreeze.decision import Decision, scores_now
@@ -159,6 +159,23 @@ class State:
         """The step of the next decision, or "auto" where it is not known yet."""
         (t, _), *_ = self._options.decisions
         return self.plan.next_deadline if self.plan.settling or isinstance(t, int) else "auto"
+
+    def metrics(self, names: Iterable[str], bytes_sent: int | None) -> dict[str, float]:
+        """Return what there is to log now, by tag.
+
+        Args:
+            names: of the eligible parameters.
+            bytes_sent: what this process passed to DDP's all-reduce in the step; None without DDP.
+        """
+        known = self.decision or self.observing
+        return reporting.scalars(
+            self.decision.fractions if self.decision else dict.fromkeys(names, 0.0),
+            self.frozen_fraction,
+            known.observed if known else 0,
+            self.savings.scalars() if self.savings else None,
+            bytes_sent,
+            self.plan.metrics,
+        )
 
     # Constancy -----------------------------------------------------------------------------------------------------
 

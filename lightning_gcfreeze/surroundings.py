@@ -43,6 +43,10 @@ class Surroundings:
     """Whether to note who asks for ``p.grad`` in a few steps. In a loop of the user's own, that is the loop itself."""
     owners: Callable[[], Owners] | None = None
     """All whose code may look at gradients or weights now; None: the module only."""
+    loss_scale: Callable[[], float] = lambda: 1.0
+    """What losses are multiplied by now, by a loss scaler. Asked only where it matters: a GPU has to be waited for."""
+    publish: Callable[[float], None] = lambda fraction: None
+    """Takes the frozen fraction whenever it changes."""
     planned_steps: Callable[[], float] = lambda: math.inf
     """Optimizer steps in all; infinite, negative or NaN if it is not known."""
     is_last_batch: Callable[[], bool] = lambda: False

@@ -111,6 +111,11 @@ class Plan:
         return k if isinstance(k, Growth) else None
 
     @property
+    def monitor(self) -> str | None:
+        """The validation loss that is waited for, by the name under which it is logged; None: there is none."""
+        return self.growth.monitor if self.growth and self.masks_may_change else None
+
+    @property
     def has_next_decision(self) -> bool:
         """Whether there is a decision to come."""
         return self.n_decisions < len(self.decisions)
