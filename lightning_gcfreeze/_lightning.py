@@ -193,8 +193,9 @@ def no_module() -> None:
     """Stand in for a dead weak reference to a module."""
 
 
-def callbacks_being_validated(frame: FrameType) -> Sequence[Any] | None:
-    """Return a Trainer's callbacks where it compares their state keys; None where a frame is of something else."""
+def callbacks_being_validated() -> Sequence[Any] | None:
+    """Return a Trainer's callbacks where the caller's caller compares their state keys; else None."""
+    frame = sys._getframe(2)
     return frame.f_locals.get("callbacks", ()) if frame.f_code.co_name == "_validate_callbacks_list" else None
 
 

@@ -1,10 +1,15 @@
 """Private names of torch that have no public counterpart, one helper each. Docstrings state what is assumed of them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+
+# FSDP2 over tensor parallelism shards an axis twice, in an order of its own; a `Shard` in some versions of torch only.
+from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
 from torch.nn import Parameter
+
+__all__ = ["StridedShard"]
 
 
 def is_ordinary_autograd() -> bool:
@@ -95,3 +100,11 @@ def sparse_nbytes(tensor: Tensor) -> int:
     Assumes that ``_values`` and ``_indices`` give uncoalesced tensors as they are stored.
     """
     return tensor._values().nbytes + tensor._indices().nbytes
+
+
+def queue_after_backward(callback: Callable[[], None]) -> None:
+    """Call a function at the end of the backward pass that is running, once, in the order of being queued.
+
+    Assumes ``queue_callback`` of the engine, as DDP and FSDP use it. Gradients are not recorded in the callback.
+    """
+    torch.autograd.Variable._execution_engine.queue_callback(callback)

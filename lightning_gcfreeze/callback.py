@@ -10,7 +10,6 @@ One optimizer step, t = 1, 2, …, in hooks of the Trainer; `Run` says what each
     on_train_batch_end          after_batch; log
 """
 
-import sys
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -221,7 +220,7 @@ class GradCovFreezeCallback(_lightning.Callback):
     @property
     def state_key(self) -> str:
         """The key in checkpoints. A Trainer compares keys when it is made, and would refuse two without a reason."""
-        if (callbacks := _lightning.callbacks_being_validated(sys._getframe(1))) is not None:
+        if (callbacks := _lightning.callbacks_being_validated()) is not None:
             _lightning.refuse(refusals.too_many_callbacks(_followed(callbacks)))
         name = type(self).__qualname__
         return f"{name}{{'optimizer': {self.optimizer}}}" if self.optimizer else name

@@ -10,10 +10,10 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_gcfreeze import _checks, delta
+from lightning_gcfreeze._wrappers import scaler_of, unwrapped_module, unwrapped_optimizer
 from lightning_gcfreeze.distributed import SINGLE_PROCESS, Shards, World
 from lightning_gcfreeze.distributed.comm_hook import LiveAllReduce
 from lightning_gcfreeze.freezing.savings import Savings
@@ -61,6 +61,7 @@ class Freezer:
             clipped as those of the parameters in ``optimizer.param_groups``.
         planned_steps: optimizer steps in all: ``t0="auto"`` freezes after half of them at the latest.
         n_replicas: processes whose batches differ; None: all. To be passed where a device mesh has several dimensions.
+        data_parallel: whether all processes train one model; None: if it is wrapped or sharded.
         options: see `GradCovFreezeCallback`.
 
     Raises:
@@ -82,6 +83,7 @@ class Freezer:
         skip_frozen_gradients: bool = False,
         planned_steps: int | None = None,
         n_replicas: int | None = None,
+        data_parallel: bool | None = None,
         **options: Any,
     ) -> None:
         self._options = Options(t0=t0, k=k, skip_frozen_gradients=skip_frozen_gradients, **options)
@@ -91,11 +93,13 @@ class Freezer:
                 " or an order that does not read the variance, such as `order='progress'`, with `samples='auto'`."
             )
         self._accumulate = _checks.integer("accumulate", accumulate, at_least=1)
-        self._module, model, wrapper = _unwrapped_module(module)
-        inner = _unwrapped_optimizer(optimizer)
-        self._scaler = scaler or _scaler_of(optimizer)
+        self._module, model, wrapper = unwrapped_module(module)
+        inner = unwrapped_optimizer(optimizer)
+        self._scaler = scaler or scaler_of(optimizer)
         shards = Shards(dict(self._module.named_parameters()))
-        world = _world(inner) if wrapper is not None or shards.is_sharded else SINGLE_PROCESS
+        if data_parallel is None:
+            data_parallel = wrapper is not None or shards.is_sharded
+        world = _world(inner) if data_parallel else SINGLE_PROCESS
         all_reduce = LiveAllReduce() if wrapper is not None else None
         self._is_first_rank = world.rank == 0
         self._state = State(self._options)
@@ -121,7 +125,7 @@ class Freezer:
         if all_reduce and (why := all_reduce.register(wrapper)):
             self._inform(f"all gradients are still communicated because {why}.")
         self._batch_idx = self._micro_batches = 0  # of all; since the last step
-        self._weights: list[float] = []  # of the losses since the last step, where they were given
+        self._weights: list[float | Tensor] = []  # of the losses since the last step, where they were given
         self._is_closed = False
 
     # The loop ------------------------------------------------------------------------------------------------------
@@ -170,7 +174,7 @@ class Freezer:
         backward(loss, *args, **kwargs)
         self.after_backward(is_last)
 
-    def before_backward(self, loss: Tensor, weight: float | None = None) -> None:
+    def before_backward(self, loss: Tensor, weight: float | Tensor | None = None) -> None:
         """Do what has to happen right before a backward pass, where the loop runs that itself; see `backward`.
 
         Args:
@@ -182,11 +186,16 @@ class Freezer:
         self._weights += [] if weight is None else [weight]
         self._run.before_backward(loss, self._accumulate if weight is None else None)
 
-    def after_backward(self, is_last: bool | None = None) -> None:
-        """Do what has to happen right after a backward pass, before gradients are unscaled and clipped."""
+    def after_backward(self, is_last: bool | None = None, share: float | Tensor | None = None) -> None:
+        """Do what has to happen right after a backward pass, before gradients are unscaled and clipped.
+
+        Args:
+            is_last: whether the optimizer steps next; None: after each `accumulate` calls.
+            share: the sum of the weights of a step, its mean over processes; None: as it is on this process.
+        """
         self._micro_batches += 1
         is_last = self._micro_batches >= self._accumulate if is_last is None else is_last
-        self._run.after_backward(is_last, self._accumulate, self._weights or None)
+        self._run.after_backward(is_last, self._accumulate, self._weights or None, share)
         if is_last:
             self._micro_batches, self._weights = 0, []
             self._run.before_step(may_be_skipped=self._scaler is not None)
@@ -292,46 +301,6 @@ class Freezer:
     def _warn(self, sentence: str) -> None:
         if self._is_first_rank:
             warnings.warn(f"Freezer: {sentence}", stacklevel=2)
-
-
-class _InFabricsPrecision:
-    """Fabric's module without the strategy's wrapper, whose reducer would wait for a replayed backward pass."""
-
-    def __init__(self, module: nn.Module, precision: Any) -> None:
-        self._module, self._precision = module, precision
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = self._precision.convert_input((args, kwargs))
-        with self._precision.forward_context():
-            output = self._module(*args, **kwargs)
-        return self._precision.convert_output(output)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
-
-
-def _unwrapped_module(module: nn.Module) -> tuple[nn.Module, Any, DistributedDataParallel | None]:
-    """Return the module inside, what to give to `loss` in a replay, and the DistributedDataParallel around it."""
-    if type(module).__name__ == "_FabricModule":
-        inside: Any = module
-        wrapper = inside._forward_module
-        model: Any = _InFabricsPrecision(inside.module, inside._strategy.precision)
-        return inside.module, model, wrapper if isinstance(wrapper, DistributedDataParallel) else None
-    if isinstance(module, DistributedDataParallel):
-        return module.module, module.module, module
-    return module, module, None
-
-
-def _unwrapped_optimizer(optimizer: Any) -> Optimizer:
-    while type(optimizer).__name__.startswith("Fabric") or type(optimizer).__name__ == "AcceleratedOptimizer":
-        optimizer = optimizer.optimizer
-    return optimizer  # type: ignore[no-any-return]
-
-
-def _scaler_of(optimizer: Any) -> Any:
-    """Return the loss scaler that Fabric or Accelerate steps an optimizer with, or None."""
-    precision = getattr(getattr(optimizer, "_strategy", None), "precision", None)
-    return getattr(precision, "scaler", None) or getattr(optimizer, "scaler", None)
 
 
 def _world(optimizer: Optimizer) -> World:

@@ -26,6 +26,12 @@ def owners_of(around: Surroundings) -> Owners:
     return around.owners() if around.owners else Owners(around.module)
 
 
+def refuse_compact(around: Surroundings) -> None:
+    """Raise where ``hold="compact"`` was asked for, but the optimizer or other code needs all elements."""
+    around.refuse(refusals.not_compactable(around.optimizer, around.module))
+    around.refuse(refusals.optimizer_state_is_read(readers.optimizer_state_readers(owners_of(around))))
+
+
 def plan_holding(
     options: Options,
     around: Surroundings,

@@ -280,6 +280,16 @@ def unsupported_optimizer(optimizer: Any) -> str | None:
     return None
 
 
+def already_followed(optimizer: Any, is_followed: bool) -> str | None:
+    """Optimizers that another run follows."""
+    if not is_followed:
+        return None
+    return (
+        f"This {type(optimizer).__name__} is followed by another Freezer or callback, and an optimizer serves one only."
+        " Close the other one first (`freezer.close()`)."
+    )
+
+
 def no_step_hooks(optimizer: Any) -> str:
     """Return the error for an optimizer in whose steps no hooks run."""
     return (

@@ -12,6 +12,7 @@ One optimizer step, t = 1, 2, …, as a loop tells of it:
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from lightning_gcfreeze.freezing import WeightUses
 from lightning_gcfreeze.gradients.batch import batch_gradients
 from lightning_gcfreeze.gradients.choice import SourceChoice
 from lightning_gcfreeze.gradients.source import SampleGradients
-from lightning_gcfreeze.holding import owners_of
+from lightning_gcfreeze.holding import refuse_compact
 from lightning_gcfreeze.observing import Observing
 from lightning_gcfreeze.options import Options
 from lightning_gcfreeze.planning.growing import Growth
@@ -36,6 +37,8 @@ from lightning_gcfreeze.surroundings import Surroundings
 from lightning_gcfreeze.user_code import readers
 from lightning_gcfreeze.user_code.watch import GradientWatch
 
+_FOLLOWED: WeakKeyDictionary[Optimizer, None] = WeakKeyDictionary()
+"""Optimizers that a run follows: two runs would hold elements against each other."""
 _WATCHED_STEPS = (1, 2, 8, 64, 512, 4096)
 """Optimizer steps in which reads of ``p.grad`` are noted."""
 
@@ -59,8 +62,7 @@ class Run:
         around.refuse(refusals.unsupported_module(module, around.training_step, options.reads_samples))
         around.refuse(refusals.unsupported_optimizer(optimizer))
         if options.hold == "compact":
-            around.refuse(refusals.not_compactable(optimizer, module))
-            around.refuse(refusals.optimizer_state_is_read(readers.optimizer_state_readers(owners_of(around))))
+            refuse_compact(around)
         if options.reads_samples:
             around.refuse(refusals.unsupported_samples(module, options.n_samples))
         self.parameters = selection.eligible(module, optimizer, options.include, options.exclude)
@@ -90,21 +92,17 @@ class Run:
             )
         self.stages = Stages(options, state, around, self.parameters, self.shards, selection.trained(module, optimizer))
         self._uses = WeightUses(module, self.parameters)
+        self.has_begun = False
+        """Whether `begin` was called."""
         self._hooks: tuple[RemovableHandle, ...] = ()  # on the optimizer's step
         self._watch: GradientWatch | None = None
         self._reads_samples = options.reads_samples
         self._in_trial = False  # a tuner's steps are being taken
         self._is_compiled = _modules.has_compiled(module)
         self._graph_was_checked = False
-        self._micro_batches = 0  # since the last optimizer step
-        self._n_evaluations = 0  # of the loss, since the last optimizer step or batch
+        self._micro_batches = self._n_evaluations = 0  # since the last optimizer step
         self._depth = 0  # of optimizer steps within the optimizer's step
         self._changed_in_batch = False  # the masks
-
-    @property
-    def has_begun(self) -> bool:
-        """Whether `begin` was called."""
-        return bool(self._hooks)
 
     def weights(self) -> dict[str, Tensor]:
         """Return the eligible parameters themselves, of sharded ones the local parts."""
@@ -122,14 +120,14 @@ class Run:
             saved, now = state.loaded_arguments, options.decisive()
             around.refuse(refusals.not_resumable(saved, now, state.shapes, self.parameters))
         around.refuse(state.plan.start(around.planned_steps))
-        if not isinstance(around.wrapper, DistributedDataParallel) and not self.shards.is_sharded:
-            around.readers.extend(readers.accumulator_holders(self.parameters))  # DDP holds them itself
+        if not (isinstance(around.wrapper, DistributedDataParallel) or self.shards.is_sharded):  # DDP holds them itself
+            around.readers.extend(readers.accumulator_holders(self.parameters))
         self.attach()
         optimizer = around.optimizer
-        self._hooks = (
-            optimizer.register_step_pre_hook(self._before_optimizer_step),
-            optimizer.register_step_post_hook(self._after_optimizer_step),
-        )
+        around.refuse(refusals.already_followed(optimizer, optimizer in _FOLLOWED))
+        _FOLLOWED[optimizer], self.has_begun = None, True
+        hook = optimizer.register_step_pre_hook(self._before_optimizer_step)
+        self._hooks = (hook, optimizer.register_step_post_hook(self._after_optimizer_step))
 
     def attach(self) -> None:
         """Tie the state, which has just begun or was loaded, to the module and the optimizer."""
@@ -218,23 +216,25 @@ class Run:
         self,
         is_last: bool,
         n_micro_batches: int = 1,
-        weights: Sequence[float] | None = None,
+        weights: Sequence[float | Tensor] | None = None,
+        share: float | Tensor | None = None,
     ) -> None:
-        """Observe a step, while observing; then take the live elements' gradients. After each backward pass.
+        """Observe a step, or take the live elements' gradients. After each backward pass.
 
         Args:
             is_last: whether the optimizer steps next: ``p.grad`` is g_S, times the loss scale.
             n_micro_batches: what each mean loss was divided by, the micro-batches of a full step.
             weights: in place of that and of the loss scale, what the mean loss of each micro-batch was multiplied by.
+            share: their sum, if it is not that of this process.
         """
         if self.stages.holder and is_last:
             self.stages.holder.after_backward()
         self._micro_batches += 1
         if (observing := self._state.observing) is None:
             return
-        has_batch = self.source.end_backward() if self.source and self._reads_samples else not self._reads_samples
+        has_batch = bool(self.source and self.source.end_backward()) or not self._reads_samples
         if has_batch and is_last:
-            self._observe(observing, n_micro_batches, weights)
+            self._observe(observing, n_micro_batches, weights, share)
 
     def gradients_are_ready(self) -> None:
         """Observe a step right before the optimizer takes it, in a loop that does not tell of its backward passes."""
@@ -286,6 +286,7 @@ class Run:
         self.stages.release()
         for hook in self._hooks:
             hook.remove()
+        _FOLLOWED.pop(self._around.optimizer, None)
 
     def metrics(self) -> dict[str, float]:
         """Return what there is to log now, by tag."""
@@ -314,7 +315,7 @@ class Run:
             if (hooks := hook.hooks_dict_ref()) is not None:
                 hooks.move_to_end(hook.id, last=last)
 
-    def _observe(self, observing: Observing, n_micro_batches: int, weights: Sequence[float] | None) -> None:
+    def _observe(self, observing: Observing, n_micro_batches: int, weights: Any, share: Any) -> None:
         state, source, size = self._state, self.source, None
         if self._reads_samples and source and source.batch_size is not None:
             size = source.batch_size * self._around.n_replicas
@@ -330,7 +331,7 @@ class Run:
             loss_scale = self._around.loss_scale()
             scale, share = loss_scale / n_micro_batches, self._micro_batches / n_micro_batches * loss_scale
         else:
-            scale, share = weights[0], sum(weights)
+            scale, share = float(weights[0]), float(sum(weights) if share is None else share)
         g_batch = batch_gradients(self.parameters if observing.reads_gradients else {}, share)
         gain = self._options.gain
         if not self._reads_samples:

@@ -40,7 +40,7 @@ def skipped_steps_of(callback: GradCovFreezeCallback) -> int:
 
 def computes_noise(callback: GradCovFreezeCallback) -> bool:
     """Return whether per-sample gradients are computed."""
-    return callback._noise
+    return callback._options.reads_samples
 
 
 def sample_gradients_of(callback: GradCovFreezeCallback) -> Any:

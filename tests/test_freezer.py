@@ -300,3 +300,15 @@ def test_metrics_name_the_frozen_fraction_and_new_findings_once():
     assert found["gcfreeze/frozen_fraction"] == pytest.approx(0.5, abs=0.02)
     assert found["gcfreeze/t0"] == 6.0
     assert "gcfreeze/t0" not in loop.freezer.metrics()
+
+
+def test_second_freezer_on_the_same_optimizer_is_an_error_until_the_first_is_closed():
+    """Both would hold elements, against each other."""
+    loop = Loop(OPTIONS["variance"] | {"order": "progress"})
+    loop.train(stop=1)
+    other = Freezer(loop.network, loop.optimizer, t0=2, k=0.5, order="progress")
+    with pytest.raises(RuntimeError, match=r"AdamW is followed by another .* `freezer.close\(\)`"):
+        other.begin_batch(batches()[1])
+    with pytest.warns(UserWarning, match="Nothing was frozen"):
+        loop.freezer.close()
+    other.begin_batch(batches()[1])

@@ -24,7 +24,7 @@ from torch.optim import optimizer as torch_optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 SOURCE = Path(__file__).parent.parent / "lightning_gcfreeze"
-PRIVATE_FILES = {"_torch.py", "_modules.py", "_lightning.py"}
+PRIVATE_FILES = {"_torch.py", "_modules.py", "_lightning.py", "_wrappers.py"}
 """The files that may use private names of other packages."""
 ALLOWED = {
     "refusals.py",  # which recognizes strategies and optimizers by their attributes

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.placement_types import Placement, _StridedShard
+from torch.distributed.tensor.placement_types import Placement
 
+from lightning_gcfreeze._torch import StridedShard
 from lightning_gcfreeze._types import Named
 from lightning_gcfreeze.distributed.collectives import SINGLE_PROCESS, World
 
@@ -253,16 +254,14 @@ class Shards:
 
 
 def _shards_axis(placement: Any, axis: int) -> bool:
-    """Return whether a placement, `Shard` or `_StridedShard`, shards along an axis."""
+    """Return whether a placement, `Shard` or `StridedShard`, shards along an axis."""
     return not placement.is_replicate() and not placement.is_partial() and placement.dim == axis
 
 
 def _along_axis_0(placement: Placement) -> Placement:
     """Return the placement that shards in the same way along the first axis."""
-    # FSDP2 over tensor parallelism shards an axis twice, in an order of its own: by `_StridedShard`, which is private,
-    # and a `Shard` in some versions of torch only.
-    if isinstance(placement, _StridedShard):
-        return _StridedShard(0, split_factor=placement.split_factor)
+    if isinstance(placement, StridedShard):
+        return StridedShard(0, split_factor=placement.split_factor)
     return Shard(0)
 
 

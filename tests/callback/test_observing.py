@@ -440,12 +440,11 @@ def test_non_finite_gradients_are_skipped_and_counted():
     cases.trainer(callbacks=[callback], max_epochs=1).fit(
         Poisoned(cases.mlp(torch.float64)), cases.loader(dtype=torch.float64)
     )
-    state = callback.state_dict()["state"]
-    assert (state["observed"], state["skipped"]) == (5, 1)
+    assert (insides.observed_steps_of(callback), insides.skipped_steps_of(callback)) == (5, 1)
     assert all(v.isfinite().all() for v in callback.variance.values())
     healthy = GradCovFreezeCallback(t0=6, k=0.5)
     fit(healthy, max_epochs=1)
-    assert healthy.state_dict()["state"]["observed"] == 6
+    assert insides.observed_steps_of(healthy) == 6
     assert not np.allclose(flat(healthy.variance), flat(callback.variance))
 
 
@@ -530,8 +529,7 @@ def test_first_observed_batch_of_one_sample_is_skipped():
         cases.trainer(callbacks=[callback], max_epochs=3).fit(cases.Regression(cases.mlp()), cases.loader(8, 25))
     callback = GradCovFreezeCallback(t0=6, k=0.5, every=2)  # observed: the 2nd, 4th (one sample) and 6th
     cases.trainer(callbacks=[callback], max_epochs=2).fit(cases.Regression(cases.mlp()), cases.loader(8, 25))
-    state = callback.state_dict()["state"]
-    assert (state["observed"], state["skipped"]) == (2, 1)
+    assert (insides.observed_steps_of(callback), insides.skipped_steps_of(callback)) == (2, 1)
 
 
 # Orders that do not read the variance -------------------------------------------------------------------------------

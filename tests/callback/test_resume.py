@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_gcfreeze import GradCovFreezeCallback
-from tests import cases
+from tests import cases, insides
 from tests.interruptions import ARGUMENTS, STEPS, T0, DropoutByStep, Interrupted, SaveAndStop, interrupted, module, run
 
 
@@ -236,7 +236,7 @@ def test_finders_before_the_run_leave_it_unchanged(finder, tmp_path, monkeypatch
     callback = GradCovFreezeCallback(t0=5, k=0.5)
     cases.trainer(callbacks=[finder(), callback], max_epochs=2).fit(Tuned())
     assert callback.phase == "frozen"
-    assert callback.state_dict()["state"]["observed"] == 5
+    assert insides.observed_steps_of(callback) == 5
 
 
 @pytest.mark.parametrize("order", ["variance", "progress"])

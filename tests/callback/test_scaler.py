@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from lightning_gcfreeze import GradCovFreezeCallback, observing
-from tests import cases
+from tests import cases, insides
 from tests.oracles.freezing import PlainFreeze
 
 T0, BATCHES = 4, 16
@@ -91,10 +91,9 @@ def test_step_that_overflows_is_neither_counted_nor_observed(monkeypatch, optimi
     successful = [batch for batch in range(BATCHES) if batch not in overflows]
     assert moves.moved == set(successful)
     assert moves.frozen_after == successful[T0 - 1]
-    state = callback.state_dict()
-    assert state["steps"] == len(successful)
-    assert state["state"]["observed"] == T0
-    assert state["state"]["skipped"] == len([batch for batch in overflows if batch < successful[T0 - 1]])
+    assert callback.state_dict()["steps"] == len(successful)
+    assert insides.observed_steps_of(callback) == T0
+    assert insides.skipped_steps_of(callback) == len([batch for batch in overflows if batch < successful[T0 - 1]])
 
     plain = kind(optimizer, overflows)
     train(plain, PlainFreeze(moves.frozen_after + 1, callback.frozen))  # Lightning counts what the scaler leaves out

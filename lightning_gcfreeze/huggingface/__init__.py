@@ -1,0 +1,5 @@
+"""The front for `transformers.Trainer`; needs ``pip install lightning-gcfreeze[transformers]``."""
+
+from lightning_gcfreeze.huggingface.callback import GradCovFreezeTrainerCallback
+
+__all__ = ["GradCovFreezeTrainerCallback"]
