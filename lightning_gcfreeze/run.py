@@ -394,8 +394,6 @@ class Run:
         if self.stages.holder:
             self.stages.check_held()
             self.stages.holder.after_step()
-        before = state.decision
-        self.stages.advance(observing, self._uses.uses_per_step, self._seen_reading)
-        self._changed_in_batch |= state.decision is not before
+        self._changed_in_batch |= self.stages.advance(observing, self._uses.uses_per_step, self._seen_reading)
         if state.observing is None and observing and self.source:
             self.source.close()

@@ -51,20 +51,21 @@ class Stages:
 
     # Deciding ------------------------------------------------------------------------------------------------------
 
-    def advance(self, observing: Observing | None, uses_per_step: dict[str, int], seen_reading: list[str]) -> None:
-        """Decide, grow or thaw, if it is time. Right after each optimizer step.
+    def advance(self, observing: Observing | None, uses_per_step: dict[str, int], seen_reading: list[str]) -> bool:
+        """Decide, grow or thaw, if it is time; return whether the masks changed. Right after each optimizer step.
 
         Args:
             observing: the statistics for the next decision; None if there is none to come.
             uses_per_step: at how many positions of this step's batch each weight was applied, where that was counted.
             seen_reading: code that was seen to ask for gradients.
         """
-        state = self._state
+        state, before = self._state, self._state.decision
         if observing and state.plan.is_decision_step(state.steps):
             if self._is_time(observing):
                 self._change(self._decide(observing, uses_per_step), seen_reading)
-        elif state.decision:
-            self._judge(state.decision, seen_reading)
+        elif before:
+            self._judge(before, seen_reading)
+        return state.decision is not before
 
     def new_observing(self, reads_samples: bool) -> Observing:
         """Return empty statistics of what the ordering reads."""
