@@ -1,6 +1,7 @@
 """Freeze in a loop of Lightning Fabric: `uv run python -m examples.fabric --devices 2`, also on several processes."""
 
 import argparse
+from typing import Any
 
 import torch
 from lightning.fabric import Fabric
@@ -10,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_gcfreeze import Freezer
 
 
-def loss_of(model: nn.Module, batch: list[Tensor]) -> Tensor:
+def loss_of(model: nn.Module, batch: Any) -> Tensor:
     """Return the mean loss of a batch; the freezer calls it again on single samples."""
     x, y = batch
     return nn.functional.cross_entropy(model(x), y)

@@ -4,11 +4,14 @@ The generator learns points on a circle. Each optimizer has a callback of its ow
 not read the variance need no gradients of single samples, so they work where `training_step` moves the weights itself.
 """
 
+from typing import cast
+
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.nn.functional import softplus
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_gcfreeze import GradCovFreezeCallback
 
@@ -24,7 +27,7 @@ class CircleGAN(pl.LightningModule):
 
     def training_step(self, real: Tensor, batch_idx: int) -> None:
         """Step the critic, then the generator."""
-        for_generator, for_critic = self.optimizers()
+        for_generator, for_critic = cast("list[LightningOptimizer]", self.optimizers())
         fake = self.generator(torch.randn(len(real), 4))
         real = real.requires_grad_()
         scores = self.critic(real)
@@ -46,21 +49,22 @@ def main(steps: int = 2000) -> CircleGAN:
     """Train, freeze half of the critic and 80 % of the generator, and say how far the points lie from the circle."""
     pl.seed_everything(0)
     angles = torch.rand(128 * steps) * 2 * torch.pi
-    loader = DataLoader(torch.stack([angles.cos(), angles.sin()], dim=1), batch_size=128)
-    callbacks = [
+    points = cast("Dataset[Tensor]", torch.stack([angles.cos(), angles.sin()], dim=1))
+    loader = DataLoader(points, batch_size=128)
+    freezes = [
         GradCovFreezeCallback(t0=steps // 2, k=0.8, order="progress", optimizer=0),
         GradCovFreezeCallback(t0=steps // 4, k=0.5, order="progress", optimizer=1),
     ]
     gan = CircleGAN()
     trainer = pl.Trainer(
-        max_epochs=1, accelerator="cpu", callbacks=callbacks, logger=False, enable_checkpointing=False,
+        max_epochs=1, accelerator="cpu", callbacks=[*freezes], logger=False, enable_checkpointing=False,
         enable_progress_bar=False,
     )  # fmt: skip
     trainer.fit(gan, loader)
     with torch.no_grad():
         radius = gan.generator(torch.randn(4096, 4)).norm(dim=1)
     print(f"The generator's points lie {float((radius - 1).abs().mean()):.3f} from the circle, on average.")
-    for name, callback in zip(("generator", "critic"), callbacks, strict=True):
+    for name, callback in zip(("generator", "critic"), freezes, strict=True):
         print(f"{name}: {callback.frozen_fraction:.0%} frozen")
     return gan
 

@@ -50,8 +50,8 @@ def main() -> None:
     model, optimizer, freezer = made()
     train((model, optimizer, freezer), batches()[:STOP])
     file = io.BytesIO()
-    parts = {"model": model, "optimizer": optimizer, "freezer": freezer}
-    torch.save({name: part.state_dict() for name, part in parts.items()}, file)
+    states = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "freezer": freezer.state_dict()}
+    torch.save(states, file)
     file.seek(0)
     saved = torch.load(file, weights_only=True)
     model, optimizer, freezer = resumed = made()
