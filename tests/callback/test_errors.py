@@ -196,7 +196,7 @@ def test_training_step_that_fails_on_one_sample_gets_two_copies_of_it():
     """Such as one with a `squeeze()` too many. The gradient is the same; a warning names the cause and the way out."""
     doubled, plain = GradCovFreezeCallback(t0=5, k=20), GradCovFreezeCallback(t0=5, k=20)
     with pytest.warns(
-        UserWarning, match=r"RuntimeError\('needs 2'\)\. .* two copies of it instead.*gcfreeze_first_sample"
+        UserWarning, match=r"RuntimeError\('needs 2'\)\. .* two copies of the sample instead.*gcfreeze_first_sample"
     ):
         cases.trainer(callbacks=[doubled]).fit(Needs(2), cases.loader(dtype=torch.float64))
     cases.trainer(callbacks=[plain]).fit(Needs(1), cases.loader(dtype=torch.float64))
@@ -206,7 +206,7 @@ def test_training_step_that_fails_on_one_sample_gets_two_copies_of_it():
 
 def test_error_of_a_training_step_that_fails_on_two_copies_is_explained():
     """The error names the cause and the way out."""
-    with pytest.raises(RuntimeError, match=r"a sample of a batch alone: RuntimeError\('needs 3'\)\. If the sample"):
+    with pytest.raises(RuntimeError, match=r"a batch of a single sample: RuntimeError\('needs 3'\)\. If the sample"):
         cases.trainer(callbacks=[GradCovFreezeCallback(t0=3, k=2)]).fit(Needs(3), cases.loader(dtype=torch.float64))
 
 
