@@ -43,6 +43,7 @@ from benchmarks.frozen import Decision, Plain, most_from_now
 from benchmarks.observe import MODELS, Batch, Step, alternated, built, keep_freed_memory
 from lightning_gcfreeze import orderings, selection
 from lightning_gcfreeze._types import Granularity, Named
+from lightning_gcfreeze.decision import scores_now
 from lightning_gcfreeze.distributed import Shards, World, local
 from lightning_gcfreeze.distributed.comm_hook import Hook, LiveAllReduce
 from lightning_gcfreeze.freezing import Holder, HoldPlan, WeightUses
@@ -137,7 +138,7 @@ def traffic(name: str, fractions: Sequence[float], rounds: int) -> dict[str, dic
     for _ in range(24):
         step.batch = data()
         step()
-    scores = step.phase.scores(orderings.variance, step.parameters, seed=0)
+    scores = scores_now(step.statistics, orderings.variance, step.parameters, 0, "element")
     torch.manual_seed(1 + dist.get_rank())
     steps = built(ways(scores, fractions), step.model, data(), name)
     times = torch.empty(len(steps), rounds, dtype=torch.float64)

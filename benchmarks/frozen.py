@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from benchmarks.observe import MODELS, Batch, Step, alternated, built, keep_freed_memory
 from lightning_gcfreeze import orderings, selection
 from lightning_gcfreeze._types import Granularity, Named
+from lightning_gcfreeze.decision import scores_now
 from lightning_gcfreeze.freezing import Holder, HoldMode, HoldPlan, WeightUses
 
 warnings.filterwarnings("ignore", "Sparse invariant checks")  # SHiRA's
@@ -265,7 +266,9 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, dict[str, Figures]
     for _ in range(args.warm_up):
         step.batch = data()
         step()
-    scores = step.phase.scores(orderings.random if args.random else orderings.variance, step.parameters, seed=0)
+    scores = scores_now(
+        step.statistics, orderings.random if args.random else orderings.variance, step.parameters, 0, "element"
+    )
     ways, results = WAYS | OURS | ({} if args.no_peers else PEERS), {}
     for fraction in map(float, args.fractions.split(",")):
         case, decision = f"{name} f={fraction:g}", Decision(scores, fraction)

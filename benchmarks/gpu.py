@@ -14,6 +14,7 @@ under bfloat16 autocast.
 
 import argparse
 import gc
+import itertools
 import json
 import logging
 import math
@@ -28,7 +29,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning_gcfreeze.phases import Observing
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -36,7 +36,9 @@ from benchmarks.frozen import Decision, GradientMask, LoRA, NoOptimizer, Ours, P
 from benchmarks.observe import MODELS, Batch, Empty, LanguageModel, Step, Watched, built
 from lightning_gcfreeze import GradCovFreezeCallback, orderings, selection
 from lightning_gcfreeze._types import Named
+from lightning_gcfreeze.decision import scores_now
 from lightning_gcfreeze.gradients.batch import batch_gradients
+from lightning_gcfreeze.observing import Observing
 
 warnings.filterwarnings("ignore")
 BURST, ROUNDS = 0.025, 5  # seconds, and how many
@@ -76,14 +78,15 @@ class Observed(Step):
     def __init__(self, model: nn.Module, batch: Batch, needs: str = "", noise: bool = True, **observed: Any) -> None:
         super().__init__(model, batch, **observed)
         fields = orderings.needed_by(orderings.ORDERINGS[needs]) if needs else frozenset[str]()
-        self.phase = Observing(self.parameters, needs=fields, noise=noise)
+        self.statistics = Observing(self.parameters, needs=fields, reads_samples=noise)
+        self.steps = itertools.count(1)
         self.noise = noise
 
     def __call__(self) -> None:
         if self.noise:
             return super().__call__()
         self.training_step(self.batch, 0).backward()
-        self.phase.observe({}, batch_gradients(self.parameters), "1/t")
+        self.statistics.observe(next(self.steps), {}, batch_gradients(self.parameters), "1/t")
         self.optimizer.step()
         self.optimizer.zero_grad()
         return None
@@ -217,7 +220,7 @@ def scores(name: str, device: str, steps: int) -> tuple[nn.Module, Batch, dict[s
         step()
     step.optimizer.zero_grad()
     of_orders = {
-        order: step.phase.scores(orderings.ORDERINGS[order], step.parameters, seed=0)
+        order: scores_now(step.statistics, orderings.ORDERINGS[order], step.parameters, 0, "element")
         for order in ("variance", "progress", "random")
     }
     return model, step.batch, of_orders

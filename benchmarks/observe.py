@@ -10,6 +10,7 @@ with the process: which way has to ask for pages again would otherwise be a matt
 import argparse
 import contextlib
 import ctypes
+import itertools
 import json
 import logging
 import math
@@ -30,7 +31,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
-from lightning_gcfreeze.phases import Observing
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.models import resnet18
@@ -39,6 +39,7 @@ from lightning_gcfreeze import GradCovFreezeCallback
 from lightning_gcfreeze.gradients.batch import batch_gradients
 from lightning_gcfreeze.gradients.choice import SourceChoice
 from lightning_gcfreeze.gradients.source import SampleGradients
+from lightning_gcfreeze.observing import Observing
 
 Batch = tuple[Tensor, Tensor]
 
@@ -122,7 +123,8 @@ class Step:
                 mode, self.model, self.parameters, self.training_step, contextlib.nullcontext, lambda _: None,
                 SourceChoice.initial(mode, self.parameters), observed.get("count", 1),
             )  # fmt: skip
-            self.phase = Observing(self.parameters)
+            self.statistics = Observing(self.parameters)
+            self.steps = itertools.count(1)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         x, y = batch
@@ -140,7 +142,7 @@ class Step:
             g_batch, size = batch_gradients(self.parameters), len(self.batch[1])
             found = self.samples.gradients(1.0, g_batch, size)
             assert found is not None
-            self.phase.observe(found.by_name, g_batch, "1/t", size, found.mean_is_g_batch)
+            self.statistics.observe(next(self.steps), found.by_name, g_batch, "1/t", size, found.mean_is_g_batch)
         self.optimizer.step()
         self.optimizer.zero_grad()
 

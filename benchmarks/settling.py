@@ -14,11 +14,12 @@ import time
 from collections.abc import Callable
 
 import torch
-from lightning_gcfreeze.phases import Observing
 
 from benchmarks.observe import MODELS, Step, keep_freed_memory
 from lightning_gcfreeze import Settled, orderings
+from lightning_gcfreeze.decision import scores_now
 from lightning_gcfreeze.distributed import SINGLE_PROCESS
+from lightning_gcfreeze.observing import Observing
 from lightning_gcfreeze.planning.plan import Plan
 from lightning_gcfreeze.planning.settling import SAMPLE_SIZE, sampled
 
@@ -51,11 +52,11 @@ def measure(name: str, rounds: int) -> tuple[list[float], ...]:
     plain = Step(make(), batch())
     plan, ordering = Plan([(Settled(max_t0=10**9), 0.8)], "1/t"), orderings.ORDERINGS["progress"]
     plan.start(lambda: 10**9)
-    phase = Observing(plain.parameters, needs=orderings.needed_by(ordering))
-    for moment in phase.moments.values():
+    statistics = Observing(plain.parameters, needs=orderings.needed_by(ordering))
+    for moment in statistics.moments.values():
         moment.tensors = {n: torch.rand_like(t) for n, t in moment.tensors.items()}
-    phase.covariance.tensors = {n: torch.rand_like(t) for n, t in phase.covariance.tensors.items()}
-    phase._observed = 100
+    statistics.covariance.tensors = {n: torch.rand_like(t) for n, t in statistics.covariance.tensors.items()}
+    statistics._observed = 100
     loss = torch.tensor(1.0)
 
     def record() -> None:
@@ -64,10 +65,10 @@ def measure(name: str, rounds: int) -> tuple[list[float], ...]:
 
     def check() -> None:
         weights = {n: p.detach() for n, p in plain.parameters.items()}
-        scores = phase.scores(ordering, weights, 0)
-        sample, moved = sampled(scores, SAMPLE_SIZE), sampled(phase.variance, SAMPLE_SIZE) > 0
-        plan.check_settled(sample, moved, phase.observed, 0.8, SINGLE_PROCESS)
-        phase._observed += 20
+        scores = scores_now(statistics, ordering, weights, 0, "element")
+        sample, moved = sampled(scores, SAMPLE_SIZE), sampled(statistics.variance, SAMPLE_SIZE) > 0
+        plan.check_settled(sample, moved, statistics.observed, 0.8, SINGLE_PROCESS)
+        statistics._observed += 20
 
     found: tuple[list[float], ...] = ([], [], [])
     for _ in range(rounds):

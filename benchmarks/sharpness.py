@@ -26,7 +26,6 @@ from itertools import islice, product
 from pathlib import Path
 
 import torch
-from lightning_gcfreeze.phases import Observing
 from scipy.stats import rankdata
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -35,7 +34,9 @@ from benchmarks.observe import MODELS, Batch, Step, keep_freed_memory
 from examples.data import MNIST
 from lightning_gcfreeze import orderings, selection
 from lightning_gcfreeze._types import Named
+from lightning_gcfreeze.decision import scores_now
 from lightning_gcfreeze.gradients.batch import batch_gradients
+from lightning_gcfreeze.observing import Observing
 
 PAPER = "first/1"
 SETTINGS = (PAPER, "first/2", "first/4", "8/4", "8/8", "all/1", "all/4", "all/8", "all/16", "all/32", "all/64")
@@ -83,19 +84,19 @@ class Row:
 
 
 class Watched(Step):
-    """A model whose gradients, had in one way, enter several phases: every k-th step's, over windows of T steps."""
+    """A model whose gradients, had in one way, enter several statistics: every k-th step's, over windows of T steps."""
 
     def __init__(self, like: Step, samples: str, keys: Iterable[tuple[int, int]], windows: int) -> None:
         self.most = count(samples)
         super().__init__(deepcopy(like.model), like.batch, how="auto", count=self.most)
         self.optimizer.load_state_dict(like.optimizer.state_dict())
-        self.phases = {key: Observing(self.parameters) for key in keys}  # by (every, T)
-        self.seen = dict.fromkeys(self.phases, 0)
+        self.statistics = {key: Observing(self.parameters) for key in keys}  # by (every, T)
+        self.seen = dict.fromkeys(self.statistics, 0)
         self.windows = windows
 
     def watch(self, batch: Batch, t: int, moves: bool = False) -> None:
         """Step t, of the optimizer too if the model moves."""
-        due = [(every, steps) for every, steps in self.phases if t % every == 0 and t <= steps * self.windows]
+        due = [(every, steps) for every, steps in self.statistics if t % every == 0 and t <= steps * self.windows]
         if not due and not moves:
             return
         assert self.samples is not None
@@ -110,7 +111,9 @@ class Watched(Step):
             found = self.samples.gradients(1.0, g_batch, size)
             assert found is not None
             for key in due:
-                self.phases[key].observe(found.by_name, g_batch, "1/t", size, found.mean_is_g_batch)
+                self.statistics[key].observe(
+                    self.statistics[key].observed + 1, found.by_name, g_batch, "1/t", size, found.mean_is_g_batch
+                )
                 self.seen[key] += size if self.most is None else min(size, self.most)
         if moves:
             self.optimizer.step()
@@ -118,10 +121,10 @@ class Watched(Step):
 
     def ended(self, t: int) -> Iterator[tuple[int, int, int, Tensor]]:
         """(every, T, samples seen, variances) of the windows that end with step t; the next ones begin."""
-        for every, steps in self.phases:
-            if t % steps == 0 and t <= steps * self.windows and self.phases[every, steps].observed:
-                yield every, steps, self.seen[every, steps], flat(self.phases[every, steps].variance)
-                self.phases[every, steps], self.seen[every, steps] = Observing(self.parameters), 0
+        for every, steps in self.statistics:
+            if t % steps == 0 and t <= steps * self.windows and self.statistics[every, steps].observed:
+                yield every, steps, self.seen[every, steps], flat(self.statistics[every, steps].variance)
+                self.statistics[every, steps], self.seen[every, steps] = Observing(self.parameters), 0
 
 
 def count(samples: str) -> int | None:
@@ -142,10 +145,10 @@ def true_variance(at: Step, digits: Batch, dtype: torch.dtype) -> Tensor:
     """Of a single sample's gradient over all digits, where the model is; all elements in a row, in float64."""
     copy = Watched(at, "all", [(1, 1)], len(digits[1]))
     copy.model.to(dtype)
-    copy.phases[1, 1] = phase = Observing(copy.parameters, needs=orderings.needed_by(population))
+    copy.statistics[1, 1] = statistics = Observing(copy.parameters, needs=orderings.needed_by(population))
     for t, (x, y) in enumerate(zip(digits[0].split(AT_ONCE), digits[1].split(AT_ONCE), strict=True), start=1):
         copy.watch((x.to(dtype), y), t)
-    return flat(phase.scores(population, copy.parameters, seed=0))
+    return flat(scores_now(statistics, population, copy.parameters, 0, "element"))
 
 
 def flat(scores: Named) -> Tensor:

@@ -51,7 +51,7 @@ class Fractions(pl.Callback):
 
     @override
     def on_train_batch_end(self, *args: Any) -> None:
-        self.counts.append(self.freeze._phase.count if self.freeze.phase == "frozen" else 0)
+        self.counts.append(sum(int(mask.sum()) for mask in self.freeze.frozen.values()))
 
     @property
     def stages(self) -> list[tuple[int, int]]:
