@@ -3,6 +3,7 @@
 `tests/test_private_api.py` lists what is assumed of them.
 """
 
+import functools
 import inspect
 import math
 import multiprocessing
@@ -104,7 +105,14 @@ def training_step(module: pl.LightningModule) -> Callable[[Any, int], Any]:
     kinds = [p.kind for p in inspect.signature(step).parameters.values()]
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     takes_more = sum(kind in positional for kind in kinds) >= 2 or inspect.Parameter.VAR_POSITIONAL in kinds
-    return step if takes_more else lambda batch, batch_idx: step(batch)
+    if takes_more:
+        return step
+
+    @functools.wraps(step)  # a refusal looks at the names of its arguments
+    def of_batch_only(batch: Any, batch_idx: int) -> Any:
+        return step(batch)
+
+    return of_batch_only
 
 
 @contextmanager

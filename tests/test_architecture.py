@@ -122,9 +122,10 @@ def lightning_outside_its_files(root: Path) -> list[str]:
     return imports_outside(root, LIGHTNING, ("callback.py", "_lightning.py"))
 
 
-def transformers_outside_its_file(root: Path) -> list[str]:
-    """Imports of transformers anywhere but in huggingface.py."""
-    return imports_outside(root, ("transformers",), ("huggingface.py",))
+def transformers_outside_its_folder(root: Path) -> list[str]:
+    """Imports of transformers or accelerate anywhere but in huggingface/."""
+    found = imports_outside(root, ("transformers", "accelerate"), ())
+    return [line for line in found if not line.startswith("huggingface/")]
 
 
 def imports_outside(root: Path, packages: Sequence[str], allowed: Sequence[str]) -> list[str]:
@@ -186,7 +187,7 @@ def oracles_that_know_the_package(root: Path) -> list[str]:
 RULES = {
     against_the_layers: SOURCE,
     lightning_outside_its_files: SOURCE,
-    transformers_outside_its_file: SOURCE,
+    transformers_outside_its_folder: SOURCE,
     trainer_in_the_core: SOURCE,
     longer_than_a_subject: SOURCE,
     more_than_names: SOURCE,
@@ -287,7 +288,7 @@ PLANTED = [
         "__init__.py imports lightning_utilities.core.apply_func",
     ),
     (
-        transformers_outside_its_file,
+        transformers_outside_its_folder,
         "callback.py",
         "from transformers import TrainerCallback",
         "callback.py imports transformers.TrainerCallback",
@@ -352,7 +353,7 @@ def test_a_trainer_in_the_core_is_found(file, planted, name, tmp_path):
         (lightning_outside_its_files, "callback.py", "import pytorch_lightning"),
         (lightning_outside_its_files, "_lightning.py", "import lightning"),
         (lightning_outside_its_files, "gradients/isolation.py", "import torch.nn, lightningcss"),
-        (transformers_outside_its_file, "huggingface.py", "import transformers"),
+        (transformers_outside_its_folder, "huggingface/callback.py", "import transformers"),
         (oracles_that_know_the_package, "recursion.py", "from tests.oracles import recursion as itself"),
     ],
 )

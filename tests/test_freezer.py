@@ -307,7 +307,7 @@ def test_second_freezer_on_the_same_optimizer_is_an_error_until_the_first_is_clo
     loop = Loop(OPTIONS["variance"] | {"order": "progress"})
     loop.train(stop=1)
     other = Freezer(loop.network, loop.optimizer, t0=2, k=0.5, order="progress")
-    with pytest.raises(RuntimeError, match=r"AdamW is followed by another .* `freezer.close\(\)`"):
+    with pytest.raises(RuntimeError, match=r"AdamW is followed by another .*`freezer.close\(\)`"):
         other.begin_batch(batches()[1])
     with pytest.warns(UserWarning, match="Nothing was frozen"):
         loop.freezer.close()

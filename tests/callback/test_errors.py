@@ -99,7 +99,7 @@ def with_optimizer(make: Any) -> cases.Regression:
         (lambda: Manual(cases.mlp()), {}, MisconfigurationException, "With manual optimization, `training_step` moves"),
         (
             lambda: TwoOptimizers(cases.mlp()),
-            {},
+            {"optimizer": 1},
             MisconfigurationException,
             "With manual optimization, `training_step` moves",
         ),

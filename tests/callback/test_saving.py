@@ -411,7 +411,7 @@ def test_delta_turns_the_weights_of_t0_into_those_at_the_end(tmp_path, granulari
     assert any((p != q).any() for p, q in zip(base.parameters(), module.parameters(), strict=True))
     apply_delta(base, tmp_path / "delta.safetensors")
     cases.assert_identical(dict(base.state_dict()), dict(module.state_dict()))
-    with pytest.raises(RuntimeError, match="callback is a copy and knows no module"):
+    with pytest.raises(RuntimeError, match="The module of the last run is not known here"):
         copy.deepcopy(callback).delta()
 
 

@@ -44,7 +44,7 @@ class TestGradientWatch:
         trainer.fit(module, cases.loader())
         assert len(norms) == 16
         assert callback.savings.after.gradients == callback.savings.before.gradients
-        (reader,) = callback.state_dict()["readers"]
+        (reader,) = callback.state_dict()["gradient_readers"]
         assert "test_watch.py:" in reader
         assert all(type(p) is nn.Parameter for p in module.parameters())
 
@@ -54,7 +54,7 @@ class TestGradientWatch:
         cases.trainer(callbacks=[callback], gradient_clip_val=0.5, max_epochs=4).fit(
             cases.Regression(cases.mlp()), cases.loader()
         )
-        assert callback.state_dict()["readers"] == []
+        assert callback.state_dict()["gradient_readers"] == []
         assert callback.savings.after.gradients < callback.savings.before.gradients
 
     def test_watched_parameters_are_copied_and_pickled_as_plain_ones(self):
@@ -83,7 +83,7 @@ def test_frozen_values_that_hidden_code_writes_to_are_an_error():
     for hold, wrong in (("auto", True), ("compact", True), ("restore", False)):
         trainer = cases.trainer(callbacks=[GradCovFreezeCallback(t0=3, k=0.8, hold=hold)])
         if wrong:
-            with pytest.raises(RuntimeError, match=r"network.*frozen elements were written to.*hold='restore'"):
+            with pytest.raises(RuntimeError, match=r"network.*has written to frozen elements.*hold='restore'"):
                 trainer.fit(Hidden(decay), cases.loader())
             assert trainer.global_step <= 5
         else:
