@@ -117,9 +117,7 @@ def test_averaged_weights_are_warned_of_and_have_no_delta(averaging):
     module = cases.Regression(cases.mlp())
     (text,) = warned(callback, averaging(), module=module, max_epochs=3)
     assert "replaces the weights by averages over steps before the freeze" in text
-    with pytest.raises(
-        RuntimeError, match=r"network\.0\.weight.*frozen elements have other values than they froze with"
-    ):
+    with pytest.raises(RuntimeError, match=r"network\.0\.weight.*frozen elements have other values"):
         callback.delta()
 
 

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_gcfreeze import GradCovFreezeCallback
 from tests import cases, insides
+from tests.format_5 import as_format_5
 from tests.interruptions import ARGUMENTS, STEPS, T0, DropoutByStep, Interrupted, SaveAndStop, interrupted, module, run
 
 
