@@ -40,7 +40,7 @@ def main() -> None:
             fabric.clip_gradients(model, optimizer, max_norm=1.0)
             optimizer.step()
             optimizer.zero_grad()
-        fabric.print(f"epoch {epoch}: loss {float(loss):.3f}, {freezer.frozen_fraction:.0%} frozen")
+        fabric.print(f"epoch {epoch}: loss {loss.item():.3f}, {freezer.frozen_fraction:.0%} frozen")
     freezer.close()
     fabric.print("Frozen by tensor:", {name: f"{mask.float().mean():.0%}" for name, mask in freezer.frozen.items()})
 

@@ -173,7 +173,7 @@ def checkpoint_saved_after_fit_holds_the_statistics_of_all_ranks(directory: Path
         if file == "after.ckpt":
             trainer.save_checkpoint(directory / file)
         saved = torch.load(directory / file, weights_only=True)["callbacks"]["GradCovFreezeCallback"]
-        states.append({key: saved[key] for key in ("state", "plan", "steps", "phase")})
+        states.append({key: saved[key] for key in ("observing", "decision", "plan", "steps")})
         if file == "during.ckpt":
             shared = states[0]["state"]["covariance"]["network.0.weight"] * states[0]["state"]["scale"]
             assert not torch.equal(shared, saves.own["network.0.weight"])  # each rank had seen something else
