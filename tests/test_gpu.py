@@ -269,7 +269,7 @@ def test_a_step_that_overflows_is_neither_counted_nor_observed(optimizer):
     skipped = 40 - int(torch.tensor(scaler.get_scale()).log2())
     state = callback.state_dict()
     assert skipped > 0
-    assert (state["steps"], state["state"]["observed"], state["state"]["skipped"]) == (64 - skipped, T0, skipped)
+    assert (state["steps"], state["decision"]["observed"], state["decision"]["skipped"]) == (64 - skipped, T0, skipped)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

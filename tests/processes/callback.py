@@ -175,7 +175,7 @@ def checkpoint_saved_after_fit_holds_the_statistics_of_all_ranks(directory: Path
         saved = torch.load(directory / file, weights_only=True)["callbacks"]["GradCovFreezeCallback"]
         states.append({key: saved[key] for key in ("observing", "decision", "plan", "steps")})
         if file == "during.ckpt":
-            shared = states[0]["state"]["covariance"]["network.0.weight"] * states[0]["state"]["scale"]
+            shared = states[0]["observing"]["covariance"]["network.0.weight"] * states[0]["observing"]["scale"]
             assert not torch.equal(shared, saves.own["network.0.weight"])  # each rank had seen something else
     cases.assert_identical(states[1], states[0])
 
