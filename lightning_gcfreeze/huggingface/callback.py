@@ -1,28 +1,27 @@
 """A callback for `transformers.Trainer` that tells a `Freezer` what the Trainer does.
 
-A `TrainerCallback` is told of steps, not of forward and backward passes, and gets no Trainer. So hooks on the model see
-batches and losses, and a hook on the loss sees the backward pass.
+The Trainer tells a callback of optimizer steps, not of forward and backward passes. So hooks on the model see batches
+and losses, and a hook on the loss sees the backward pass.
 """
 
-import os
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lightning_gcfreeze import _torch
 from lightning_gcfreeze.freezer import Freezer
-from lightning_gcfreeze.huggingface.loss_shares import Batch, Loss, Shares, plain
+from lightning_gcfreeze.huggingface import checkpoints
+from lightning_gcfreeze.huggingface.loss_shares import Batch, Loss, Shares, without_count
 from lightning_gcfreeze.options import Options
+from lightning_gcfreeze.planning.growing import Growth
 
-FILE = "gcfreeze.pt"
-"""Beside the Trainer's own files in a checkpoint's folder."""
 _SUPPORTED = ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU", "MULTI_SDAA", "MULTI_MUSA")
 _WHY_NOT = {
     "DEEPSPEED": "DeepSpeed keeps gradients and optimizer states in buffers of its own, and steps them itself",
@@ -35,52 +34,69 @@ _WHY_NOT = {
 class GradCovFreezeTrainerCallback(TrainerCallback):
     """Freeze the quietest parameters of the model that a `transformers.Trainer` trains.
 
-    The same as `GradCovFreezeCallback`, to the bit. Each call of `Trainer.train` makes a new `Freezer`. Each checkpoint
-    of the Trainer has a file ``gcfreeze.pt``, from which `Trainer.train` resumes with its ``resume_from_checkpoint``.
+    The freeze is that of `GradCovFreezeCallback`, to the bit::
+
+        freezing = GradCovFreezeTrainerCallback(t0=100, k=0.9)
+        trainer = Trainer(model, args, train_dataset=data, callbacks=[freezing])
+        trainer.train()
+        freezing.freezer.delta("live.safetensors")
+
+    The model has to compute the loss: to return it as ``loss`` when it is given labels. Each call of `Trainer.train`
+    makes a new `Freezer`. Each checkpoint of the Trainer has a file ``gcfreeze.pt``, from which training resumes with
+    ``resume_from_checkpoint``. With ``k=Growth(monitor="eval_loss")`` the metrics of each evaluation are read.
 
     Args:
         t0: see `GradCovFreezeCallback`, as for all options that are not listed here.
-        k: likewise.
+        k: see `GradCovFreezeCallback`.
         loss: (model, inputs) -> the mean loss of these inputs; None: the loss that the model returns.
-        options: see `GradCovFreezeCallback`. Gradients of frozen elements are zero, but not skipped: the Trainer clips
-            the gradients of all parameters of the model.
+        options: see `GradCovFreezeCallback`, except `skip_frozen_gradients`: gradients of frozen elements are zero, but
+            they are computed, because the Trainer clips the gradients of all parameters of the model.
 
     Raises:
-        TypeError: when the callback is made, an argument is of the wrong kind.
-        ValueError: when the callback is made, an argument is outside its range; at the start of training, the Trainer
-            trains in a way that cannot be served.
+        TypeError: an argument is of the wrong kind.
+        ValueError: an argument is outside its range. At the start of training: DeepSpeed, FSDP or `nn.DataParallel`
+            trains the model, or a checkpoint has no ``gcfreeze.pt``. In training: the model returns no loss.
+        RuntimeError: in training, gradients come from something else than one loss of one forward pass.
     """
 
     def __init__(self, t0: Any = None, k: Any = None, *, loss: Loss | None = None, **options: Any) -> None:
-        Options(t0=t0, k=k, **options)  # refuses wrong ones before a model is loaded
+        checked = Options(t0=t0, k=k, **options)
+        if options.get("skip_frozen_gradients"):
+            raise ValueError(
+                "`skip_frozen_gradients=True` is not possible with the Trainer: it clips `model.parameters()`, and logs"
+                " their norm, so all gradients have to be there. Leave the argument out."
+            )
+        growth = checked.decisions[-1][1]
+        self._monitor = growth.monitor if isinstance(growth, Growth) else None
         self._options, self._loss = {"t0": t0, "k": k, **options}, loss or _loss_of_model
         self.freezer: Freezer | None = None
-        """The freezer of the last call of `train`, also after its end: `frozen`, `savings`, `delta` and so on."""
+        """The freezer of the last call of `train`, kept after its end for `frozen`, `savings`, `delta` and so on."""
         self._model: nn.Module | None = None
         self._handles: list[RemovableHandle] = []
         self._smoothing = 0.0
         self._replaying = False
-        self._passes = 0  # forward passes in training
+        self._n_passes = 0  # forward passes in training
         self._open: tuple[int, Tensor, Tensor | float] | None = None  # the last pass, its mean loss, its share
-        self._total: Tensor | None = None  # of the shares of a step, where it is known
-        self._seen = False  # whether the backward pass of the step to come was
+        self._weights: list[Tensor] = []  # of the mean losses since the last step
+        self._is_step_seen = False  # whether the last backward pass before the step was
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "GradCovFreezeTrainerCallback":
-        """Return the callback itself: a copy of the model takes the hooks along, and they ignore it."""
+        """Return the callback itself. A copy of the model has the hooks, too, which ignore all modules but one."""
         return self
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Attach a new Freezer. By now the model, the optimizer and its checkpoint are in place."""
-        self.close()  # a run that an exception ended has no `on_train_end`
+        """Make a freezer. The Trainer has made the optimizer, and loaded the checkpoint, before it calls this."""
+        self.close()  # the freezer of a run that an exception ended, before `on_train_end`
         if why := _refusal(args):
             raise ValueError(why)
         model, optimizer, scaler = kwargs["model"], kwargs["optimizer"], None
-        while hasattr(optimizer, "gradient_state"):  # accelerate's wrapper, around torch's optimizer
+        while hasattr(optimizer, "gradient_state"):  # Accelerate's wrapper, around torch's optimizer or another one
             optimizer, scaler = optimizer.optimizer, scaler or optimizer.scaler
         self._smoothing = args.label_smoothing_factor
-        self._passes, self._open, self._seen, self._n_processes = 0, None, False, args.world_size
+        self._n_passes, self._open, self._is_step_seen, self._weights = 0, None, False, []
+        self._n_processes = args.world_size
         self._shares = Shares(model, partial(self._unwatched, _loss_of_model))
         self.freezer = Freezer(
             model,
@@ -93,8 +109,8 @@ class GradCovFreezeTrainerCallback(TrainerCallback):
         )
         self._model = model
         if state.global_step > 0:
-            self.freezer.load_state_dict(torch.load(_saved(args, state), map_location="cpu", weights_only=True))
-        # A compiled model would trace into the hooks, which have effects outside of it.
+            self.freezer.load_state_dict(checkpoints.load(args, state))
+        # `torch.compile` must not trace the hooks: they do more than compute tensors.
         before, after = map(torch.compiler.disable, (self._before_forward, self._after_forward))
         self._handles = [
             model.register_forward_pre_hook(before, with_kwargs=True),
@@ -105,30 +121,36 @@ class GradCovFreezeTrainerCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Refuse a step whose gradients did not come from the model's own loss."""
-        if not self._seen:
+        if not self._is_step_seen:
             raise RuntimeError(
                 "The optimizer steps, but no backward pass went through the loss that the model returned. The Trainer's"
                 " `compute_loss_func` or an overridden `compute_loss` makes the loss itself. Compute it in the model's"
                 " `forward`, and return it as `loss`."
             )
-        self._seen = False
+        self._is_step_seen = False
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write the Freezer's state into the checkpoint's folder. Runs on all processes, since the state is shared."""
+        """Write the freezer's state into the checkpoint's folder. Runs on all processes: they synchronize the state."""
         if self.freezer is None:
             return
         saved = self.freezer.state_dict()
-        if args.should_save and not state.is_hyper_param_search:  # a trial's folder is known to the Trainer alone
-            torch.save(saved, os.path.join(_folder(args, state), FILE))
+        if args.should_save and not state.is_hyper_param_search:  # callbacks do not learn a trial's folder
+            checkpoints.save(saved, args, state)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Pass on the metric that ``Growth(monitor=...)`` names."""
+        loss = kwargs.get("metrics", {}).get(self._monitor)
+        if loss is not None and self._model is not None and self.freezer is not None:
+            self.freezer.record_validation_loss(loss)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Let go of model and optimizer. With `load_best_model_at_end` the model has its best weights by now."""
+        """Close the freezer. With ``load_best_model_at_end`` the Trainer has loaded the best weights before."""
         self.close()
 
     def close(self) -> None:
-        """Let go of model and optimizer. To be called after an exception, since the Trainer does not tell of it."""
+        """Remove all hooks from the model and the optimizer. Call this if `Trainer.train` raised an exception."""
         for handle in self._handles:
             handle.remove()
         if self._model is not None and self.freezer is not None:
@@ -136,7 +158,7 @@ class GradCovFreezeTrainerCallback(TrainerCallback):
         self._handles, self._model, self._open = [], None, None
 
     def _watches(self, module: nn.Module) -> bool:
-        """Whether a forward pass is one of training: not of evaluation, a replay, or a copy of the model."""
+        """Return whether a forward pass belongs to training, not to evaluation, a replay or a copy of the model."""
         return module is self._model and module.training and torch.is_grad_enabled() and not self._replaying
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -144,11 +166,11 @@ class GradCovFreezeTrainerCallback(TrainerCallback):
             return
         if args:
             raise ValueError(
-                f"{type(module).__name__} was called with {len(args)} positional inputs. Only inputs by name can be cut"
-                " into samples, as the Trainer gives them. Call it as `model(**inputs)`."
+                f"{type(module).__name__} was called with {len(args)} positional inputs, but only inputs by name can be"
+                " replayed. Call it as `model(**inputs)`, as the Trainer does."
             )
         assert self.freezer is not None
-        self.freezer.begin_batch(plain(kwargs))
+        self.freezer.begin_batch(without_count(kwargs))
         self._shares.begin(kwargs)
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -156,47 +178,53 @@ class GradCovFreezeTrainerCallback(TrainerCallback):
             return
         if (loss := _loss_in(output)) is None:
             raise ValueError(
-                f"{type(module).__name__} returned no loss for the inputs {', '.join(kwargs)}, so a single sample has"
-                f" none. The Trainer keeps the labels to itself with `label_smoothing_factor={self._smoothing}`, where"
-                " that is not 0, and with `compute_loss_func`. Compute the loss in the model's `forward`, and return it"
-                " as `loss`."
+                f"{type(module).__name__} returned no loss for the inputs {', '.join(kwargs)}. The Trainer computes the"
+                f" loss itself with `label_smoothing_factor={self._smoothing}`, unless that is 0, and with"
+                " `compute_loss_func`. Compute the loss in the model's `forward`, and return it as `loss`."
             )
         share = self._shares.of(loss, kwargs)
-        self._passes += 1
-        # Not in the hook's closure: the graph would hold itself. Made now: the Trainer multiplies the loss in place.
-        self._open = (self._passes, loss / share, share)
+        self._n_passes += 1
+        # The hook must not hold the mean loss: the graph would hold itself, and stay in memory. The mean loss is made
+        # here, because the Trainer may change the loss in place.
+        self._open = (self._n_passes, loss / share, share)
         if loss.requires_grad:
-            loss.register_hook(partial(self._at_backward, self._passes))
+            loss.register_hook(partial(self._at_backward, self._n_passes))
 
     def _at_backward(self, number: int, gradient: Tensor) -> None:
-        """The backward pass has come to the loss; `gradient` is what it was multiplied by since."""
+        """Run when a backward pass reaches the loss; `gradient` is what the Trainer multiplied the loss by."""
         last, self._open = self._open, None
         if last is None or last[0] != number:
             raise RuntimeError(
-                f"The loss of forward pass {number} is used in a backward pass, but pass {self._passes} is the last or"
-                " was used before. One forward pass of the model is expected for each backward pass. Compute the loss"
-                " in one call of the model."
+                f"A backward pass uses the loss of forward pass {number}, but {self._n_passes} is the last one, or its"
+                " loss was used before. One forward pass of the model is expected for each backward pass. Compute the"
+                " loss in one call of the model."
             )
         assert self.freezer is not None
         _, mean, share = last
-        with torch.enable_grad():  # it is off in hooks
-            self.freezer.before_backward(mean, gradient * share)
-        # Where losses are divided by the targets of all processes, the shares of a step add up to 1 over all of them.
-        self._total = gradient / self._n_processes if self._shares.are_of_all_targets else None
-        # DDP averages gradients in a callback that it queues itself during the pass. One that is queued by a callback
-        # runs after all of these.
+        self._weights.append(gradient * share)
+        with torch.enable_grad():  # gradients are not recorded in hooks
+            self.freezer.before_backward(mean, self._weights[-1])
+        # DDP averages gradients in a callback that it queues during the backward pass. A callback that is queued by
+        # another callback runs after all of these.
         _torch.queue_after_backward(lambda: _torch.queue_after_backward(self._after_backward))
 
     def _after_backward(self) -> None:
         assert self.freezer is not None
-        # The Trainer tells accelerate so before each micro-batch. A count would miss the short last window of an epoch.
-        last = GradientState().sync_gradients
-        self._seen = self._seen or last
-        with torch.enable_grad():  # it is off here, and replays need it
-            self.freezer.after_backward(last, self._total)
+        # The Trainer sets this before each micro-batch. Counting would miss the short last step of an epoch.
+        is_last = GradientState().sync_gradients
+        total = None
+        if is_last:
+            self._is_step_seen = True
+            if self._n_processes > 1:  # which have different numbers of targets
+                total = torch.stack(self._weights).sum()
+                dist.all_reduce(total)
+                total /= self._n_processes
+            self._weights = []
+        with torch.enable_grad():  # gradients are not recorded in callbacks, and replays need them
+            self.freezer.after_backward(is_last, total)
 
     def _unwatched(self, loss: Loss, model: nn.Module, batch: Batch) -> Tensor:
-        """A loss of some samples, in forward passes that the hooks leave alone."""
+        """Return the loss of some samples, in a forward pass that the hooks ignore."""
         self._replaying, before = True, self._replaying
         try:
             return loss(model, batch)
@@ -206,12 +234,12 @@ class GradCovFreezeTrainerCallback(TrainerCallback):
 
 def _loss_of_model(model: nn.Module, batch: Batch) -> Tensor:
     loss = _loss_in(model(**batch))
-    assert loss is not None  # it was there in training
+    assert loss is not None  # the model returned one in training
     return loss
 
 
 def _loss_in(output: Any) -> Tensor | None:
-    """As the Trainer finds it, if it is one."""
+    """Return the loss where the Trainer looks for it, or None if that is no 0-dim tensor."""
     loss = output.get("loss") if isinstance(output, Mapping) else output[0]
     return loss if isinstance(loss, Tensor) and loss.dim() == 0 else None
 
@@ -219,34 +247,11 @@ def _loss_in(output: Any) -> Tensor | None:
 def _refusal(args: TrainingArguments) -> str | None:
     kind = AcceleratorState().distributed_type.name
     if kind not in _SUPPORTED:
-        why = _WHY_NOT.get(kind, "it is not known to keep gradients in `p.grad` until the optimizer steps")
+        why = _WHY_NOT.get(kind, "gradients may not be in `p.grad` when the optimizer steps")
         return f"{kind} is not supported: {why}. Supported are one device and DistributedDataParallel."
     if args.n_gpu > 1:
         return (
-            f"{args.n_gpu} GPUs in one process are not supported: nn.DataParallel trains copies of the model. Start one"
-            " process for each with `torchrun`, or set CUDA_VISIBLE_DEVICES to one."
+            f"{args.n_gpu} GPUs in one process are not supported: `nn.DataParallel` trains copies of the model. Start"
+            " one process per GPU with `torchrun`, or set CUDA_VISIBLE_DEVICES to one GPU."
         )
     return None
-
-
-def _folder(args: TrainingArguments, state: TrainerState) -> str:
-    return os.path.join(str(args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-
-
-def _saved(args: TrainingArguments, state: TrainerState) -> str:
-    """The file of the checkpoint that is resumed. Callbacks are not told where that is.
-
-    Raises:
-        ValueError: it is not to be found.
-    """
-    folder = args.resume_from_checkpoint if os.path.isdir(args.resume_from_checkpoint or "") else _folder(args, state)
-    file, trainer_state = os.path.join(str(folder), FILE), os.path.join(str(folder), "trainer_state.json")
-    way_out = "Give the folder that `train` resumes from to `TrainingArguments(resume_from_checkpoint=...)`, too."
-    if not os.path.isfile(file):
-        raise ValueError(
-            f"There is no {file}, from which freezing goes on at step {state.global_step}. {way_out} If that run had no"
-            " such callback, begin a new one from its weights."
-        )
-    if os.path.isfile(trainer_state) and TrainerState.load_from_json(trainer_state).log_history != state.log_history:
-        raise ValueError(f"{folder} is of another run than the one that is resumed: its log differs. {way_out}")
-    return file
