@@ -14,7 +14,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 from torch.testing import assert_close
 
-from lightning_gcfreeze import GradCovFreezeCallback, observing
+from lightning_gcfreeze import GradCovFreezeCallback, Growth, Settled, observing
 from tests import cases, insides
 from tests.oracles.freezing import PlainFreeze
 
@@ -101,3 +101,24 @@ def test_step_that_overflows_is_neither_counted_nor_observed(monkeypatch, optimi
         frozen, expected = callback.frozen[name], plain.get_parameter(name)
         assert torch.equal(p[frozen], expected[frozen])
         assert_close(p, expected, rtol=1e-3, atol=1e-4)  # gradients are rounded to half precision
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("t0", [6, Settled(max_t0=6, first=2)], ids=["given", "settled"])
+def test_recorded_loss_does_not_depend_on_the_loss_scale(t0, accumulate):
+    """Each loss is 7 before it is scaled, by a scale that doubles after every third step."""
+
+    class Constant(cases.Regression):
+        def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            return loss - loss.detach() + 7.0
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=3)
+    plugins = [MixedPrecision("16-mixed", "cpu", scaler=scaler)]
+    callback = GradCovFreezeCallback(t0=t0, k=Growth(every=3, stages=2))
+    trainer = cases.trainer(callbacks=[callback], plugins=plugins, accumulate_grad_batches=accumulate)
+    trainer.fit(Constant(cases.mlp()), cases.loader(samples=8 * 12 * accumulate))
+    assert scaler.get_scale() == 2.0**9  # no step was skipped
+    growing = insides.plan_of(callback).growing
+    assert growing.reference.value == pytest.approx(7.0)
+    assert (growing.increase, growing.stage) == (pytest.approx(0.0, abs=1e-6), 1)
