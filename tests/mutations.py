@@ -1,0 +1,315 @@
+"""Planted faults: does the test suite notice when the package is wrong?
+
+    uv run python -m tests.mutations
+    uv run python -m tests.mutations --only "the freeze comes one step late"
+
+Each fault is a mistake that somebody could have made, in one line of the package: a comparison the wrong way round, a
+factor upside down, a case left out. It is planted in a fresh copy of the working tree, and the few tests that should
+prevent it are run on the copy. They have to fail; a fault that survives them is a blind spot. First, the same tests
+have to pass on a copy without a fault, or their failing would mean nothing.
+
+Each run is a fork of this process, which has imported torch and Lightning but neither the package nor its tests: a
+fault takes seconds. The operating system has to be able to fork.
+"""
+
+import argparse
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = "lightning_gcfreeze"
+PASSED, FAILED, NOT_RUN = 0, 1, 3  # pytest's exit statuses; with any other one the tests could not be run
+PRELOADED = ("torch._dynamo", "torch.distributed.fsdp", "lightning.pytorch", "hypothesis.extra.numpy", "pytest")
+
+
+class Fault(NamedTuple):
+    """One line that is wrong."""
+
+    name: str  # what goes wrong: a subject, and what it wrongly does
+    file: str  # in the package
+    old: str  # found exactly once in the file
+    new: str
+    tests: list[str]  # node ids in the folder of tests, of which at least one has to fail
+
+
+OBSERVING, STAGES, FREEZER = "callback/test_observing.py::", "callback/test_stages.py::", "test_freezer.py::"
+
+# fmt: off
+FAULTS = [
+    # A run: steps, losses, stages ----------------------------------------------------------------------------------
+    Fault("the optimizer step that a loss scaler skipped is counted", "run.py",
+          'getattr(optimizer, "found_inf", None)', 'getattr(optimizer, "_found_inf", None)',
+          ["callback/test_scaler.py::test_step_that_overflows_is_neither_counted_nor_observed"
+           "[Adam fused-at t0-auto-at once]"]),
+    Fault("the gradient of a short accumulation window is scaled the wrong way", "run.py",
+          "self._micro_batches / n_micro_batches * loss_scale", "n_micro_batches / self._micro_batches * loss_scale",
+          [OBSERVING + "test_accumulated_micro_batches_make_one_step_of_the_recursion[replay]"]),
+    Fault("the recorded loss is multiplied by the loss scale, not divided", "run.py",
+          "n_micro_batches / self._around.loss_scale()", "n_micro_batches * self._around.loss_scale()",
+          ["callback/test_scaler.py::test_recorded_loss_does_not_depend_on_the_loss_scale"]),
+    Fault("the step after each n-th is observed", "run.py",
+          "(self._state.steps + 1) % self._options.every == 0", "self._state.steps % self._options.every == 0",
+          [OBSERVING + "test_every_nth_step_is_observed"]),
+    Fault("the freeze comes one step late", "stages.py",
+          "is_decision_step(state.steps):", "is_decision_step(state.steps - 1):",
+          [OBSERVING + "test_k_lowest_elements_freeze_after_step_t0"]),
+    Fault("each process decides by its own statistics", "stages.py",
+          "observing.synchronize()", "observing.resolve_pending()",
+          ["test_processes.py::test_two_ranks_agree_with_one_process[observing]"]),
+    Fault("newly frozen elements are taken for thawed ones", "stages.py",
+          "mask & ~before[name] for", "before[name] & ~mask for",
+          [STAGES + "test_thawed_elements_have_the_optimizer_state_of_their_freeze"]),
+    Fault("states of frozen elements are kept after the last stage", "stages.py",
+          "if state.plan.growth or not", "if state.plan.growth and not",
+          [STAGES + "test_thawed_elements_have_the_optimizer_state_of_their_freeze"]),
+    Fault("an unsettled order may freeze later than `max_t0`", "stages.py",
+          "is_last = state.steps >= state.plan.next_deadline", "is_last = state.steps > state.plan.next_deadline",
+          [STAGES + "test_order_that_does_not_settle_freezes_at_max_t0"]),
+    # Statistics and decisions --------------------------------------------------------------------------------------
+    Fault("a step without a loss is not counted as skipped", "observing.py",
+          "max(self._tried_step, self._observed_step) < step", "max(self._tried_step, self._observed_step) > step",
+          [OBSERVING + "test_step_without_a_loss_is_skipped"]),
+    Fault("the largest of the processes' counts of observed steps is used", "observing.py",
+          "int(world.all_reduce_min(torch.tensor(self._observed)))",
+          "-int(world.all_reduce_min(torch.tensor(-self._observed)))",
+          ["test_observing.py::test_synchronized_statistics_are_the_mean_over_processes"]),
+    Fault("a step that turns out not to be finite decays the statistics", "observing.py",
+          "self._scale = self._scale_if_skipped", "self._scale_if_skipped = self._scale",
+          ["test_observing.py::test_outcome_is_the_same_where_the_device_is_asked_a_step_later"]),
+    Fault("frozen elements are the last in the order of the next stage", "decision.py",
+          "masked_fill(keep[name], -math.inf)", "masked_fill(keep[name], math.inf)",
+          [STAGES + "test_monotone_schedule_keeps_what_the_order_would_thaw"]),
+    # The state, and the fronts -------------------------------------------------------------------------------------
+    Fault("a run resumed after the freeze counts from t0 again", "state.py",
+          'self.seed, self.steps = state["seed"], state["steps"]',
+          'self.seed, self.steps = state["seed"], (state["decision"] or {"observed": state["steps"]})["observed"]',
+          ["callback/test_resume.py::test_run_resumed_at_any_step_equals_the_unbroken_run[12]"]),
+    Fault("statistics between two stages of format 5 are dropped", "state.py",
+          'else (state["again"], state)', "else (None, state)", ["test_state.py"]),
+    Fault("the variance of another order of format 5 is replaced by the scores", "state.py",
+          'None if decision["by_variance"] else', 'None if "by_variance" in decision else', ["test_state.py"]),
+    Fault("frozen elements that were written to are not found", "state.py",
+          "for name in self.held_bits if name in parameters", "for name in self.held_bits if name not in parameters",
+          ["test_misconfiguration.py::test_a_frozen_value_that_somebody_wrote_is_noticed_and_a_live_one_is_not"]),
+    Fault("statistics stay those of each process at the end of training", "callback.py",
+          "if self._run:\n            self._run.synchronize()", "if self._run:\n            pass",
+          ["test_synchronizing.py::test_statistics_are_those_of_all_processes_after_training[callback]"]),
+    Fault("under manual optimization steps of other optimizers are observed", "callback.py",
+          "if self._run and _lightning.is_optimizer(optimizer, trainer, self.optimizer or 0):", "if self._run:",
+          ["callback/test_manual_optimization.py::test_second_moment_observed_at_each_step_is_that_of_a_loop"]),
+    Fault("Freezer observes accumulated gradients one micro-batch late", "freezer.py",
+          "self._micro_batches >= self._accumulate if", "self._micro_batches > self._accumulate if",
+          [FREEZER + "test_freezer_with_accumulation_and_clipping_gives_the_callbacks_bits"]),
+    Fault("Freezer takes a step that a loss scaler skipped for a second evaluation", "freezer.py",
+          "may_be_skipped=self._scaler is not None", "may_be_skipped=self._scaler is None",
+          [FREEZER + "test_scheduler_and_scaler_of_the_loop_go_on_working"]),
+    Fault("statistics of a closed Freezer are those of one process", "freezer.py",
+          "if self._run.has_begun:\n                self.", "if not self._run.has_begun:\n                self.",
+          ["test_synchronizing.py::test_statistics_are_those_of_all_processes_after_training[Freezer]"]),
+    # When and how much ---------------------------------------------------------------------------------------------
+    Fault("the loss before the freeze is a mean over one step too many", "planning/plan.py",
+          "step > self.next_deadline - self._averaged_steps", "step >= self.next_deadline - self._averaged_steps",
+          ["planning/test_plan.py::test_reference_with_a_given_t0_is_the_loss_of_the_last_tenth_before_it"]),
+    Fault("a loss that is only noise counts as settled", "planning/settling.py",
+          "improvement + improvement_noise <=", "improvement - improvement_noise <=",
+          ["planning/test_settling.py::test_loss_settles_only_if_it_neither_falls_nor_hides_a_fall_in_noise"]),
+    Fault("a stage thaws after a single loss that is too high", "planning/growing.py",
+          "self._n_too_high >= 2", "self._n_too_high >= 1",
+          ["planning/test_growing.py::test_single_loss_that_is_too_high_does_not_thaw"]),
+    Fault("the standard error is computed with n in place of n - 1", "planning/losses.py",
+          "squares / (n - 1) / n", "squares / n / n",
+          ["planning/test_losses.py::test_mean_and_standard_error_are_those_of_numpy"]),
+    Fault("two stages of a schedule may have the same step", "planning/schedule.py",
+          "if later <= t:", "if later < t:",
+          ["planning/test_schedule.py::test_stages_that_are_no_schedule_are_refused"]),
+    # Per-sample gradients ------------------------------------------------------------------------------------------
+    Fault("captured gradients are compared with replayed ones at the first attempt only", "gradients/comparison.py",
+          "attempt & (attempt - 1) == 0", "attempt == 1",
+          ["gradients/test_comparison.py::test_mean_over_tokens_is_replayed_once_there_is_padding"]),
+    Fault("noise summed in the backward pass is corrected by the variance's factor", "gradients/source.py",
+          "finite_batch_correction(size, batch_size) ** 0.5", "finite_batch_correction(size, batch_size)",
+          ["gradients/test_capture.py::test_noise_summed_in_backward_is_around_the_mean_of_its_micro_batch"]),
+    Fault("noise is summed in the backward pass where a gradient was there before", "gradients/capture.py",
+          "if self._parameters[name].grad is None}", "if self._parameters[name].grad is not None}",
+          [OBSERVING + "test_large_layers_are_summed_within_the_backward_pass"]),
+    Fault("the size of accumulated batches is that of the last one", "gradients/window.py",
+          "self.batch_size += other.batch_size", "self.batch_size = other.batch_size",
+          [OBSERVING + "test_accumulated_micro_batches_make_one_step_of_the_recursion[replay]"]),
+    Fault("a dilated convolution has one window too few", "gradients/layer_rules.py",
+          "(n - dilation * (kernel - 1) - 1) // stride + 1", "(n - dilation * kernel) // stride + 1",
+          ["gradients/test_layer_rules.py::test_convolution_of_any_geometry"]),
+    Fault("a tensor of length 1 sets the size of the batch", "gradients/slicing.py",
+          "max(sizes.values(), default=0)", "min(sizes.values(), default=0)",
+          ["gradients/test_slicing.py::test_tensor_of_length_one_is_kept_for_every_sample"]),
+    Fault("a replay changes the state of Python's random stream", "gradients/isolation.py",
+          "random.setstate(python_state)", "random.getstate()",
+          [OBSERVING + "test_observing_leaves_all_state_bit_identical"]),
+    # The arithmetic of the noise -----------------------------------------------------------------------------------
+    Fault("products of two different positions are counted once", "estimators/outer_products.py",
+          "by_output[:, positions:] *= 2", "by_output[:, positions:] *= 1",
+          ["estimators/test_per_sample.py::test_squared_noise_equals_a_loop_for_any_chunk_size"]),
+    Fault("the noise of a short batch is rescaled the wrong way", "estimators/base.py",
+          "(1.0 - 1.0 / reference) / (1.0 - 1.0 / batch_size)", "(1.0 - 1.0 / batch_size) / (1.0 - 1.0 / reference)",
+          ["estimators/test_estimators.py::test_correction_puts_batches_of_any_size_on_one_scale"]),
+    Fault("a sum that takes over its scale takes that of the step before", "estimators/base.py",
+          "tensor.mul_(after)", "tensor.mul_(scale)", ["estimators/test_estimators.py", "test_observing.py"]),
+    Fault("the recent mean forgets too slowly", "estimators/gains.py",
+          "5 / (t + 4)", "5 / (t + 5)",
+          ["estimators/test_estimators.py::test_recent_mean_with_one_over_t_has_weights_of_the_fourth_power"]),
+    Fault("progress is divided by the second moment, not its root", "orderings.py",
+          "_ratio(m.square(), second[name].sqrt())", "_ratio(m.square(), second[name])",
+          ["test_orderings.py::test_named_ordering_gives_the_scores_of_numpy_and_does_not_modify_evidence"]),
+    # Which elements freeze -----------------------------------------------------------------------------------------
+    Fault("rows that fill k exactly are not frozen", "selection/lowest.py",
+          "cumsum(0) <= k", "cumsum(0) < k",
+          ["selection/test_lowest.py::TestRowsAndTensors::test_units_are_taken_in_the_order_of_their_means_while_they_fit"]),
+    Fault("a fraction of the elements is rounded down", "selection/eligible.py",
+          "round(k * n_eligible)", "int(k * n_eligible)", ["selection/test_lowest.py::test_k_is_resolved_to_a_count"]),
+    Fault("0 and -0 are different scores", "selection/radix.py",
+          "(numbers + 0.0).view(", "numbers.clone().view(",
+          ["selection/test_radix.py", "selection/test_lowest.py::test_lowest_k_marks_exactly_the_k_lowest"]),
+    # Constancy, and what it saves ----------------------------------------------------------------------------------
+    Fault("a row with one marked element counts as a whole row", "_masks.py",
+          "torch.equal(marked, rows.all(1))", "torch.equal(marked, rows.any(1))",
+          ["test_masks.py::test_gathers_scatters_and_fills_as_numpy_does"]),
+    Fault("live elements of sparse gradients are zeroed, not frozen ones", "freezing/restore.py",
+          "masked_fill_(~live[", "masked_fill_(live[",
+          ["freezing/test_restore.py::TestGradients::test_sparse_gradient_stays_sparse"]),
+    Fault("only the last of several backward passes before a step counts", "freezing/live_vector.py",
+          "grad_slice += bundle.gather(gradients)", "grad_slice.copy_(bundle.gather(gradients))",
+          ["freezing/test_compact.py::test_gradients_are_gathered_during_backward_and_freed"]),
+    Fault("an element that thaws a second time gets the state of its first freeze", "freezing/thawing.py",
+          "masks[name] = mask & ~thawing[name]", "masks[name] = mask",
+          ["freezing/test_thawing.py::test_thawed_elements_have_the_state_they_froze_with"]),
+    Fault("a block leaves out columns with a frozen element", "freezing/blocks.py",
+          "live.any(2).any(1), live.any(2).any(0)", "live.any(2).any(1), live.any(2).all(0)",
+          ["freezing/test_skipping.py::test_live_elements_have_the_gradient_of_plain_autograd"]),
+    Fault("gradients are gathered twice in a step, or not at all", "freezing/holder.py",
+          "if not self._gathered:", "if self._gathered:",
+          ["callback/test_saving.py::test_micro_batches_without_a_loss_train_alike_under_both_holds"]),
+    Fault("the skipped work is counted with the work that is left at half", "freezing/savings.py",
+          "flops - 2 * uses_per_step[name] * computed", "flops - uses_per_step[name] * computed",
+          ["freezing/test_savings.py::test_flops_are_two_for_each_element_and_use"]),
+    Fault("the fingerprint ignores the first element and the highest bit of others", "freezing/fingerprints.py",
+          "mul_(2).add_(1)", "mul_(2)",
+          ["freezing/test_fingerprints.py::test_fingerprint_changes_with_every_bit_of_every_frozen_element"]),
+    # Several processes ---------------------------------------------------------------------------------------------
+    Fault("frozen elements that DDP does not send keep their local gradient", "distributed/comm_hook.py",
+          "buffer.zero_()", "buffer.detach()", ["test_processes.py::test_two_ranks_agree_with_one_process[comm_hook]"]),
+    Fault("the index in a whole parameter is computed with the shape of its local part", "distributed/shards.py",
+          "found * layout.shape[axis] +", "found * tensor.shape[axis] +",
+          ["distributed/test_shards.py::test_every_element_of_a_sharded_parameter_is_counted_once_and_has_its_index"]),
+    # Who reads gradients, and what is refused ----------------------------------------------------------------------
+    Fault("a parameter's hook is found only next to one of the other kind", "user_code/readers.py",
+          "for name, p in parameters.items() if p._backward_hooks or p._post",
+          "for name, p in parameters.items() if p._backward_hooks and p._post",
+          ["user_code/test_readers.py::test_hooks_on_tensors_modules_and_the_optimizer_are_found"]),
+    Fault("an optimizer with half a sign of two sets of weights is refused", "refusals.py",
+          "if known <= signs:", "if known & signs:",
+          ["test_refusals.py::TestOptimizersWithTwoSetsOfWeights::test_half_a_sign_is_supported"]),
+    Fault("a freeze after the very last step is not warned of", "misconfiguration.py",
+          "all(t < planned_steps for t in decision_steps)", "all(t <= planned_steps for t in decision_steps)",
+          ["test_misconfiguration.py::test_a_likely_mistake_is_warned_of_before_the_first_step"]),
+    # What is saved and logged --------------------------------------------------------------------------------------
+    Fault("the bytes of the indices in a delta are ignored", "delta.py",
+          "if indices.nbytes + values.nbytes >= p.nbytes", "if values.nbytes >= p.nbytes",
+          ["test_delta.py::test_each_parameter_is_stored_in_the_form_that_takes_least"]),
+    Fault("the logarithm of a variance of 0 is logged", "reporting.py",
+          "variance[name] > 0", "variance[name] >= 0", ["test_reporting.py"]),
+]
+# fmt: on
+
+
+def copied(folder: Path) -> None:
+    """Copy the files of the working tree that git does not ignore to a folder."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, listing.split("\0")):
+        if (ROOT / name).is_file():  # git also lists a file that was deleted since
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, folder / name)
+
+
+def run_tests(folder: Path, tests: list[str]) -> NoReturn:
+    """Run tests of a copy, and end this process, a fork, with pytest's exit status."""
+    status = NOT_RUN
+    try:
+        import pytest
+
+        os.chdir(folder)
+        os.environ["PYTHONPATH"] = str(folder)  # of processes that the tests start
+        sys.path[:] = [str(folder), *(path for path in sys.path if path not in ("", str(ROOT)))]
+        del sys.modules["tests"]
+        # What this process imported before cannot be rewritten, which pytest warns of.
+        options = ["-q", "-x", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+        status = pytest.main([*options, *(f"tests/{test}" for test in tests)])
+        origin = importlib.import_module(PACKAGE).__file__
+        if not Path(str(origin)).is_relative_to(folder):
+            print(f"The tests ran on {origin}, not on the copy.")
+            status = NOT_RUN
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
+
+
+def outcome(tests: list[str], fault: Fault | None = None) -> tuple[int, str]:
+    """Return pytest's exit status and output on a copy, with a fault or without one."""
+    with tempfile.TemporaryDirectory(prefix="mutations-") as name:
+        folder = Path(name).resolve()
+        copied(folder)
+        if fault:
+            file = folder / PACKAGE / fault.file
+            file.write_text(file.read_text(encoding="utf-8").replace(fault.old, fault.new), encoding="utf-8")
+        sys.stdout.flush()
+        with tempfile.TemporaryFile("w+") as output:
+            if (child := os.fork()) == 0:
+                os.dup2(output.fileno(), 1)
+                os.dup2(output.fileno(), 2)
+                run_tests(folder, tests)
+            _, status = os.waitpid(child, 0)
+            output.seek(0)
+            return os.waitstatus_to_exitcode(status), output.read()
+
+
+def main() -> int:
+    """Plant each fault, and print whether it was caught."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", metavar="NAME", help="plant only this fault")
+    only = parser.parse_args().only
+    faults = [fault for fault in FAULTS if only in (None, fault.name)]
+    if not faults:
+        parser.error(f"no fault is called {only!r}")
+    if misplaced := [f for f in faults if (ROOT / PACKAGE / f.file).read_text(encoding="utf-8").count(f.old) != 1]:
+        parser.error("\n".join(f"not found exactly once in {f.file}: {f.old!r} ({f.name})" for f in misplaced))
+    for module in PRELOADED:
+        importlib.import_module(module)
+    status, said = outcome(sorted({test for fault in faults for test in fault.tests}))
+    if status != PASSED:
+        print(f"{said}\nWithout any fault the tests do not pass.")
+        return 1
+    width, survivors = max(len(fault.name) for fault in faults), 0
+    for fault in faults:
+        start = time.monotonic()
+        status, said = outcome(fault.tests, fault)
+        seconds, caught = time.monotonic() - start, status == FAILED
+        survivors += not caught
+        verdict = "caught" if caught else "SURVIVED" if status == PASSED else "could not be tested"
+        print(f"{fault.file:26}{fault.name:{width}}  {verdict:10}{seconds:6.1f} s", flush=True)
+        if status not in (PASSED, FAILED):
+            print(said)
+    print(f"{len(faults) - survivors} of {len(faults)} faults were caught.")
+    return int(survivors > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
