@@ -48,7 +48,8 @@ class GradCovFreezeTrainerCallback(TrainerCallback):
     Args:
         t0: see `GradCovFreezeCallback`, as for all options that are not listed here.
         k: see `GradCovFreezeCallback`.
-        loss: (model, inputs) -> the mean loss of these inputs; None: the loss that the model returns.
+        loss: (model, inputs) -> the mean loss of these inputs; None: the loss that the model returns. Pass a function
+            if an overridden `compute_loss` adds terms to that loss.
         options: see `GradCovFreezeCallback`, except `skip_frozen_gradients`: gradients of frozen elements are zero, but
             they are computed, because the Trainer clips the gradients of all parameters of the model.
 

@@ -188,12 +188,14 @@ def test_gradient_is_the_weighted_sum_of_the_mean_losses_gradients(tmp_path, err
     assert all("num_items_in_batch" not in batch for batch in freezer.batches)
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch, in a pass without gradients
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_activations_do_not_add_batches(tmp_path, reentrant, recorder, request):
     """Their forward passes run again within the backward pass; replays cannot run where that is reentrant."""
     errors = [] if reentrant else request.getfixturevalue("errors")
     model = bert(0.0)
     model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
     trainer = trained(tmp_path, model, gradient_accumulation_steps=2)
     events = [e for e in trainer.freezing.freezer.events if "backward" in e or e == "begin_batch"]
     first = ["begin_batch", "before_backward", "after_backward:False"]

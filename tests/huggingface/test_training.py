@@ -246,3 +246,33 @@ def test_train_called_again_freezes_anew(tmp_path):
     assert second is not first
     assert first.steps == second.steps == 7
     assert any((p[first.frozen[n]] != kept[n][first.frozen[n]]).any() for n, p in trainer.model.named_parameters())
+
+
+def test_user_callback_that_reads_gradients_sees_zeros_where_elements_are_frozen(tmp_path):
+    """Right before the optimizer's step, where the Trainer logs norms."""
+    seen: list[dict[str, Tensor]] = []
+
+    class Reads(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            seen.append({name: p.grad.clone() for name, p in model.named_parameters()})
+
+    frozen = train(tmp_path, OPTIONS["variance"], Reads()).freezing.freezer.frozen
+    assert all(any(gradients[name][mask].any() for name, mask in frozen.items()) for gradients in seen[:3])
+    assert not any(gradients[name][mask].any() for gradients in seen[3:] for name, mask in frozen.items())
+    assert all(any(g[name][~mask].any() for name, mask in frozen.items()) for g in seen)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # by transformers, read by PEFT
+def test_adapters_of_peft_freeze_and_resume(tmp_path):
+    """The Trainer saves and loads the adapters only."""
+    peft = pytest.importorskip("peft")
+
+    def adapted() -> nn.Module:
+        return peft.get_peft_model(bert(), peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"], r=2))
+
+    options = {"save_strategy": "steps", "save_steps": 5, **HARD}
+    unbroken = train(tmp_path, OPTIONS["variance"], model=adapted(), **options)
+    checkpoint = str(tmp_path / "checkpoint-5")
+    resumed = train(tmp_path, OPTIONS["variance"], model=adapted(), ckpt=checkpoint, **options)
+    cases.assert_identical(of(resumed), of(unbroken))
+    assert all("lora" in name or "classifier" in name for name in unbroken.freezing.freezer.frozen)
