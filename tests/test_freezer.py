@@ -312,3 +312,29 @@ def test_second_freezer_on_the_same_optimizer_is_an_error_until_the_first_is_clo
     with pytest.warns(UserWarning, match="Nothing was frozen"):
         loop.freezer.close()
     other.begin_batch(batches()[1])
+
+
+class EvaluatesTwice(torch.optim.SGD):
+    """Calls its closure twice in each step."""
+
+    def step(self, closure: Any = None) -> Any:
+        closure()
+        return super().step(closure)
+
+
+def test_optimizer_that_evaluates_the_loss_twice_in_a_step_is_refused():
+    """Before it steps a second time on weights that are not those of the step."""
+    network = cases.mlp()
+    optimizer = EvaluatesTwice(network.parameters(), lr=0.1)
+    freezer, batch = Freezer(network, optimizer, t0=2, k=0.5, loss=loss_of), batches()[0]
+
+    def closure() -> Tensor:
+        evaluations.append(loss := loss_of(network, batch))
+        freezer.backward(loss)
+        return loss
+
+    evaluations: list[Tensor] = []
+    freezer.begin_batch(batch)
+    with pytest.raises(RuntimeError, match="EvaluatesTwice evaluates the loss several times in one step"):
+        optimizer.step(closure)
+    assert len(evaluations) == 2

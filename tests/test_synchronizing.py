@@ -1,4 +1,4 @@
-"""At the end of training every front replaces its statistics by those of all processes, while there is a way to."""
+"""At a decision and at the end of training, statistics are replaced by those of all processes."""
 
 from typing import Any
 
@@ -30,7 +30,8 @@ class BesideAnIdleProcess(World):
         tensor.div_(2)
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        return torch.stack([tensor, torch.zeros_like(tensor)])
+        other = torch.zeros_like(tensor) if tensor.is_floating_point() else tensor  # losses, or fingerprints of masks
+        return torch.stack([tensor, other])
 
     def broadcast_object(self, value: Any) -> Any:
         return value
@@ -81,3 +82,16 @@ def test_statistics_are_those_of_all_processes_after_training(front, monkeypatch
         torch.testing.assert_close(both[name], v / 2, rtol=1e-6, atol=0.0)
     assert torch.equal(here, nothing)
     torch.testing.assert_close(shared, own, rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("front", [by_the_callback, by_freezer], ids=["callback", "Freezer"])
+def test_decision_is_made_by_the_statistics_of_all_processes(front, monkeypatch):
+    """So the variances that the decision keeps are the mean over both processes."""
+    options = {"t0": STEPS - 1, "k": 0.5}
+    alone = front(**options)
+    monkeypatch.setattr(_lightning, "World", BesideAnIdleProcess)
+    monkeypatch.setattr(freezer, "_world", BesideAnIdleProcess)
+    both = front(**options)
+    for name in alone.keys() - {"losses"}:
+        assert alone[name].any()
+        torch.testing.assert_close(both[name], alone[name] / 2, rtol=1e-6, atol=0.0)
