@@ -1,4 +1,4 @@
-"""Checkpoints of version 0.1, format 5, are read: in the layout that `tests/format_5.py` writes down by hand."""
+"""Checkpoints of version 0.1, format 5, are read. `tests/format_5.py` writes their layout down by hand."""
 
 from typing import Any
 
