@@ -50,3 +50,14 @@ class Witness(pl.Callback):
         frozen = torch.cat([f.flatten() for f in self.callback.frozen.values()])
         assert 0 < frozen.sum() < len(frozen)
         assert live.sum() >= 0.5 * (~frozen).sum(), "hardly anything trained"
+
+
+class Spy:
+    """An order by E[g²] that keeps what it was given."""
+
+    needs = ("second_moment",)
+    reads_variance = False
+
+    def __call__(self, evidence: Any) -> Any:
+        self.second_moment = {name: tensor.clone() for name, tensor in evidence.second_moment.items()}
+        return evidence.second_moment

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_gcfreeze import GradCovFreezeCallback, Settled
 from tests import cases
+from tests.witnesses import Spy
 
 STEPS = 9
 
@@ -122,17 +123,6 @@ def test_second_moment_observed_at_each_step_is_that_of_a_loop():
     assert len(seen) == 2 * STEPS
     for name, found in spied.second_moment.items():
         torch.testing.assert_close(found, torch.stack([g[name].square() for g in seen]).mean(0))
-
-
-class Spy:
-    """An order by E[g²] that keeps what it was given."""
-
-    needs = ("second_moment",)
-    reads_variance = False
-
-    def __call__(self, evidence: Any) -> Any:
-        self.second_moment = {name: tensor.clone() for name, tensor in evidence.second_moment.items()}
-        return evidence.second_moment
 
 
 @pytest.mark.parametrize("stop", [1, 3, 5])

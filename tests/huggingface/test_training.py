@@ -12,8 +12,8 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, get_sc
 from lightning_gcfreeze import Freezer, FreezeSchedule, Growth, apply_delta
 from lightning_gcfreeze.huggingface import GradCovFreezeTrainerCallback
 from tests import cases
-from tests.callback.test_manual_optimization import Spy
 from tests.huggingface.tiny import Collator, Weights, arguments, bert, gpt2, llama, samples, texts
+from tests.witnesses import Spy
 
 # Sequences of a few tokens do not show all of the vocabulary.
 pytestmark = pytest.mark.filterwarnings("ignore:.* never had a gradient")

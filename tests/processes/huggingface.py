@@ -11,8 +11,8 @@ from transformers import Trainer
 
 from lightning_gcfreeze.huggingface import GradCovFreezeTrainerCallback
 from tests import cases
-from tests.callback.test_manual_optimization import Spy
 from tests.huggingface.tiny import Collator, Weights, arguments, bert, gpt2, llama, samples, texts
+from tests.witnesses import Spy
 
 
 def train(folder: Path, model: nn.Module, data: Any, options: dict[str, Any], ckpt: Any = None, **more: Any) -> Trainer:
