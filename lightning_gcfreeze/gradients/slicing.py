@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 HINT = (
-    "Give your LightningModule a method `gcfreeze_first_sample(self, batch)` that returns a batch of the same form"
+    "Give your module a method `gcfreeze_first_sample(self, batch)` that returns a batch of the same form"
     " that holds only the first sample."
 )
 

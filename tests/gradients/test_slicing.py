@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from lightning_gcfreeze.gradients.slicing import UnclearBatchError, batch_size, first_sample
 
 S = 3
-HINT = r"Give your LightningModule a method `gcfreeze_first_sample\(self, batch\)`"
+HINT = r"Give your module a method `gcfreeze_first_sample\(self, batch\)`"
 
 Pair = namedtuple("Pair", "x y")
 
