@@ -144,11 +144,12 @@ def planned_steps(trainer: pl.Trainer) -> float:
         return math.nan
 
 
-def is_last_micro_batch(trainer: pl.Trainer, batch_idx: int) -> bool:
-    """Return whether the optimizer steps after this batch."""
-    number = batch_idx + 1
-    is_last: bool = number % trainer.accumulate_grad_batches == 0 or number == trainer.num_training_batches
-    return is_last or bool(trainer.is_last_batch)
+def is_last_micro_batch(trainer: pl.Trainer) -> bool:
+    """Return whether the optimizer steps after this batch.
+
+    Lightning's own answer: the index that hooks are given is off by one where a step takes the ``dataloader_iter``.
+    """
+    return not trainer.fit_loop._should_accumulate()
 
 
 def loss_scale(trainer: pl.Trainer) -> float:
@@ -195,6 +196,11 @@ def refuse(reason: str | None) -> None:
     """Raise Lightning's error for a Trainer and a callback that do not go together, if there is a reason."""
     if reason:
         raise MisconfigurationException(reason)
+
+
+def followed(callbacks: Sequence[Any], kind: type[Any]) -> list[int]:
+    """Return the indices of the optimizers that the callbacks of a kind follow."""
+    return [callback.optimizer or 0 for callback in callbacks if isinstance(callback, kind)]
 
 
 def no_module() -> None:

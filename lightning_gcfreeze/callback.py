@@ -138,7 +138,7 @@ class GradCovFreezeCallback(_lightning.Callback):
         self._run: Run | None = None  # during a fit
         self._all_reduce: LiveAllReduce | None = None  # DDP's communication hook
         self._module: Callable[[], pl.LightningModule | None] = _lightning.no_module  # of the last fit
-        self._logged_step = self._batch_idx = 0
+        self._logged_step = 0
 
     # Public properties ---------------------------------------------------------------------------------------------
 
@@ -148,6 +148,12 @@ class GradCovFreezeCallback(_lightning.Callback):
         if options is None or name.startswith("_") or name not in vars(options):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return vars(options)[name]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse to change an argument: a run has checked it."""
+        if name in vars(self.__dict__.get("_options", object)):
+            raise AttributeError(f"`{name}` is set when the callback is made. Make a new one with `{name}={value!r}`.")
+        super().__setattr__(name, value)
 
     def __repr__(self) -> str:
         """Return the arguments that are not the defaults, and the state, in one line."""
@@ -221,7 +227,7 @@ class GradCovFreezeCallback(_lightning.Callback):
     def state_key(self) -> str:
         """The key in checkpoints. A Trainer compares keys when it is made, and would refuse two without a reason."""
         if (callbacks := _lightning.callbacks_being_validated()) is not None:
-            _lightning.refuse(refusals.too_many_callbacks(_followed(callbacks)))
+            _lightning.refuse(refusals.too_many_callbacks(_lightning.followed(callbacks, GradCovFreezeCallback)))
         name = type(self).__qualname__
         return f"{name}{{'optimizer': {self.optimizer}}}" if self.optimizer else name
 
@@ -231,7 +237,8 @@ class GradCovFreezeCallback(_lightning.Callback):
         """Forget an earlier fit. Runs before a checkpoint is loaded."""
         if stage == "fit":
             _lightning.refuse(refusals.unsupported_strategy(trainer.strategy))
-            _lightning.refuse(refusals.too_many_callbacks(_followed(trainer.callbacks)))  # type: ignore[attr-defined]
+            callbacks: Sequence[Any] = trainer.callbacks  # type: ignore[attr-defined]
+            _lightning.refuse(refusals.too_many_callbacks(_lightning.followed(callbacks, GradCovFreezeCallback)))
             self._start_afresh()
             self._all_reduce = _lightning.take_comm_hook(trainer.strategy) if not self.optimizer else None
 
@@ -282,7 +289,6 @@ class GradCovFreezeCallback(_lightning.Callback):
     ) -> None:
         """Keep the first sample, before `training_step` can change the batch in place."""
         _lightning.refuse(refusals.other_trainer(pl_module.trainer is trainer))
-        self._batch_idx = batch_idx
         is_first = not pl_module.automatic_optimization or batch_idx % trainer.accumulate_grad_batches == 0
         self._running.begin_batch(batch, batch_idx, is_first)
         if not pl_module.automatic_optimization:
@@ -301,7 +307,7 @@ class GradCovFreezeCallback(_lightning.Callback):
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Observe one step, or take the live elements' gradients. Runs after every micro-batch's backward."""
         if pl_module.automatic_optimization:
-            is_last = _lightning.is_last_micro_batch(trainer, self._batch_idx)
+            is_last = _lightning.is_last_micro_batch(trainer)
             self._running.after_backward(is_last, trainer.accumulate_grad_batches)
 
     def on_before_optimizer_step(
@@ -392,8 +398,3 @@ class GradCovFreezeCallback(_lightning.Callback):
         """Leave the Trainer out of copies and pickles, and the module, whose `log` Lightning attaches to callbacks."""
         kept = {name: v for name, v in self.__dict__.items() if name not in ("log", "log_dict")}
         return kept | {"_run": None, "_module": _lightning.no_module, "_all_reduce": None}
-
-
-def _followed(callbacks: Sequence[Any]) -> list[int]:
-    """Return the indices of the optimizers that these callbacks follow."""
-    return [callback.optimizer or 0 for callback in callbacks if isinstance(callback, GradCovFreezeCallback)]

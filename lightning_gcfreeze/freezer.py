@@ -43,11 +43,12 @@ class Freezer:
         freezer.close()
 
     Steps are counted by hooks on the optimizer. One `Freezer` follows one optimizer: for a GAN, or an actor and its
-    critic, make one for each, with the module that its optimizer trains.
+    critic, make one for each, with a module that contains both networks.
 
     Args:
         module: what is trained; also one wrapped in DistributedDataParallel, `fully_shard` or ``fabric.setup``. Names
-            of parameters are those of the module inside.
+            of parameters are those of the module inside. It has to contain all modules that `loss` runs through, whose
+            buffers a replay puts back; only parameters that the optimizer has can freeze.
         optimizer: a torch optimizer, or Fabric's or Accelerate's around one.
         t0: see `GradCovFreezeCallback`, as for all options that are not listed here.
         k: likewise.
@@ -96,6 +97,7 @@ class Freezer:
         self._module, model, wrapper = unwrapped_module(module)
         inner = unwrapped_optimizer(optimizer)
         self._scaler = scaler or scaler_of(optimizer)
+        self._scales_inside = scaler is None and self._scaler is not None  # Fabric and Accelerate, in `backward`
         shards = Shards(dict(self._module.named_parameters()))
         if data_parallel is None:
             data_parallel = wrapper is not None or shards.is_sharded
@@ -125,6 +127,7 @@ class Freezer:
         if all_reduce and (why := all_reduce.register(wrapper)):
             self._inform(f"all gradients are still communicated because {why}.")
         self._batch_idx = self._micro_batches = 0  # of all; since the last step
+        self._window_began_at = 0  # optimizer steps when the first of these came
         self._weights: list[float | Tensor] = []  # of the losses since the last step, where they were given
         self._is_closed = False
 
@@ -146,7 +149,13 @@ class Freezer:
             for sentence in self._run.warnings():
                 self._warn(sentence)
         is_first = self._micro_batches == 0
+        if not is_first and self._state.steps != self._window_began_at:
+            raise RuntimeError(
+                f"The optimizer stepped after {self._micro_batches} of `accumulate={self._accumulate}` backward passes."
+                " Pass `is_last=True` to the last one before a step."
+            )
         if is_first:
+            self._weights, self._window_began_at = [], self._state.steps
             self._run.after_batch()  # of the batch before
         self._run.begin_batch(batch, self._batch_idx, is_first)
         if is_first:
@@ -184,7 +193,10 @@ class Freezer:
         if not self._run.has_begun:
             raise RuntimeError("Call `freezer.begin_batch(batch)` before the forward pass of each batch.")
         self._weights += [] if weight is None else [weight]
-        self._run.before_backward(loss, self._accumulate if weight is None else None)
+        divided_by: float | None = self._accumulate if weight is None else None
+        if divided_by and self._scales_inside and self._scaler is not None:
+            divided_by *= float(self._scaler.get_scale())  # `loss` is not scaled yet
+        self._run.before_backward(loss, divided_by)
 
     def after_backward(self, is_last: bool | None = None, share: float | Tensor | None = None) -> None:
         """Do what has to happen right after a backward pass, before gradients are unscaled and clipped.
@@ -217,11 +229,14 @@ class Freezer:
         """Leave the module and the optimizer as they were, but for the values. What was found stays."""
         if not self._is_closed:
             self._is_closed = True
-            if self._run.has_begun:
-                self._run.synchronize()
+            try:
+                if self._run.has_begun:
+                    self._run.after_batch()
+                    self._run.synchronize()
+            finally:
+                self._run.close()
             for sentence in filter(None, self._state.unfinished()):
                 self._warn(sentence)
-            self._run.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that is needed to go on from here; see `State.state_dict`. Call it on all processes."""
@@ -234,12 +249,19 @@ class Freezer:
 
         Raises:
             ValueError: an unknown format.
+            RuntimeError: the first batch has come already.
         """
-        self._state.load_state_dict(state_dict)
         if self._run.has_begun:
-            self._run.attach()
+            raise RuntimeError(
+                "A state is loaded before the first batch. Close this Freezer, make a new one, and load it into that."
+            )
+        self._state.load_state_dict(state_dict)
 
     # What was found ------------------------------------------------------------------------------------------------
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse copies and pickles: they would follow the model and the optimizer of the original."""
+        raise TypeError("A Freezer cannot be copied or pickled. Make a new one, and load this one's `state_dict()`.")
 
     def __repr__(self) -> str:
         """Return the arguments that are not the defaults, and the state, in one line."""

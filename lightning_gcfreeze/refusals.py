@@ -303,7 +303,8 @@ def several_evaluations(optimizer: Any) -> str:
     """Return the error for an optimizer that evaluates the loss more than once a step."""
     return (
         f"{type(optimizer).__name__} evaluates the loss several times in one step, at weights that are not those of the"
-        " step: elements cannot be held constant to the bit meanwhile. Use an optimizer that evaluates it once."
+        " step: elements cannot be held constant to the bit meanwhile. Use an optimizer that evaluates it once; or, if"
+        " the loop runs several backward passes before a step of a `Freezer`, pass their number as `accumulate`."
     )
 
 

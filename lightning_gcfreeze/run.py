@@ -110,7 +110,8 @@ class Run:
 
     def begin(self) -> None:
         """Begin, or go on from a loaded state, which is complete by now."""
-        state, around, options = self._state, self._around, self._options
+        state, around, options, optimizer = self._state, self._around, self._options, self._around.optimizer
+        around.refuse(refusals.already_followed(optimizer, optimizer in _FOLLOWED))
         if state.loaded_arguments is None:
             seed = torch.initial_seed() % 2**63 if options.seed is None else options.seed
             state.seed = around.world.broadcast_object(seed)
@@ -123,8 +124,6 @@ class Run:
         if not (isinstance(around.wrapper, DistributedDataParallel) or self.shards.is_sharded):  # DDP holds them itself
             around.readers.extend(readers.accumulator_holders(self.parameters))
         self.attach()
-        optimizer = around.optimizer
-        around.refuse(refusals.already_followed(optimizer, optimizer in _FOLLOWED))
         _FOLLOWED[optimizer], self.has_begun = None, True
         hook = optimizer.register_step_pre_hook(self._before_optimizer_step)
         self._hooks = (hook, optimizer.register_step_post_hook(self._after_optimizer_step))
@@ -190,7 +189,7 @@ class Run:
         if self.stages.holder:
             self.stages.holder.begin_step()
 
-    def before_backward(self, loss: Tensor, n_micro_batches: int | None = 1) -> None:
+    def before_backward(self, loss: Tensor, n_micro_batches: float | None = 1) -> None:
         """Take in the loss of a batch, right before its backward pass.
 
         Args:
@@ -286,7 +285,8 @@ class Run:
         self.stages.release()
         for hook in self._hooks:
             hook.remove()
-        _FOLLOWED.pop(self._around.optimizer, None)
+        if self.has_begun:
+            _FOLLOWED.pop(self._around.optimizer, None)
 
     def metrics(self) -> dict[str, float]:
         """Return what there is to log now, by tag."""

@@ -112,7 +112,8 @@ class Stages:
             since = "among the first" if state.plan.t0 is None else "since the last stage, until"
             raise RuntimeError(
                 f"No step could be observed {since} `t0={state.steps}`: {observing.skipped} were left out because a"
-                " gradient was not finite, there was no loss, or the batch had one sample."
+                " gradient was not finite, there was no loss, or the batch had one sample; or because, with manual"
+                " optimization, the optimizer that was stepped is not one that `self.optimizers()` returns."
             )
         observing.synchronize()
         if late := misconfiguration.late_parameters(around.module, around.optimizer, self._trained):
@@ -203,9 +204,11 @@ class Stages:
             )
 
     def release(self) -> None:
-        """Leave the module and the optimizer as they were, but for the values."""
+        """Leave the module, its communication hook and the optimizer as they were, but for the values."""
         if self.holder:
             self.holder.release()
+            if self._around.all_reduce:
+                self._around.all_reduce.leave_out({})
         self.holder = None
 
     def _change(self, decision: Decision, seen_reading: list[str]) -> None:

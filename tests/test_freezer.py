@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 from typing import Any
 
 import lightning.pytorch as pl
@@ -338,3 +339,99 @@ def test_optimizer_that_evaluates_the_loss_twice_in_a_step_is_refused():
     with pytest.raises(RuntimeError, match="EvaluatesTwice evaluates the loss several times in one step"):
         optimizer.step(closure)
     assert len(evaluations) == 2
+
+
+def test_everything_that_the_loss_runs_through_is_left_as_it_was_if_the_module_contains_it():
+    """The critic's running statistics do not see the samples that are replayed for the generator."""
+
+    def trained(with_freezer: bool) -> Tensor:
+        torch.manual_seed(0)
+        both = nn.ModuleDict(
+            {"generator": nn.Linear(2, 2), "critic": nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 1))}
+        )
+        optimizer = torch.optim.Adam(both["generator"].parameters())
+
+        def loss(model: Any, z: Tensor) -> Tensor:
+            return model["critic"](model["generator"](z)).square().mean()
+
+        freezer = Freezer(both, optimizer, t0=3, k=0.5, loss=loss, gradients="replay") if with_freezer else None
+        for z in torch.randn(5, 6, 2):
+            if freezer:
+                freezer.begin_batch(z)
+                freezer.backward(loss(both, z))
+            else:
+                loss(both, z).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if freezer:
+            freezer.close()
+            assert set(freezer.frozen) == {"generator.weight", "generator.bias"}
+        return both["critic"][0].running_mean
+
+    frozen, free = trained(True), trained(False)
+    torch.testing.assert_close(frozen, free, rtol=0.05, atol=1e-3)  # half of the generator froze
+    assert free.abs().max() > 0.01
+
+
+def test_window_that_ends_early_without_being_told_so_is_an_error():
+    """One backward pass of `accumulate=2` was left out: the later windows would be shifted."""
+    loop = Loop(OPTIONS["variance"], accumulate=2)
+    loop.train(stop=2)
+    batch = batches()[2]
+    loop.freezer.begin_batch(batch)
+    loop.freezer.backward(loss_of(loop.network, batch) / 2)
+    loop.optimizer.step()
+    with pytest.raises(RuntimeError, match=r"stepped after 1 of `accumulate=2` backward passes\. Pass `is_last"):
+        loop.freezer.begin_batch(batch)
+
+
+def test_state_is_refused_after_the_first_batch():
+    """What is held could not be taken back."""
+    loop = Loop(OPTIONS["variance"])
+    loop.train(stop=8)
+    with pytest.raises(RuntimeError, match="A state is loaded before the first batch"):
+        loop.freezer.load_state_dict(loop.freezer.state_dict())
+    assert loop.freezer.phase == "frozen"
+
+
+def test_freezer_cannot_be_copied_or_pickled():
+    """A copy would follow the original's model."""
+    loop = Loop(OPTIONS["variance"])
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match=r"load this one's `state_dict\(\)`"):
+            copied(loop.freezer)
+
+
+def test_closing_lets_go_of_the_optimizer_even_where_the_warning_is_an_error():
+    """Else no other freezer could follow it."""
+    loop = Loop(OPTIONS["variance"] | {"order": "progress"})
+    loop.train(stop=1)
+    with pytest.raises(UserWarning, match="Nothing was frozen"):
+        loop.freezer.close()
+    other = Freezer(loop.network, loop.optimizer, t0=2, k=0.5, order="progress")
+    other.begin_batch(batches()[1])
+
+
+def test_freezer_that_was_refused_does_not_give_the_optimizer_away_when_it_is_closed():
+    """The first one still follows it."""
+    loop = Loop(OPTIONS["variance"] | {"order": "progress"})
+    loop.train(stop=1)
+    refused = Freezer(loop.network, loop.optimizer, t0=2, k=0.5, order="progress")
+    for freezer in (refused, Freezer(loop.network, loop.optimizer, t0=2, k=0.5, order="progress")):
+        with pytest.raises(RuntimeError, match="followed by another"):
+            freezer.begin_batch(batches()[1])
+        with pytest.warns(UserWarning, match="Nothing was frozen"):
+            freezer.close()
+
+
+def test_losses_are_recorded_without_the_scale_of_a_scaler_that_scales_inside_of_backward():
+    """Fabric's and Accelerate's `backward` multiply the loss themselves: `loss` comes without the scale."""
+    loop = Loop(OPTIONS["from the data"] | {"k": 0.5})
+    loop.freezer._scaler, loop.freezer._scales_inside = torch.amp.GradScaler("cpu", init_scale=1024.0), True
+    recorded = []
+    loop.freezer._state.plan.record_loss = lambda loss: recorded.append(float(loss))
+    batch = batches()[0]
+    loop.freezer.begin_batch(batch)
+    loss = loss_of(loop.network, batch)
+    loop.freezer.before_backward(loss)
+    assert recorded == [pytest.approx(float(loss.detach()))]

@@ -342,3 +342,12 @@ def test_hooks_passed_on_by_another_callback_are_served():
             setattr(PassesOn, name, passed(name))
     cases.trainer(callbacks=[PassesOn()]).fit(cases.Regression(cases.mlp()), cases.loader())
     assert (inner.phase, inner.state_dict()["steps"]) == ("frozen", 16)
+
+
+def test_argument_that_is_changed_after_the_callback_was_made_is_refused():
+    """It has been checked, and a run goes by what was checked; other attributes can be set."""
+    callback = GradCovFreezeCallback(t0=3, k=2)
+    with pytest.raises(AttributeError, match="Make a new one with `hold='restore'`"):
+        callback.hold = "restore"
+    callback.note = "mine"
+    assert (callback.hold, callback.note) == ("auto", "mine")
