@@ -255,6 +255,9 @@ def test_checkpoint_of_0_1_is_resumed_to_the_bit_with_the_default_samples(tmp_pa
     torch.save(checkpoint, path)
     resumed = run(GradCovFreezeCallback(**arguments), DropoutByStep(), ckpt=path)
     for one in (resumed, unbroken):
-        del one["callback"]["arguments"]["samples"]
+        del (
+            one["callback"]["arguments"]["samples"],
+            one["callback"]["source"],
+        )  # format 5 forgot it at the last decision
     cases.assert_identical(resumed, unbroken)
     assert resumed["callback"]["decision"]["observed"] == T0

@@ -195,7 +195,7 @@ def masks_lie_as_parameters_do(data: int, tensor: int) -> None:
             rows = whole(mask).flatten(1) if mask.dim() > 1 and granularity == "row" else whole(mask).reshape(1, -1)
             if mask.dim() > 1 or granularity == "tensor":
                 assert torch.equal(rows.all(1), rows.any(1)), name
-    with pytest.raises(RuntimeError, match="Ranks need all scores in one place"):
+    with pytest.raises(RuntimeError, match="`ranks` needs all scores on one process"):
         _ = callback.ranks
     delta, fresh = callback.delta(), Module()
     fresh.load_state_dict(start)

@@ -107,7 +107,7 @@ def test_runs_are_computed_again_when_the_code_changes(tmp_path, monkeypatch):
     sources = [path for pattern in study._SOURCES for path in Path(study.__file__).parents[2].glob(pattern)]
     assert {
         "callback.py",
-        "selection.py",
+        "lowest.py",
         "diagonal.py",
         "restore.py",
         "data.py",
