@@ -38,14 +38,11 @@ def unwrapped_module(module: nn.Module) -> tuple[nn.Module, Any, DistributedData
     return module, module, None
 
 
-def unwrapped_optimizer(optimizer: Any) -> Optimizer:
-    """Return the torch optimizer inside of Fabric's or Accelerate's."""
-    while type(optimizer).__name__.startswith("Fabric") or type(optimizer).__name__ == "AcceleratedOptimizer":
+def unwrapped_optimizer(optimizer: Any) -> tuple[Optimizer, Any]:
+    """Return the torch optimizer inside of Fabric's or Accelerate's, and the loss scaler that they use, or None."""
+    scaler = None
+    while type(optimizer).__name__.startswith("Fabric") or hasattr(optimizer, "gradient_state"):
+        precision = getattr(getattr(optimizer, "_strategy", None), "precision", None)
+        scaler = scaler or getattr(precision, "scaler", None) or getattr(optimizer, "scaler", None)
         optimizer = optimizer.optimizer
-    return optimizer  # type: ignore[no-any-return]
-
-
-def scaler_of(optimizer: Any) -> Any:
-    """Return the loss scaler that Fabric or Accelerate steps an optimizer with, or None."""
-    precision = getattr(getattr(optimizer, "_strategy", None), "precision", None)
-    return getattr(precision, "scaler", None) or getattr(optimizer, "scaler", None)
+    return optimizer, scaler

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_gcfreeze import _checks, _lightning, delta, misconfiguration, orderings, refusals, reporting
+from lightning_gcfreeze import _checks, _lightning, misconfiguration, orderings, refusals, reporting
 from lightning_gcfreeze._types import Granularity
 from lightning_gcfreeze.distributed.comm_hook import LiveAllReduce
 from lightning_gcfreeze.estimators import gains
@@ -197,7 +197,7 @@ class GradCovFreezeCallback(_lightning.Callback):
         Raises:
             RuntimeError: the parameters are sharded: no process has all scores.
         """
-        return self._known.ranks(self._run.weights() if self._run else {})
+        return self._known.ranks(self._run.stages.weights() if self._run else {})
 
     @property
     def savings(self) -> Savings | None:
@@ -218,10 +218,7 @@ class GradCovFreezeCallback(_lightning.Callback):
                 values than they froze with.
             ImportError: a file is wanted, and safetensors is not installed.
         """
-        found = self._known.delta(self._module())
-        if file is not None:
-            delta.save(found, file)
-        return found
+        return self._known.delta(self._module(), file)
 
     @property
     def state_key(self) -> str:

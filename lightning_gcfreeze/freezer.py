@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_gcfreeze import _checks, delta
-from lightning_gcfreeze._wrappers import scaler_of, unwrapped_module, unwrapped_optimizer
+from lightning_gcfreeze import _checks
+from lightning_gcfreeze._wrappers import unwrapped_module, unwrapped_optimizer
 from lightning_gcfreeze.distributed import SINGLE_PROCESS, Shards, World
 from lightning_gcfreeze.distributed.comm_hook import LiveAllReduce
 from lightning_gcfreeze.freezing.savings import Savings
@@ -95,8 +95,8 @@ class Freezer:
             )
         self._accumulate = _checks.integer("accumulate", accumulate, at_least=1)
         self._module, model, wrapper = unwrapped_module(module)
-        inner = unwrapped_optimizer(optimizer)
-        self._scaler = scaler or scaler_of(optimizer)
+        inner, found_scaler = unwrapped_optimizer(optimizer)
+        self._scaler = scaler or found_scaler
         self._scales_inside = scaler is None and self._scaler is not None  # Fabric and Accelerate, in `backward`
         shards = Shards(dict(self._module.named_parameters()))
         if data_parallel is None:
@@ -300,7 +300,7 @@ class Freezer:
     @property
     def ranks(self) -> dict[str, Tensor]:
         """The paper's I, ``{name: int64 (*p.shape)}``; see `GradCovFreezeCallback.ranks`."""
-        return self._state.ranks(self._run.weights())
+        return self._state.ranks(self._run.stages.weights())
 
     @property
     def savings(self) -> Savings | None:
@@ -309,10 +309,7 @@ class Freezer:
 
     def delta(self, file: str | Path | None = None) -> dict[str, Tensor]:
         """Return the live elements' positions and values; see `GradCovFreezeCallback.delta`."""
-        found = self._state.delta(self._module)
-        if file is not None:
-            delta.save(found, file)
-        return found
+        return self._state.delta(self._module, file)
 
     # Internals -----------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from lightning_gcfreeze._types import Granularity
 from lightning_gcfreeze.estimators import gains
 from lightning_gcfreeze.gradients.choice import Source
 from lightning_gcfreeze.planning.growing import Growth
-from lightning_gcfreeze.planning.plan import PlannedDecision, check_every, decisions_from_arguments
+from lightning_gcfreeze.planning.plan import PlannedDecision, as_schedule, check_every, decisions_from_arguments
 from lightning_gcfreeze.planning.schedule import FreezeSchedule, Stage
 from lightning_gcfreeze.planning.settling import Settled
 
@@ -52,7 +52,8 @@ class Options:
     """Whether elements stay frozen from one stage to the next."""
 
     def __post_init__(self) -> None:
-        decisions, monotone = decisions_from_arguments(self.t0, self.k, self.schedule)
+        schedule = as_schedule(self.schedule)
+        decisions, monotone = decisions_from_arguments(self.t0, self.k, schedule)
         check_every(_checks.integer("every", self.every, at_least=1), decisions)
         _checks.integer_or_name("samples", self.samples, at_least=1, allowed=["auto", "first", "all"])
         _checks.one_of("covariance", self.covariance, ["diagonal", "full"])
@@ -63,9 +64,8 @@ class Options:
         _checks.boolean("skip_frozen_gradients", self.skip_frozen_gradients)
         if self.seed is not None:
             _checks.integer("seed", self.seed, at_least=0, at_most=2**63 - 1)
-        listed = isinstance(self.schedule, list)
         self.__dict__.update(  # the dataclass is frozen
-            schedule=FreezeSchedule(self.schedule) if listed else self.schedule,  # type: ignore[arg-type]
+            schedule=schedule,
             ordering=orderings.resolve(self.order),
             include=_checks.patterns("include", self.include),
             exclude=_checks.patterns("exclude", self.exclude),

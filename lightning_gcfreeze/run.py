@@ -7,7 +7,7 @@ One optimizer step, t = 1, 2, …, as a loop tells of it:
     after_backward        while observing: fold (g_1, g_S) into C_t; once frozen: hand over the live elements' gradients
     before_step           zero the gradients of frozen elements, before they are clipped
     (the optimizer steps) in its hooks: count t; at t0 decide and freeze; write live elements, or frozen ones, back
-    after_batch           whether there is something to log
+    after_batch           put frozen values back, where other code may have written to them
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_gcfreeze import _modules, misconfiguration, refusals, selection
-from lightning_gcfreeze.distributed import Shards, local
+from lightning_gcfreeze.distributed import Shards
 from lightning_gcfreeze.estimators import FullCovariance
 from lightning_gcfreeze.freezing import WeightUses
 from lightning_gcfreeze.gradients.batch import batch_gradients
@@ -66,12 +66,17 @@ class Run:
         if options.reads_samples:
             around.refuse(refusals.unsupported_samples(module, options.n_samples))
         self.parameters = selection.eligible(module, optimizer, options.include, options.exclude)
-        self.n_eligible = sum(p.numel() for p in self.parameters.values())
+        self.shards = Shards(self.parameters, around.world)
+        self._uses = WeightUses(module, self.parameters)
+        self._watch: GradientWatch | None = None
+        trained = selection.trained(module, optimizer)
+        self.stages = Stages(
+            options, state, around, self.parameters, self.shards, self._uses, self._seen_reading, trained
+        )
         for _, k in options.decisions:
             if not isinstance(k, Growth):
-                selection.resolve_count(k, self.n_eligible)
+                selection.resolve_count(k, self.stages.n_eligible)
         full = options.covariance == "full"
-        self.shards = Shards(self.parameters, around.world)
         if self.shards.is_sharded:
             around.refuse(refusals.unsupported_with_shards(full, options.hold, options.may_thaw))
         if full:
@@ -90,12 +95,9 @@ class Run:
                 keep_each=full,
                 world=around.world if self.shards.is_sharded else None,
             )
-        self.stages = Stages(options, state, around, self.parameters, self.shards, selection.trained(module, optimizer))
-        self._uses = WeightUses(module, self.parameters)
         self.has_begun = False
         """Whether `begin` was called."""
         self._hooks: tuple[RemovableHandle, ...] = ()  # on the optimizer's step
-        self._watch: GradientWatch | None = None
         self._reads_samples = options.reads_samples
         self._in_trial = False  # a tuner's steps are being taken
         self._is_compiled = _modules.has_compiled(module)
@@ -103,10 +105,6 @@ class Run:
         self._micro_batches = self._n_evaluations = 0  # since the last optimizer step
         self._depth = 0  # of optimizer steps within the optimizer's step
         self._changed_in_batch = False  # the masks
-
-    def weights(self) -> dict[str, Tensor]:
-        """Return the eligible parameters themselves, of sharded ones the local parts."""
-        return {name: local(p.detach()) for name, p in self.parameters.items()}
 
     def begin(self) -> None:
         """Begin, or go on from a loaded state, which is complete by now."""
@@ -132,7 +130,7 @@ class Run:
         """Tie the state, which has just begun or was loaded, to the module and the optimizer."""
         state = self._state
         if state.loaded_arguments is not None:
-            weights = self.weights()
+            weights = self.stages.weights()
             for known in (state.observing, state.decision):
                 if known is not None:
                     known.to(weights, self.shards)
@@ -145,7 +143,7 @@ class Run:
             self.source.choice = state.choice
         if state.decision:
             self.shards.check_agreement(state.decision.frozen)
-            self.stages.hold(state.decision, self._seen_reading, resumed=True)
+            self.stages.hold(state.decision, resumed=True)
         self._around.publish(state.frozen_fraction)
 
     def warnings(self) -> list[str]:
@@ -157,7 +155,7 @@ class Run:
             misconfiguration.freeze_never_reached(stages, self._around.planned_steps()),
             misconfiguration.useless_patterns("include", options.include, names),
             misconfiguration.useless_patterns("exclude", options.exclude, names),
-            *(misconfiguration.small_count(k, self.n_eligible) for _, k in options.decisions),
+            *(misconfiguration.small_count(k, self.stages.n_eligible) for _, k in options.decisions),
         )
         return [sentence for sentence in found if sentence]
 
@@ -300,7 +298,6 @@ class Run:
         """Whether the optimizer step to come is to be observed."""
         return (self._state.steps + 1) % self._options.every == 0
 
-    @property
     def _seen_reading(self) -> list[str]:
         return [*self._state.gradient_readers, *(self._watch.seen if self._watch else ())]
 
@@ -366,7 +363,7 @@ class Run:
                 self.source.reset()
             self._uses.stop()
             if self._state.decision:
-                self.stages.hold(self._state.decision, self._seen_reading, resumed=True, in_trial=True)
+                self.stages.hold(self._state.decision, resumed=True, in_trial=True)
         return self.stages.holder.before_late_step(args, kwargs) if self.stages.holder else None
 
     def _after_optimizer_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
@@ -394,6 +391,6 @@ class Run:
         if self.stages.holder:
             self.stages.check_held()
             self.stages.holder.after_step()
-        self._changed_in_batch |= self.stages.advance(observing, self._uses.uses_per_step, self._seen_reading)
+        self._changed_in_batch |= self.stages.advance()
         if state.observing is None and observing and self.source:
             self.source.close()

@@ -1,5 +1,7 @@
 """`Stages`: from statistics to held elements, stage by stage. No trainer is known here."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import Parameter
@@ -8,7 +10,7 @@ from lightning_gcfreeze import misconfiguration, orderings, selection
 from lightning_gcfreeze._names import shortened
 from lightning_gcfreeze.decision import Decision, decide, scores_now
 from lightning_gcfreeze.distributed import Shards, local
-from lightning_gcfreeze.freezing import Holder
+from lightning_gcfreeze.freezing import Holder, WeightUses
 from lightning_gcfreeze.holding import plan_holding
 from lightning_gcfreeze.observing import Observing
 from lightning_gcfreeze.options import Options
@@ -26,6 +28,8 @@ class Stages:
         around: the loop.
         parameters: the eligible parameters, by name.
         shards: how they lie on the processes.
+        uses: counts at how many positions of a step's batch each weight is applied.
+        seen_reading: returns the code that was seen to ask for gradients.
         trained: all parameters that the optimizer trained when the run began, by name.
     """
 
@@ -36,11 +40,14 @@ class Stages:
         around: Surroundings,
         parameters: dict[str, Parameter],
         shards: Shards,
+        uses: WeightUses,
+        seen_reading: Callable[[], list[str]],
         trained: dict[str, Parameter],
     ) -> None:
         self._options, self._state, self._around = options, state, around
         self._parameters, self._shards, self._trained = parameters, shards, trained
-        self._n_eligible = sum(p.numel() for p in parameters.values())
+        self._uses, self._seen_reading = uses, seen_reading
+        self.n_eligible = sum(p.numel() for p in parameters.values())
         self._held_since = 0  # the optimizer step
         self.holder: Holder | None = None
         """Holds the frozen elements; None before t0."""
@@ -51,34 +58,29 @@ class Stages:
 
     # Deciding ------------------------------------------------------------------------------------------------------
 
-    def advance(self, observing: Observing | None, uses_per_step: dict[str, int], seen_reading: list[str]) -> bool:
-        """Decide, grow or thaw, if it is time; return whether the masks changed. Right after each optimizer step.
-
-        Args:
-            observing: the statistics for the next decision; None if there is none to come.
-            uses_per_step: at how many positions of this step's batch each weight was applied, where that was counted.
-            seen_reading: code that was seen to ask for gradients.
-        """
+    def advance(self) -> bool:
+        """Decide, grow or thaw, if it is time; return whether the masks changed. Right after each optimizer step."""
         state, before = self._state, self._state.decision
-        if observing and state.plan.is_decision_step(state.steps):
-            if self._is_time(observing):
-                self._change(self._decide(observing, uses_per_step), seen_reading)
+        if state.observing and state.plan.is_decision_step(state.steps):
+            if self._is_time(state.observing):
+                self._change(self._decide(state.observing))
         elif before:
-            self._judge(before, seen_reading)
+            self._judge(before)
         return state.decision is not before
 
     def new_observing(self, reads_samples: bool) -> Observing:
         """Return empty statistics of what the ordering reads."""
         options = self._options
         full = options.covariance == "full"
-        return Observing(self._weights(), full, orderings.needed_by(options.ordering), self._shards, reads_samples)
+        return Observing(self.weights(), full, orderings.needed_by(options.ordering), self._shards, reads_samples)
 
-    def _weights(self) -> dict[str, Tensor]:
+    def weights(self) -> dict[str, Tensor]:
+        """Return the eligible parameters themselves, of sharded ones the local parts."""
         return {name: local(p.detach()) for name, p in self._parameters.items()}
 
     def _count(self) -> int:
         """How many elements the plan wants frozen."""
-        return selection.resolve_count(self._state.plan.k, self._n_eligible)
+        return selection.resolve_count(self._state.plan.k, self.n_eligible)
 
     def _is_time(self, observing: Observing) -> bool:
         """Return whether to decide now. With ``t0="auto"`` the data say so, the same on all processes."""
@@ -91,13 +93,13 @@ class Stages:
             if not is_last:
                 state.plan.settling.skip()
             return is_last
-        weights = self._weights()
+        weights = self.weights()
         scores = scores_now(observing, options.ordering, weights, state.seed, options.granularity)
         check = state.plan.check_settled(
             sampled(scores, SAMPLE_SIZE, self._shards),
             sampled(observing.activity(weights), SAMPLE_SIZE, self._shards) > 0,
             observed,
-            self._count() / self._n_eligible,
+            self._count() / self.n_eligible,
             world,
         )
         if check.settled or is_last:
@@ -105,7 +107,7 @@ class Stages:
             self._around.inform(f"{why}. At the last check {check.sentence()}.")
         return check.settled or is_last
 
-    def _decide(self, observing: Observing, uses_per_step: dict[str, int]) -> Decision:
+    def _decide(self, observing: Observing) -> Decision:
         """Rank and mark, the same on all processes: their statistics are averaged first."""
         state, options, around = self._state, self._options, self._around
         if around.world.any(not observing.observed):
@@ -121,14 +123,15 @@ class Stages:
         keep = state.decision.frozen if state.decision and options.monotone else None
         state.plan.record_decision(state.steps, around.world)
         k, granularity = self._count(), options.granularity
-        decision = decide(observing, options.ordering, self._weights(), state.seed, k, granularity, uses_per_step, keep)
+        uses = self._uses.uses_per_step
+        decision = decide(observing, options.ordering, self.weights(), state.seed, k, granularity, uses, keep)
         state.observing = self.new_observing(observing.reads_samples) if state.plan.has_next_decision else None
         around.inform(decision.sentence(state.steps))
         for doubt in decision.doubts(k, state.plan.k, granularity):
             around.warn(doubt)
         return decision
 
-    def _judge(self, decision: Decision, seen_reading: list[str]) -> None:
+    def _judge(self, decision: Decision) -> None:
         """Freeze the next stage, or thaw the last, where k grows."""
         state = self._state
         verdict = state.plan.judge_stage(state.steps, self._around.world)
@@ -136,7 +139,7 @@ class Stages:
             state.thaw_states.forget()
             self._tell_savings()
         elif verdict in ("grow", "thaw"):
-            self._change(decision.with_k(self._count(), self._options.granularity), seen_reading)
+            self._change(decision.with_k(self._count(), self._options.granularity))
         if state.plan.growing and verdict != "wait":
             self._around.inform(
                 f"after {state.steps} optimizer steps {state.plan.growing.sentence(verdict)}"
@@ -149,12 +152,11 @@ class Stages:
 
     # Holding -------------------------------------------------------------------------------------------------------
 
-    def hold(self, decision: Decision, seen_reading: list[str], resumed: bool, in_trial: bool = False) -> None:
+    def hold(self, decision: Decision, resumed: bool, in_trial: bool = False) -> None:
         """Hold the elements of a decision from now on at the values that they have.
 
         Args:
             decision: what is frozen.
-            seen_reading: code that was seen to ask for gradients.
             resumed: whether the optimizer's state already is that of a run with this decision.
             in_trial: whether a tuner tries steps that do not count.
         """
@@ -164,7 +166,7 @@ class Stages:
             self._options,
             around,
             self._parameters,
-            seen_reading,
+            self._seen_reading(),
             whole_gradients=state.observing is not None,
             is_sharded=self._shards.is_sharded,
             in_trial=in_trial,
@@ -211,7 +213,7 @@ class Stages:
                 self._around.all_reduce.leave_out({})
         self.holder = None
 
-    def _change(self, decision: Decision, seen_reading: list[str]) -> None:
+    def _change(self, decision: Decision) -> None:
         """Hold what a new decision says, and nothing else."""
         state, optimizer = self._state, self._around.optimizer
         nothing = {name: torch.zeros_like(mask) for name, mask in decision.frozen.items()}
@@ -227,6 +229,6 @@ class Stages:
                 freezing = {name: mask & ~before[name] for name, mask in decision.frozen.items()}
                 state.thaw_states.store(optimizer, self._parameters, freezing)
         self.has_changed = True
-        self.hold(decision, seen_reading, resumed=False)
+        self.hold(decision, resumed=False)
         self._around.publish(state.frozen_fraction)
         self._tell_savings()

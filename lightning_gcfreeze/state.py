@@ -5,6 +5,7 @@ A checkpoint of a front is `State.state_dict`, format 6; format 5, of version 0.
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -71,10 +72,14 @@ class State:
         return "observing" if self.decision is None else "frozen"
 
     @property
+    def _latest(self) -> Decision | Observing | None:
+        """The decision, or, before t0, the statistics for it."""
+        return self.decision or self.observing
+
+    @property
     def shards(self) -> Shards:
         """How the parameters lie on the processes."""
-        known = self.decision or self.observing
-        return known.shards if known else Shards()
+        return self._latest.shards if self._latest else Shards()
 
     @property
     def frozen(self) -> dict[str, Tensor]:
@@ -90,14 +95,14 @@ class State:
     @property
     def variance(self) -> dict[str, Tensor]:
         """A copy of the diagonal of C_t, from t0 on of the last decision, ``{name: (*p.shape)}``."""
-        known = self.decision or self.observing
-        return self.shards.wrapped({name: v.clone() for name, v in known.variance.items()}) if known else {}
+        known = self._latest.variance if self._latest else {}
+        return self.shards.wrapped({name: v.clone() for name, v in known.items()})
 
     @property
     def covariance(self) -> Tensor | None:
         """A copy of C_t, (p, p), if it is kept."""
-        known = self.decision or self.observing
-        return known.matrix.clone() if known and known.matrix is not None else None
+        matrix = self._latest.matrix if self._latest else None
+        return None if matrix is None else matrix.clone()
 
     def ranks(self, weights: Named) -> dict[str, Tensor]:
         """Return the paper's I by the decision's scores, or, before t0, by the scores as they would be now.
@@ -114,11 +119,12 @@ class State:
         options = self._options
         return selection.ranks(scores_now(self.observing, options.ordering, weights, self.seed, options.granularity))
 
-    def delta(self, module: nn.Module | None) -> dict[str, Tensor]:
+    def delta(self, module: nn.Module | None, file: str | Path | None) -> dict[str, Tensor]:
         """Return the live elements' positions and values, see `lightning_gcfreeze.delta`.
 
         Args:
             module: the module of the last run, if it is still there.
+            file: where to save them as well, as safetensors.
 
         Raises:
             RuntimeError: nothing is frozen yet, there is no module, or its frozen elements have moved.
@@ -136,7 +142,10 @@ class State:
                 " step t0 and the live elements do not give this model. Averages of weights (EMA, SWA) and code that"
                 " writes to parameters do this. Take the delta before, or average weights only from `t0` on."
             )
-        return delta.of(module, self.frozen)
+        found = delta.of(module, self.frozen)
+        if file is not None:
+            delta.save(found, file)
+        return found
 
     def unfinished(self) -> tuple[str | None, str | None]:
         """Return, at the end of training, a warning and a remark about decisions that did not come about."""
@@ -167,11 +176,10 @@ class State:
             names: of the eligible parameters.
             bytes_sent: what this process passed to DDP's all-reduce in the step; None without DDP.
         """
-        known = self.decision or self.observing
         return reporting.scalars(
             self.decision.fractions if self.decision else dict.fromkeys(names, 0.0),
             self.frozen_fraction,
-            known.observed if known else 0,
+            self._latest.observed if self._latest else 0,
             self.savings.scalars() if self.savings else None,
             bytes_sent,
             self.plan.metrics,
@@ -195,8 +203,7 @@ class State:
     @property
     def shapes(self) -> dict[str, torch.Size]:
         """The shapes of the eligible parameters, whole ones, by name."""
-        known = self.decision or self.observing
-        return known.shapes if known else {}
+        return self._latest.shapes if self._latest else {}
 
     def synchronize(self, shards: Shards) -> None:
         """Let all processes go on from the same statistics, by means over processes."""
@@ -217,7 +224,7 @@ class State:
         """
         return {
             "format": FORMAT,
-            "begun": self.observing is not None or self.decision is not None,
+            "begun": self._latest is not None,
             "arguments": self._options.decisive(),
             "seed": self.seed,
             "steps": self.steps,

@@ -112,7 +112,7 @@ FAULTS = [
           "may_be_skipped=self._scaler is not None", "may_be_skipped=True",
           [FREEZER + "test_optimizer_that_evaluates_the_loss_twice_in_a_step_is_refused"]),
     Fault("statistics of a closed Freezer are those of one process", "freezer.py",
-          "if self._run.has_begun:\n                self.", "if not self._run.has_begun:\n                self.",
+          "                    self._run.synchronize()\n            finally:", "            finally:",
           ["test_synchronizing.py::test_statistics_are_those_of_all_processes_after_training[Freezer]"]),
     Fault("the number of targets of a micro-batch does not weigh its gradient", "huggingface/callback.py",
           "append(gradient * share)", "append(gradient)",

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lightning_gcfreeze import _torch
+from lightning_gcfreeze._wrappers import unwrapped_optimizer
 from lightning_gcfreeze.freezer import Freezer
 from lightning_gcfreeze.huggingface import checkpoints
 from lightning_gcfreeze.huggingface.loss_shares import Batch, Loss, Shares, without_count
@@ -92,9 +93,8 @@ class GradCovFreezeTrainerCallback(TrainerCallback):
         self.close()  # the freezer of a run that an exception ended, before `on_train_end`
         if why := _refusal(args):
             raise ValueError(why)
-        model, optimizer, scaler = kwargs["model"], kwargs["optimizer"], None
-        while hasattr(optimizer, "gradient_state"):  # Accelerate's wrapper, around torch's optimizer or another one
-            optimizer, scaler = optimizer.optimizer, scaler or optimizer.scaler
+        model = kwargs["model"]
+        optimizer, scaler = unwrapped_optimizer(kwargs["optimizer"])  # the weights of losses include the scale
         self._smoothing = args.label_smoothing_factor
         self._n_passes, self._open, self._is_step_seen, self._weights = 0, None, False, []
         self._n_processes = args.world_size

@@ -34,17 +34,26 @@ def decisions_from_arguments(t0: Any, k: Any, schedule: Any) -> tuple[tuple[Plan
         TypeError: an argument of the wrong kind.
         ValueError: an argument outside its range, both or neither of a schedule and `t0` with `k`.
     """
-    if schedule is not None:
-        if isinstance(schedule, Sequence) and not isinstance(schedule, str):
-            schedule = FreezeSchedule(schedule)
-        if not isinstance(schedule, FreezeSchedule):
-            raise TypeError(f"`schedule` must be a FreezeSchedule or a list of pairs (t, k), got {schedule!r}.")
+    if (schedule := as_schedule(schedule)) is not None:
         if t0 is not None or k is not None:
             raise ValueError(f"`schedule` says when and how much: leave out `t0` and `k`, got t0={t0!r} and k={k!r}.")
         return tuple(schedule.stages), schedule.monotone
     if t0 is None or k is None:
         raise ValueError(f"Pass `t0` and `k`, or a `schedule`; got t0={t0!r} and k={k!r}.")
     return ((_when(t0), _how_much(k)),), True
+
+
+def as_schedule(schedule: Any) -> FreezeSchedule | None:
+    """Return a `FreezeSchedule` as it is, or made of a list of pairs (t, k); None stays None.
+
+    Raises:
+        TypeError: `schedule` is something else.
+    """
+    if isinstance(schedule, Sequence) and not isinstance(schedule, str):
+        return FreezeSchedule(schedule)
+    if schedule is not None and not isinstance(schedule, FreezeSchedule):
+        raise TypeError(f"`schedule` must be a FreezeSchedule or a list of pairs (t, k), got {schedule!r}.")
+    return schedule
 
 
 def _when(t0: Any) -> int | Settled:

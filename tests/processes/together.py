@@ -1,6 +1,6 @@
 """Several programs, one after the other, in one start of torchrun: `together.py DIRECTORY PROGRAM …`.
 
-    torchrun --nproc-per-node=2 tests/processes/together.py /tmp/scratch ddp checkpoints.save
+    torchrun --nproc-per-node=2 tests/processes/together.py scratch comm_hook checkpoints.save
 
 A program is a module of tests/processes, or a function in one; without a name the function is `main`. It gets the
 directory if it takes an argument, and finds a gloo process group. Each rank says of each program that it agrees, or
