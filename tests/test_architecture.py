@@ -41,7 +41,7 @@ INSIDE = {
         ("diagonal", "full", "moments"),
     ),
     "gradients": (
-        ("isolation", "batch", "slicing", "choice"),
+        ("isolation", "batch", "momentum", "slicing", "choice"),
         ("layer_rules", "window"),
         ("replay", "capture"),
         ("comparison",),

@@ -1,0 +1,166 @@
+"""The running mean of g_S that the optimizer keeps anyway, and its step at unit learning rate, from its state.
+
+With the optimizer's own names, and t the step of the parameter, which counts only steps with a gradient:
+
+    Adam, AdamW, NAdam, RAdam   m = exp_avg / (1 - β1^t)                update = m / (sqrt(exp_avg_sq / (1 - β2^t)) + ε)
+      with amsgrad                                                      max_exp_avg_sq in place of exp_avg_sq
+    Adamax                      m = exp_avg / (1 - β1^t)                update = m / exp_inf
+    Lion, and others with       m = exp_avg                             update = m
+      nothing but exp_avg
+    SGD                         m = (1 - μ)/(1 - τ) momentum_buffer     update = momentum_buffer
+    RMSprop                     m = (1 - μ) d momentum_buffer           update = momentum_buffer
+
+μ is the momentum, τ the dampening, d the divisor of RMSprop's gradients, whose buffer is of divided gradients. Buffers
+are sums of gradients with the weights 1, μ, μ², …, which the factor in front makes a mean. Left out is what an
+optimizer adds that is not in its state, Nesterov's look-ahead, and what is on its way to 1, RAdam's rectification. What
+the optimizer was given is what it has the mean of: clipped gradients, with the weight decay that is added to gradients
+(not AdamW's), and of the opposite sign where it maximizes.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, optim
+from torch.distributed.tensor import DTensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from lightning_gcfreeze._names import shortened
+from lightning_gcfreeze.distributed import local, part
+
+_WITHOUT_MEAN = (optim.Adagrad, optim.Adadelta, optim.ASGD, optim.Rprop)
+_MEANS = ("exp_avg", "momentum_buffer")
+_KNOWN = {*_MEANS, "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "grad_avg"}
+"""Entries by element whose part in a step is known."""
+
+
+class Moments(NamedTuple):
+    """What was read, ``{name: (*p.shape)}``, float32 or wider: copies, of sharded parameters the local parts."""
+
+    momentum: dict[str, Tensor]
+    """m."""
+    update: dict[str, Tensor]
+    """The optimizer's step at unit learning rate, but for its sign and its weight decay."""
+
+
+def has_state(optimizer: Optimizer, parameters: Mapping[str, Parameter]) -> bool:
+    """Return whether the optimizer has stepped any of the parameters."""
+    return any(optimizer.state.get(p) for p in parameters.values())
+
+
+def why_unreadable(optimizer: Optimizer, parameters: Mapping[str, Parameter]) -> str | None:
+    """Return why m cannot be read, with the optimizer as the subject, or None if it can.
+
+    Before the first step only the optimizer's class and hyper-parameters tell.
+
+    Args:
+        optimizer: one that treats every element by itself.
+        parameters: whose m is wanted, by name.
+    """
+    if type(optimizer) in _WITHOUT_MEAN:
+        return "keeps no running mean of gradients"
+    forgetful: dict[str, list[str]] = {}
+    for name, group in _groups(optimizer, parameters).items():
+        if setting := _setting_without_memory(optimizer, group):
+            forgetful.setdefault(setting, []).append(name)
+    for setting, names in forgetful.items():
+        return f"remembers no gradient but the last with {setting}, as {shortened(names)} has it"
+    for name, p in parameters.items():
+        if why := _why_unreadable(optimizer.state.get(p, {}), p):
+            return f"{why} ({name})"
+    return None
+
+
+@torch.no_grad()
+def moments(optimizer: Optimizer, parameters: Mapping[str, Parameter]) -> Moments:
+    """Read m and the update, for parameters of which `why_unreadable` knows no reason against it.
+
+    Args:
+        optimizer: after its step.
+        parameters: by name. One that never had a gradient gets zeros.
+    """
+    read = {
+        name: _moments(p, optimizer.state.get(p) or {}, group)
+        for (name, p), group in zip(parameters.items(), _groups(optimizer, parameters).values(), strict=True)
+    }
+    return Moments({name: m for name, (m, _) in read.items()}, {name: update for name, (_, update) in read.items()})
+
+
+def _groups(optimizer: Optimizer, parameters: Mapping[str, Parameter]) -> dict[str, dict[str, Any]]:
+    """Return the hyper-parameters of each parameter, by name."""
+    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+    return {name: groups.get(p, optimizer.defaults) for name, p in parameters.items()}
+
+
+def _setting_without_memory(optimizer: Optimizer, group: Mapping[str, Any]) -> str | None:
+    if isinstance(optimizer, optim.SGD | optim.RMSprop):
+        return "`momentum=0`" if float(group["momentum"]) == 0 else None
+    return "`betas[0]=0`" if "betas" in group and float(group["betas"][0]) == 0 else None
+
+
+def _why_unreadable(state: Mapping[str, Any], p: Parameter) -> str | None:
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    if not tensors:
+        return None  # no gradient yet
+    mean = next((value for key in _MEANS if (value := tensors.get(key)) is not None), None)
+    if mean is None or mean.shape != p.shape:
+        return f"keeps {', '.join(tensors)}, and not `exp_avg` or `momentum_buffer` of each element"
+    if others := [
+        key for key, value in tensors.items() if value.dim() and value.shape == p.shape and key not in _KNOWN
+    ]:
+        return f"keeps {', '.join(others)}, whose part in a step is unknown here"
+    read = [value for key, value in tensors.items() if key in _KNOWN]
+    if odd := [value for value in read if type(value) not in (Tensor, Parameter, DTensor)]:
+        return f"keeps its state as {type(odd[0]).__name__}"
+    if odd := [value for value in read if not value.is_floating_point()]:
+        return f"keeps its state as {odd[0].dtype}"
+    return None
+
+
+def _moments(p: Parameter, state: Mapping[str, Any], group: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return m and the update of one parameter."""
+    found = {key: _wide(p, state[key]) for key in _KNOWN if isinstance(state.get(key), Tensor)}
+    corrections = _bias_corrections(state, group)
+    if not found.keys() & set(_MEANS) or 0.0 in corrections:  # a fused step that did not count leaves a state of 0
+        zeros = torch.zeros_like(local(p), dtype=torch.promote_types(p.dtype, torch.float32), requires_grad=False)
+        return zeros, zeros.clone()
+    eps = float(group.get("eps", 0.0))
+    if "exp_avg" not in found:
+        return _mean_of_buffer(found, group, eps), found["momentum_buffer"]
+    squares = found.get("max_exp_avg_sq", found.get("exp_avg_sq"))
+    if squares is None and "exp_inf" not in found:
+        return found["exp_avg"], found["exp_avg"].clone()
+    m = found["exp_avg"] / corrections[0]
+    divisor = found["exp_inf"] if squares is None else (squares / corrections[1]).sqrt_().add_(eps)
+    return m, torch.where(m == 0, m, m / divisor)  # 0/0 without ε: an element that never moved
+
+
+def _mean_of_buffer(found: Mapping[str, Tensor], group: Mapping[str, Any], eps: float) -> Tensor:
+    """Return the mean gradient from the momentum of SGD or RMSprop."""
+    momentum, dampening = (float(group.get(name, 0.0)) for name in ("momentum", "dampening"))
+    weights = (1 - dampening) / (1 - momentum) if momentum < 1 and dampening < 1 else 1.0  # their sum, in the long run
+    mean = found["momentum_buffer"] / weights
+    if "square_avg" not in found:
+        return mean
+    squares = found["square_avg"]
+    if "grad_avg" in found:
+        squares = squares.addcmul(found["grad_avg"], found["grad_avg"], value=-1).clamp_(min=0.0)
+    return mean.mul_(squares.sqrt().add_(eps))
+
+
+def _bias_corrections(state: Mapping[str, Any], group: Mapping[str, Any]) -> tuple[float, float]:
+    """Return 1 - β1^t and 1 - β2^t, in double precision; 1 where the optimizer does not count."""
+    step = state.get("step", group.get("step"))
+    if step is None or "betas" not in group:
+        return 1.0, 1.0
+    t = float(local(step) if isinstance(step, Tensor) else step)
+    first, second, *_ = (1 - float(beta) ** t for beta in group["betas"])
+    return first, second
+
+
+def _wide(p: Parameter, value: Tensor) -> Tensor:
+    """Return a copy of a state entry, dense, like the local part of its parameter, float32 or wider."""
+    value = part(p, value.detach())
+    value = value.to_dense() if value.layout != torch.strided else value
+    return value.to(torch.promote_types(value.dtype, torch.float32), copy=True)
