@@ -137,7 +137,12 @@ class Decision:
 
 
 def scores_now(
-    observing: Observing, ordering: orderings.Ordering, weights: Named, seed: int, granularity: Granularity
+    observing: Observing,
+    ordering: orderings.Ordering,
+    weights: Named,
+    seed: int,
+    granularity: Granularity,
+    moments: Mapping[str, Named] | None = None,
 ) -> dict[str, Tensor]:
     """Return the ordering's scores by the evidence so far, in the order of the parameters, which decides ties.
 
@@ -146,7 +151,7 @@ def scores_now(
     Raises:
         ValueError: the ordering did not score every element, or with NaN.
     """
-    return _scores(ordering, observing.evidence(weights, seed, granularity))
+    return _scores(ordering, observing.evidence(weights, seed, granularity, moments))
 
 
 def decide(
@@ -158,6 +163,8 @@ def decide(
     granularity: Granularity = "element",
     uses_per_step: Mapping[str, int] | None = None,
     keep: Named | None = None,
+    moments: Mapping[str, Named] | None = None,
+    held: Named | None = None,
 ) -> Decision:
     """Rank the elements and mark the k lowest, Eq. (2.7); the same on all processes, which is checked.
 
@@ -170,12 +177,14 @@ def decide(
         granularity: what freezes together.
         uses_per_step: see `Decision`.
         keep: ``{name: bool (*p.shape)}``, elements that are frozen in any case, before all others.
+        moments: fields of `orderings.Evidence` that were not observed, ``{field: {name: (*p.shape)}}``.
+        held: ``{name: bool (*p.shape)}``, elements that are frozen until now, of which `moments` know nothing.
 
     Raises:
         ValueError: the ordering did not score every element, or with NaN.
         RuntimeError: processes would freeze different elements.
     """
-    shards, evidence = observing.shards, observing.evidence(weights, seed, granularity)
+    shards, evidence = observing.shards, observing.evidence(weights, seed, granularity, moments)
     scores = given = _scores(ordering, evidence)
     if keep is not None:
         scores = {name: score.double().masked_fill(keep[name], -math.inf) for name, score in given.items()}
@@ -191,7 +200,7 @@ def decide(
         skipped=observing.skipped,
         uses_per_step=dict(uses_per_step or {}),
         n_frozen=shards.n_marked(frozen),
-        n_without_gradient=_n_without_gradient(frozen, given, observing.activity(weights), shards),
+        n_without_gradient=_n_without_gradient(frozen, given, observing.activity(weights, moments, held), shards),
         shapes=observing.shapes,
         shards=shards,
     )

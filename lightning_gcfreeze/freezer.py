@@ -300,7 +300,7 @@ class Freezer:
     @property
     def ranks(self) -> dict[str, Tensor]:
         """The paper's I, ``{name: int64 (*p.shape)}``; see `GradCovFreezeCallback.ranks`."""
-        return self._state.ranks(self._run.stages.weights())
+        return self._state.ranks(self._run.stages.scores)
 
     @property
     def savings(self) -> Savings | None:

@@ -94,13 +94,23 @@ class Observing:
         """Whether any statistic of gradients is gathered."""
         return any(estimator.tensors for estimator in self._estimators)
 
-    def activity(self, weights: Named) -> dict[str, Tensor]:
-        """Return a tensor per parameter that is 0 where an element never had a gradient, as far as that is known."""
+    def activity(
+        self, weights: Named, moments: Mapping[str, Named] | None = None, held: Named | None = None
+    ) -> dict[str, Tensor]:
+        """Return a tensor per parameter that is 0 where an element never had a gradient, as far as that is known.
+
+        Args:
+            weights: the parameters now.
+            moments: see `evidence`; they tell where no gradients are observed.
+            held: ``{name: bool (*p.shape)}``, elements that are frozen now: their moments are 0 whatever they had.
+        """
         if self.reads_samples:
             return self._variance()
         for field in ("second_moment", "mean", "recent_mean"):
             if field in self.moments:
                 return {name: tensor.abs() for name, tensor in self._read(self.moments[field].tensors).items()}
+        for moment in (moments or {}).values():
+            return {name: m.abs() if held is None else m.abs() + held[name] for name, m in moment.items()}
         return {name: torch.ones_like(w) for name, w in weights.items()}
 
     def wants(self, step: int) -> bool:
@@ -189,13 +199,23 @@ class Observing:
         self._observed = int(world.all_reduce_min(torch.tensor(self._observed)))
         self.skipped, self.batch_size = world.broadcast_object((self.skipped, self.batch_size))
 
-    def evidence(self, weights: Named, seed: int, granularity: Granularity) -> orderings.Evidence:
-        """Return what an ordering may look at now; weights are copied, since scores may outlive their values."""
+    def evidence(
+        self, weights: Named, seed: int, granularity: Granularity, moments: Mapping[str, Named] | None = None
+    ) -> orderings.Evidence:
+        """Return what an ordering may look at now; weights are copied, since scores may outlive their values.
+
+        Args:
+            weights: the parameters now.
+            seed: of the random order.
+            granularity: what freezes together.
+            moments: fields of `orderings.Evidence` that are not gathered here, ``{field: {name: (*p.shape)}}``.
+        """
         self.resolve_pending()
         now = {name: w.detach().clone() for name, w in weights.items()}
-        moments = {name: self._read(estimator.tensors) for name, estimator in self.moments.items()}
+        gathered = {name: self._read(estimator.tensors) for name, estimator in self.moments.items()}
+        fields = {**gathered, **(moments or {})}
         return orderings.Evidence(
-            self._variance(), now, seed, start=self.start, granularity=granularity, shards=self.shards, **moments
+            self._variance(), now, seed, start=self.start, granularity=granularity, shards=self.shards, **fields
         )
 
     def state_dict(self) -> dict[str, Any]:

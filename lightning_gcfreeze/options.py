@@ -99,7 +99,11 @@ class Options:
     def gain_of_scores(self, t: int) -> float:
         """Return the gain of the noisiest statistic that the ordering reads, at observed step t."""
         kappa = gains.at(self.gain, t)
-        return gains.recent(kappa, t) if "recent_mean" in orderings.needed_by(self.ordering) else kappa
+        if "recent_mean" in orderings.needed_by(self.ordering):
+            kappa = gains.recent(kappa, t)
+        if orderings.needed_from_optimizer(self.ordering):
+            kappa = max(kappa, gains.of_momentum(t, self.every))
+        return kappa
 
     def decisive(self) -> dict[str, Any]:
         """Return the arguments that decide what freezes, as numbers, strings and lists of them."""

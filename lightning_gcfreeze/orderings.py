@@ -18,7 +18,7 @@ from lightning_gcfreeze._types import Granularity, Named
 from lightning_gcfreeze.distributed import UNSHARDED, Shards
 
 Name: TypeAlias = Literal[
-    "variance", "random", "reverse", "magnitude", "second_moment", "snr", "displacement", "progress"
+    "variance", "random", "reverse", "magnitude", "second_moment", "snr", "displacement", "progress", "momentum"
 ]
 
 
@@ -46,6 +46,12 @@ class Evidence:
     """Running mean of g_S². None unless ``needs`` has "second_moment"."""
     start: Named | None = None
     """The parameters when observing began. None unless ``needs`` has "start"."""
+    momentum: Named | None = None
+    """The running mean of g_S that the optimizer keeps, from its state; see `gradients.momentum`. 0 where it has none
+    yet, and where an element was frozen before. None unless ``needs`` has "momentum"."""
+    update: Named | None = None
+    """The optimizer's step at unit learning rate, but for its sign and its weight decay, from its state. None unless
+    ``needs`` has "update"."""
     granularity: Granularity = "element"
     """The units that freeze together. Scores are still one per element, and are averaged over units afterwards."""
     shards: Shards = UNSHARDED
@@ -65,7 +71,7 @@ def needs(*fields: str, variance: bool = True) -> Callable[[F], F]:
     If it does not, per-sample gradients are not computed with ``samples="auto"``, and ``evidence.variance`` is empty.
 
     Args:
-        fields: among "mean", "recent_mean", "second_moment" and "start".
+        fields: among "mean", "recent_mean", "second_moment", "start", "momentum" and "update".
         variance: whether the ordering reads ``evidence.variance``.
     """
 
@@ -141,6 +147,19 @@ def progress(evidence: Evidence) -> Named:
     return {name: _ratio(m.square(), second[name].sqrt()) for name, m in recent.items()}
 
 
+@needs("momentum", "update", variance=False)
+def momentum(evidence: Evidence) -> Named:
+    """Score by m · update: what each step of the element still takes off the loss, as the optimizer itself knows it.
+
+    The score of `progress`, from the state of the optimizer at t0 instead of statistics of our own, so nothing is
+    observed and nothing kept before t0: m² / sqrt(v) with Adam, in proportion to m² with SGD. The optimizer has to keep
+    a running mean of gradients, which SGD does only with ``momentum``; its memory, as a rule of ten steps, is the
+    order's.
+    """
+    mean, update = cast("Named", evidence.momentum), cast("Named", evidence.update)
+    return {name: m * update[name] for name, m in mean.items()}
+
+
 def _ratio(a: Tensor, b: Tensor) -> Tensor:
     """Return a / b, and 0 where b is 0: an element that never moved."""
     return (a / b).nan_to_num_(nan=0.0, posinf=0.0)
@@ -155,6 +174,7 @@ ORDERINGS: dict[str, Ordering] = {
     "snr": snr,
     "displacement": displacement,
     "progress": progress,
+    "momentum": momentum,
 }
 _REMOVED = ("variance_by_tensor", "variance_by_second_moment", "variance_by_magnitude")
 
@@ -197,7 +217,9 @@ def resolve(order: str | Ordering) -> Ordering:
     return order
 
 
-OPTIONAL_FIELDS = frozenset({"mean", "recent_mean", "second_moment", "start"})
+FROM_OPTIMIZER = frozenset({"momentum", "update"})
+"""The fields that are read from the optimizer's state when they are wanted; the others are gathered before."""
+OPTIONAL_FIELDS = frozenset({"mean", "recent_mean", "second_moment", "start"}) | FROM_OPTIMIZER
 
 
 def reads_variance(ordering: Ordering) -> bool:
@@ -209,3 +231,8 @@ def needed_by(ordering: Ordering) -> frozenset[str]:
     """Return the optional fields of `Evidence` that an ordering reads."""
     named: str | Collection[str] = getattr(ordering, "needs", ())
     return frozenset([named] if isinstance(named, str) else named)
+
+
+def needed_from_optimizer(ordering: Ordering) -> frozenset[str]:
+    """Return the optional fields of `Evidence` that an ordering reads and that are in the optimizer's state."""
+    return needed_by(ordering) & FROM_OPTIMIZER

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn import Parameter
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import LBFGS, Optimizer
 
@@ -19,6 +20,7 @@ from lightning_gcfreeze import _modules
 from lightning_gcfreeze._names import shortened
 from lightning_gcfreeze._types import Named
 from lightning_gcfreeze.freezing import ELEMENTWISE
+from lightning_gcfreeze.gradients import momentum
 
 _UNSUPPORTED_STRATEGIES = {
     "FSDPStrategy": "flattens parameters into shards, where an element has neither name nor place (FSDP2 does not)",
@@ -305,6 +307,22 @@ def several_evaluations(optimizer: Any) -> str:
         f"{type(optimizer).__name__} evaluates the loss several times in one step, at weights that are not those of the"
         " step: elements cannot be held constant to the bit meanwhile. Use an optimizer that evaluates it once; or, if"
         " the loop runs several backward passes before a step of a `Freezer`, pass their number as `accumulate`."
+    )
+
+
+def unreadable_momentum(optimizer: Optimizer, named: Mapping[str, Parameter], has_stepped: bool) -> str | None:
+    """Optimizers without a running mean of each element's gradient, for an order that reads it in their state."""
+    kind, why = type(optimizer), momentum.why_unreadable(optimizer, named)
+    if kind not in ELEMENTWISE:
+        why = (
+            "is not known to keep a mean of each element's gradient as torch's optimizers do (if it does, add its class"
+            " to `lightning_gcfreeze.freezing.ELEMENTWISE`)"
+        )
+    elif has_stepped and not momentum.has_state(optimizer, named):
+        why = "has no state of any eligible parameter after its step"
+    return why and (
+        f"The order reads the running mean of the gradients in the optimizer's state, but {kind.__name__} {why}. Use"
+        " `order='progress'`, which observes the gradients itself."
     )
 
 

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lightning_gcfreeze import misconfiguration, orderings, selection
+from lightning_gcfreeze import misconfiguration, orderings, refusals, selection
 from lightning_gcfreeze._names import shortened
+from lightning_gcfreeze._types import Named
 from lightning_gcfreeze.decision import Decision, decide, scores_now
 from lightning_gcfreeze.distributed import Shards, local
 from lightning_gcfreeze.freezing import Holder, WeightUses
+from lightning_gcfreeze.gradients import momentum
 from lightning_gcfreeze.holding import plan_holding
 from lightning_gcfreeze.observing import Observing
 from lightning_gcfreeze.options import Options
@@ -31,6 +33,9 @@ class Stages:
         uses: counts at how many positions of a step's batch each weight is applied.
         seen_reading: returns the code that was seen to ask for gradients.
         trained: all parameters that the optimizer trained when the run began, by name.
+
+    Raises:
+        Surroundings.error: the ordering reads the optimizer's momentum, and this optimizer has none.
     """
 
     def __init__(
@@ -55,12 +60,18 @@ class Stages:
         """Whether other code may write to weights between optimizer steps."""
         self.has_changed = False
         """Whether the masks have changed since this was last set to False."""
+        self._from_optimizer = orderings.needed_from_optimizer(options.ordering)
+        self._has_stepped = False  # in this run
+        self._refuse_unreadable_state()
 
     # Deciding ------------------------------------------------------------------------------------------------------
 
     def advance(self) -> bool:
         """Decide, grow or thaw, if it is time; return whether the masks changed. Right after each optimizer step."""
         state, before = self._state, self._state.decision
+        if not self._has_stepped:
+            self._has_stepped = True
+            self._refuse_unreadable_state()  # which is there by now
         if state.observing and state.plan.is_decision_step(state.steps):
             if self._is_time(state.observing):
                 self._change(self._decide(state.observing))
@@ -78,13 +89,36 @@ class Stages:
         """Return the eligible parameters themselves, of sharded ones the local parts."""
         return {name: local(p.detach()) for name, p in self._parameters.items()}
 
+    def scores(self) -> dict[str, Tensor]:
+        """Return the scores by what was observed so far; empty before the first observed step."""
+        state, options = self._state, self._options
+        if (observing := state.observing) is None or not observing.observed:
+            return {}
+        if self._from_optimizer and not state.steps:
+            return {}  # the first step is observed, but not taken yet
+        return scores_now(observing, options.ordering, self.weights(), state.seed, options.granularity, self._moments())
+
+    def _moments(self) -> dict[str, Named]:
+        """Read what the ordering wants of the optimizer's state, by field of `orderings.Evidence`."""
+        if not self._from_optimizer:
+            return {}
+        self._refuse_unreadable_state()
+        read = momentum.moments(self._around.optimizer, self._parameters)
+        return {field: getattr(read, field) for field in sorted(self._from_optimizer)}
+
+    def _refuse_unreadable_state(self) -> None:
+        """Refuse an optimizer that does not keep what the ordering reads, where another decision is to come."""
+        if self._from_optimizer and (self._state.observing or not self._has_stepped):
+            around = self._around
+            around.refuse(refusals.unreadable_momentum(around.optimizer, self._parameters, self._has_stepped))
+
     def _count(self) -> int:
         """How many elements the plan wants frozen."""
         return selection.resolve_count(self._state.plan.k, self.n_eligible)
 
     def _is_time(self, observing: Observing) -> bool:
         """Return whether to decide now. With ``t0="auto"`` the data say so, the same on all processes."""
-        state, options, world = self._state, self._options, self._around.world
+        state, world = self._state, self._around.world
         if state.plan.settling is None:
             return True
         is_last = state.steps >= state.plan.next_deadline
@@ -93,11 +127,9 @@ class Stages:
             if not is_last:
                 state.plan.settling.skip()
             return is_last
-        weights = self.weights()
-        scores = scores_now(observing, options.ordering, weights, state.seed, options.granularity)
         check = state.plan.check_settled(
-            sampled(scores, SAMPLE_SIZE, self._shards),
-            sampled(observing.activity(weights), SAMPLE_SIZE, self._shards) > 0,
+            sampled(self.scores(), SAMPLE_SIZE, self._shards),
+            sampled(observing.activity(self.weights(), self._moments()), SAMPLE_SIZE, self._shards) > 0,
             observed,
             self._count() / self.n_eligible,
             world,
@@ -120,11 +152,14 @@ class Stages:
         observing.synchronize()
         if late := misconfiguration.late_parameters(around.module, around.optimizer, self._trained):
             around.warn(late)
-        keep = state.decision.frozen if state.decision and options.monotone else None
+        held = state.decision.frozen if state.decision else None
+        keep = held if options.monotone else None
         state.plan.record_decision(state.steps, around.world)
         k, granularity = self._count(), options.granularity
         uses = self._uses.uses_per_step
-        decision = decide(observing, options.ordering, self.weights(), state.seed, k, granularity, uses, keep)
+        decision = decide(
+            observing, options.ordering, self.weights(), state.seed, k, granularity, uses, keep, self._moments(), held
+        )
         state.observing = self.new_observing(observing.reads_samples) if state.plan.has_next_decision else None
         around.inform(decision.sentence(state.steps))
         for doubt in decision.doubts(k, state.plan.k, granularity):

@@ -4,7 +4,7 @@ A checkpoint of a front is `State.state_dict`, format 6; format 5, of version 0.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_gcfreeze import delta, reporting, selection
 from lightning_gcfreeze._names import shortened
 from lightning_gcfreeze._types import Named
-from lightning_gcfreeze.decision import Decision, scores_now
+from lightning_gcfreeze.decision import Decision
 from lightning_gcfreeze.distributed import Shards
 from lightning_gcfreeze.freezing import ThawStates
 from lightning_gcfreeze.freezing.fingerprints import fingerprints
@@ -104,20 +104,19 @@ class State:
         matrix = self._latest.matrix if self._latest else None
         return None if matrix is None else matrix.clone()
 
-    def ranks(self, weights: Named) -> dict[str, Tensor]:
+    def ranks(self, scores_now: Callable[[], Named]) -> dict[str, Tensor]:
         """Return the paper's I by the decision's scores, or, before t0, by the scores as they would be now.
+
+        Args:
+            scores_now: returns these; empty if nothing was observed yet.
 
         Raises:
             RuntimeError: the parameters are sharded: no process has all scores.
         """
         if self.shards.is_sharded:
             raise RuntimeError("`ranks` needs all scores on one process, but they are sharded. Use `frozen`.")
-        if self.decision:
-            return selection.ranks(self.decision.scores)
-        if not (weights and self.observing and self.observing.observed):
-            return {}
-        options = self._options
-        return selection.ranks(scores_now(self.observing, options.ordering, weights, self.seed, options.granularity))
+        scores = self.decision.scores if self.decision else scores_now()
+        return selection.ranks(scores) if scores else {}
 
     def delta(self, module: nn.Module | None, file: str | Path | None) -> dict[str, Tensor]:
         """Return the live elements' positions and values, see `lightning_gcfreeze.delta`.

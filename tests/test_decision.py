@@ -147,6 +147,37 @@ def test_elements_that_never_had_a_gradient_are_counted(variance, scores, k, dea
     assert decided(variance, k, scores).n_without_gradient == dead
 
 
+def test_ordering_gets_the_moments_that_were_not_observed():
+    """They are passed on as they are; the scores are computed with them alone."""
+    moments = {"momentum": {"w": torch.tensor([2.0, -3.0, 0.0])}, "update": {"w": torch.tensor([1.0, -0.5, 0.0])}}
+    w = {"w": torch.zeros(3)}
+    observing = Observing(w, needs=frozenset(moments), reads_samples=False)
+    assert scores_now(observing, orderings.momentum, w, 0, "element", moments)["w"].tolist() == [2.0, 1.5, 0.0]
+    frozen = decide(observing, orderings.momentum, w, 0, 2, moments=moments)
+    assert frozen.frozen["w"].tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("held", "dead"), [(None, 2), ([True, False, False, False], 1), ([False, False, True, False], 2)], ids=str
+)
+def test_moments_tell_which_elements_never_had_a_gradient_unless_they_were_frozen(held, dead):
+    """Those of a frozen element are 0 in any case. A small or negative moment is that of a gradient."""
+    moments = {"update": {"w": torch.tensor([0.0, 0.0, -1e-30, 2.0])}}
+    w = {"w": torch.zeros(4)}
+    observing = Observing(w, reads_samples=False)
+    held = None if held is None else {"w": torch.tensor(held)}
+    frozen = decide(observing, lambda e: {"w": e.update["w"].abs()}, w, 0, 3, moments=moments, held=held)
+    assert frozen.n_without_gradient == dead
+
+
+def test_statistics_tell_it_where_there_are_some():
+    """A gradient that was observed counts, whatever the optimizer made of it."""
+    observing = observed(pairs(2), needs=frozenset({"second_moment"}))
+    zeros = {name: torch.zeros_like(w) for name, w in weights().items()}
+    frozen = decide(observing, orderings.momentum, weights(), 0, 8, moments={"momentum": zeros, "update": zeros})
+    assert frozen.n_without_gradient == 0
+
+
 def test_parameter_without_elements_changes_nothing_for_the_others():
     """A parameter without elements has no lowest score and no share; the others are counted as without it."""
     empty = torch.zeros(0, 3)

@@ -20,6 +20,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "full covariance": {"t0": 6, "k": 9, "covariance": "full"},
     "replayed": {"t0": 6, "k": 0.5, "gradients": "replay"},
     "progress": {"t0": 6, "k": 0.9, "order": "progress"},
+    "momentum": {"t0": 6, "k": 0.9, "order": "momentum"},
     "rows, restored": {"t0": 6, "k": 0.5, "granularity": "row", "hold": "restore"},
     "tensors, compact": {"t0": 6, "k": 0.9, "granularity": "tensor", "hold": "compact"},
     "random": {"t0": 1, "k": 1.0, "order": "random", "seed": 3},
@@ -140,7 +141,7 @@ def test_freezer_with_accumulation_and_clipping_gives_the_callbacks_bits(name, s
 
 
 @pytest.mark.parametrize("stop", [1, 4, 5, 6, 7, 8, 12, 15])
-@pytest.mark.parametrize("name", ["variance", "progress", "stages that thaw", "from the data"])
+@pytest.mark.parametrize("name", ["variance", "progress", "momentum", "stages that thaw", "from the data"])
 def test_freezer_resumed_at_any_step_gives_the_bits_of_the_unbroken_loop(name, stop):
     """Saved with torch.save, loaded with weights_only, into a new model, optimizer and freezer."""
     unbroken, first, second = Loop(OPTIONS[name]), Loop(OPTIONS[name]), Loop(OPTIONS[name])

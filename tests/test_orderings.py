@@ -14,7 +14,7 @@ SHAPES = {"scalar": (), "vector": (4,), "matrix": (2, 3)}
 def arrays():
     """Every field of the evidence as NumPy arrays; the weights, means and starts of either sign."""
     draw = np.random.default_rng(3)
-    fields = ("variance", "weights", "mean", "second_moment", "start", "recent_mean")
+    fields = ("variance", "weights", "mean", "second_moment", "start", "recent_mean", "momentum", "update")
     found = {field: {name: draw.normal(size=shape) for name, shape in SHAPES.items()} for field in fields}
     for field in ("variance", "second_moment"):
         found[field] = {name: np.square(array) for name, array in found[field].items()}
@@ -32,6 +32,7 @@ ORACLES = {
     "second_moment": lambda a, n: a["second_moment"][n],
     "snr": lambda a, n: np.abs(a["mean"][n]) / np.sqrt(a["variance"][n]),
     "displacement": lambda a, n: np.abs(a["weights"][n] - a["start"][n]),
+    "momentum": lambda a, n: a["momentum"][n] * a["update"][n],
     "progress": lambda a, n: a["recent_mean"][n] ** 2 / np.sqrt(a["second_moment"][n]),
 }
 
@@ -147,10 +148,11 @@ class Custom:
         (orderings.second_moment, {"second_moment"}),
         (orderings.snr, {"mean"}),
         (orderings.displacement, {"start"}),
+        (orderings.momentum, {"momentum", "update"}),
         (Custom(), {"start", "mean"}),
         (lambda evidence: evidence.weights, set()),
     ],
-    ids=["variance", "second_moment", "snr", "displacement", "object", "lambda"],
+    ids=["variance", "second_moment", "snr", "displacement", "momentum", "object", "lambda"],
 )
 def test_ordering_declares_the_optional_fields_that_it_reads(ordering, fields):
     """Only these are collected; an ordering without `needs` reads none of them."""
@@ -201,6 +203,6 @@ def test_unknown_field_in_needs_is_refused():
     def ordering(evidence):
         return evidence.mean
 
-    known = r"\['mean', 'recent_mean', 'second_moment', 'start'\]"
+    known = r"\['mean', 'momentum', 'recent_mean', 'second_moment', 'start', 'update'\]"
     with pytest.raises(ValueError, match=rf"`order.needs` may name {known}, got \['median"):
         orderings.resolve(ordering)

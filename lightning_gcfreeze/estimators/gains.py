@@ -8,6 +8,8 @@ from collections.abc import Callable
 from numbers import Real
 from typing import Literal, TypeAlias
 
+_MOMENTUM = 0.9  # of nearly all optimizers, by default or by habit
+
 Gain: TypeAlias = Literal["1/t"] | float | Callable[[int], float]
 
 
@@ -43,6 +45,14 @@ def at(gain: Gain, t: int) -> float:
 def recent(kappa: float, t: int) -> float:
     """Return a larger gain, which forgets faster: with κ_t = 1/t, the weight of step i grows as i⁴."""
     return max(kappa, 5 / (t + 4))
+
+
+def of_momentum(t: int, every: int) -> float:
+    """Return the gain of an optimizer's running mean, of 0.9 a step as a rule, from one of `every` steps to the next.
+
+    It is that of a mean with a corrected bias: 1 at first.
+    """
+    return (1 - _MOMENTUM**every) / (1 - _MOMENTUM ** (every * t))
 
 
 def decayed(gain: Gain, power: float, earlier: int, later: int) -> tuple[float, float]:

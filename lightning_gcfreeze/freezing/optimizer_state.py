@@ -11,7 +11,8 @@ ELEMENTWISE: set[type[Optimizer]] = {
 }  # fmt: skip
 """Optimizer classes whose update of an element depends only on the value, gradient and state of that element.
 
-Matched by exact class. Add another one before training: ``ELEMENTWISE.add(Lion)``."""
+Matched by exact class. Add another one before training: ``ELEMENTWISE.add(Lion)``. An order that reads the
+momentum takes `exp_avg`, `exp_avg_sq` and `momentum_buffer` for what torch's optimizers keep under these names."""
 
 State: TypeAlias = dict[str, Any]
 """An optimizer's state of one parameter, by key."""

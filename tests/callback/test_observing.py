@@ -548,7 +548,7 @@ class CountsCalls(cases.Regression):
         return super().training_step(batch, batch_idx)
 
 
-@pytest.mark.parametrize("order", ["progress", "second_moment", "magnitude", "displacement", "random"])
+@pytest.mark.parametrize("order", ["progress", "momentum", "second_moment", "magnitude", "displacement", "random"])
 def test_order_without_the_variance_computes_no_per_sample_gradients(order):
     """Nothing runs but the batches, no layer is watched, and `variance` is empty; the masks are the same."""
     callback = GradCovFreezeCallback(t0=5, k=0.5, order=order, seed=1)

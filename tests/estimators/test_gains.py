@@ -22,6 +22,16 @@ def test_constant_gain_forgets_geometrically():
     assert left == pytest.approx(0.9**20, rel=1e-12)
 
 
+@pytest.mark.parametrize("every", [1, 3])
+def test_gain_of_a_momentum_gives_the_weights_of_a_mean_with_corrected_bias(every):
+    """Between each n-th step and the next, the terms of n steps count as one."""
+    of_terms, left = weights_of_terms(lambda t: gains.of_momentum(t, every), 12)
+    steps = [0.9 ** (12 * every - i) for i in range(1, 12 * every + 1)]
+    blocks = [sum(steps[i : i + every]) / sum(steps) for i in range(0, 12 * every, every)]
+    assert of_terms == pytest.approx(blocks, rel=1e-9)
+    assert left == 0.0
+
+
 def test_callable_gain_gets_the_one_based_step():
     """The t that it gets counts observed steps, the first is 1."""
     asked = []

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* never had a gradient")
 OPTIONS: dict[str, dict[str, Any]] = {
     "variance": {"t0": 3, "k": 0.5},
     "progress": {"t0": 3, "k": 0.5, "order": "progress"},
+    "momentum": {"t0": 3, "k": 0.5, "order": "momentum"},
 }
 HARD = {"max_grad_norm": 0.1, "weight_decay": 0.3, "learning_rate": 1e-2, "num_train_epochs": 2}
 """Clipping works, and every element of the matrices would move."""

@@ -19,6 +19,7 @@ STEPS, SIZE = 10, 4
 OPTIONS: dict[str, dict[str, Any]] = {
     "variance": {"t0": 4, "k": 0.5},
     "rows by progress": {"t0": 4, "k": 0.6, "order": "progress", "granularity": "row", "hold": "restore"},
+    "momentum": {"t0": 4, "k": 0.5, "order": "momentum"},
 }
 
 
@@ -96,6 +97,21 @@ def in_a_loop(
     return found(inside, freezer.frozen, freezer.variance)
 
 
+def in_one_process(options: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the masks of a loop over the batches of both ranks together."""
+    model = network()
+    optimizer = adamw(model.parameters())
+    freezer = Freezer(model, optimizer, **options)
+    x, y = cases.data(2 * SIZE * STEPS, torch.float64).tensors
+    for batch in zip(x.split(2 * SIZE), y.split(2 * SIZE), strict=True):
+        freezer.begin_batch(batch)
+        freezer.backward(loss_of(model, list(batch)))
+        optimizer.step()
+        optimizer.zero_grad()
+    freezer.close()
+    return freezer.frozen
+
+
 def main() -> None:
     """Compare each loop with the callback, to the bit; under FSDP2 averages round in another order."""
     for options in OPTIONS.values():
@@ -119,3 +135,5 @@ def main() -> None:
         ended = in_a_loop(inside, adamw(inside.parameters()), inside, options | {"hold": "restore"})
         cases.assert_identical(ended, expected)
         assert ended["frozen"]["0.weight"].any()
+        if options.get("order") == "momentum":  # the same on all processes as of one with all samples
+            cases.assert_identical(ended["frozen"], in_one_process(options))
