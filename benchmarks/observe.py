@@ -1,6 +1,7 @@
 """What a step costs while it is observed: ratios to the plain step of the same model, in one process, alternating.
 
-    uv run --group bench python -m benchmarks.observe [--models M1,M2] [--rounds 60] [--trainer] [--json FILE]
+    uv run --group bench python -m benchmarks.observe [--models M1,M2] [--rounds 60] [--trainer [--cpu-time]]
+        [--json FILE]
 
 A step is forward, backward and the default Adam; one thread. Each round times one step of every way, in turn, so that
 whatever slows the machine down slows all of them; the figure is the median of the rounds' ratios. Freed memory stays
@@ -229,11 +230,12 @@ class Watched(pl.LightningModule):
 class Clock(pl.Callback):
     """When steps began, after the first ones."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float]) -> None:
+        self.now = now
         self.times: list[float] = []
 
     def on_train_batch_start(self, *args: Any) -> None:
-        self.times.append(time.perf_counter())
+        self.times.append(self.now())
 
     def seconds(self) -> float:
         """The mean step: where each 16th is observed, the median would not see it."""
@@ -247,6 +249,7 @@ IN_TRAINER: dict[str, Callable[[], list[pl.Callback]]] = {
     "first sample": lambda: [GradCovFreezeCallback(t0=10**6, k=0.5)],
     "all samples, every 16th step": lambda: [GradCovFreezeCallback(t0=10**6, k=0.5, samples="all", every=16)],
     "for progress, no single samples": lambda: [GradCovFreezeCallback(t0=10**6, k=0.5, order="progress")],
+    "for momentum": lambda: [GradCovFreezeCallback(t0=10**6, k=0.5, order="momentum")],
     "for progress, first sample": lambda: [GradCovFreezeCallback(t0=10**6, k=0.5, order="progress", samples="first")],
 }
 
@@ -265,7 +268,7 @@ class Empty(pl.Callback):
     def on_train_batch_end(self, *args: Any) -> None: ...
 
 
-def measure_in_trainer(name: str, rounds: int) -> dict[str, float]:
+def measure_in_trainer(name: str, rounds: int, now: Callable[[], float]) -> dict[str, float]:
     """The same in Lightning's Trainer: whole runs in turn, each of some hundred steps; "plain" is in milliseconds."""
     _, make, data = MODELS[name]
     batch = data()
@@ -274,7 +277,7 @@ def measure_in_trainer(name: str, rounds: int) -> dict[str, float]:
     for _ in range(max(2, rounds // 10)):
         for way, callbacks in IN_TRAINER.items():
             torch.manual_seed(0)
-            clock = Clock()
+            clock = Clock(now)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # t0 is not reached
                 trainer = pl.Trainer(
@@ -340,6 +343,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=60, help="steps of every way (%(default)s)")
     parser.add_argument("--no-peers", action="store_true", help="ours alone")
     parser.add_argument("--trainer", action="store_true", help="in Lightning's Trainer")
+    parser.add_argument("--cpu-time", action="store_true", help="in a Trainer, on cores that others use too")
     parser.add_argument("--memory", action="store_true", help="peaks in MiB, instead of times")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     args = parser.parse_args(argv)
@@ -353,7 +357,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if args.trainer:
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-        results = {name: measure_in_trainer(name, args.rounds) for name in names}
+        now = time.process_time if args.cpu_time else time.perf_counter
+        results = {name: measure_in_trainer(name, args.rounds, now) for name in names}
     else:
         results = {name: measure(name, args.rounds, not args.no_peers) for name in names}
     print(f"torch {torch.__version__}, {platform.machine()}, one thread, {args.rounds} rounds\n\n{table(results)}")

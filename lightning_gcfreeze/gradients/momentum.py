@@ -106,9 +106,7 @@ def _why_unreadable(state: Mapping[str, Any], p: Parameter) -> str | None:
     mean = next((value for key in _MEANS if (value := tensors.get(key)) is not None), None)
     if mean is None or mean.shape != p.shape:
         return f"keeps {', '.join(tensors)}, and not `exp_avg` or `momentum_buffer` of each element"
-    if others := [
-        key for key, value in tensors.items() if value.dim() and value.shape == p.shape and key not in _KNOWN
-    ]:
+    if others := [key for key, value in state.items() if key not in _KNOWN and _is_by_element(value, p)]:
         return f"keeps {', '.join(others)}, whose part in a step is unknown here"
     read = [value for key, value in tensors.items() if key in _KNOWN]
     if odd := [value for value in read if type(value) not in (Tensor, Parameter, DTensor)]:
@@ -116,6 +114,13 @@ def _why_unreadable(state: Mapping[str, Any], p: Parameter) -> str | None:
     if odd := [value for value in read if not value.is_floating_point()]:
         return f"keeps its state as {odd[0].dtype}"
     return None
+
+
+def _is_by_element(value: Any, p: Parameter) -> bool:
+    """Return whether an entry has numbers for elements, or may have them: what is in a list is not looked at."""
+    if isinstance(value, Tensor):
+        return value.dim() > 0 and value.shape == p.shape
+    return isinstance(value, list | tuple | dict)
 
 
 def _moments(p: Parameter, state: Mapping[str, Any], group: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

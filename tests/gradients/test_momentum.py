@@ -211,10 +211,11 @@ class Quantized(torch.Tensor):
         (lambda p: {"state1": torch.zeros(4), "step": torch.tensor(1.0)}, "keeps state1, step, and not `exp_avg`"),
         (lambda p: {"momentum_buffer": torch.zeros(2, 2)}, "keeps momentum_buffer, and not"),
         (lambda p: {"exp_avg": torch.zeros(4), "exp_avg_var": torch.zeros(4)}, "keeps exp_avg_var, whose part in a s"),
+        (lambda p: {"exp_avg": torch.zeros(4), "Q": [torch.eye(4)]}, "keeps Q, whose part in a step"),
         (lambda p: {"exp_avg": torch.zeros(4, dtype=torch.uint8)}, r"keeps its state as torch\.uint8"),
         (lambda p: {"exp_avg": torch.zeros(4).as_subclass(Quantized)}, "keeps its state as Quantized"),
     ],
-    ids=["other names", "other shape", "other statistics", "integers", "subclass"],
+    ids=["other names", "other shape", "other statistics", "lists", "integers", "subclass"],
 )
 def test_state_of_another_meaning_is_refused(state, text):
     """Once it is there; before, nothing tells."""
