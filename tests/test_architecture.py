@@ -50,8 +50,8 @@ INSIDE = {
     "selection": (("radix", "units", "eligible"), ("lowest",)),
     "planning": (("losses", "schedule"), ("settling", "growing"), ("deprecated",), ("plan",)),
     "freezing": (
-        ("optimizer_state", "fingerprints"),
-        ("restore", "live_vector", "thawing", "blocks"),
+        ("optimizer_state", "fingerprints", "late"),
+        ("restore", "live_vector", "thawing", "blocks", "learning_rate"),
         ("compact", "savings", "skipping"),
         ("holder",),
     ),

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_gcfreeze._types import Named
+from lightning_gcfreeze.freezing.late import right_before_update
 from lightning_gcfreeze.freezing.live_vector import Bundle, LiveVector, join_states, slice_state
 from lightning_gcfreeze.freezing.optimizer_state import State, is_by_element, to_strided
 
@@ -147,19 +148,7 @@ class Compact:
         Returns:
             The arguments to call the step with instead, as the hook has to return them, or None.
         """
-        optimizer, *given = args
-        closure = given[0] if given else kwargs.get("closure")
-        if not callable(closure):
-            self._begin_late_step()
-            return None
-
-        def wrapped() -> Any:
-            self._swap_out()  # a second evaluation in one step
-            loss = closure()
-            self._begin_late_step()
-            return loss
-
-        return ((optimizer, wrapped, *given[1:]), kwargs) if given else (args, kwargs | {"closure": wrapped})
+        return right_before_update(args, kwargs, self._begin_late_step, self._swap_out)
 
     def _begin_late_step(self) -> None:
         self._swap_in()
