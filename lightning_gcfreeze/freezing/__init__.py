@@ -3,6 +3,7 @@
 from lightning_gcfreeze.freezing.blocks import WeightUses, blocks_worth_it
 from lightning_gcfreeze.freezing.compact import Compact
 from lightning_gcfreeze.freezing.holder import Holder, HoldMode, HoldPlan
+from lightning_gcfreeze.freezing.learning_rate import LearningRates, groups_without_rate
 from lightning_gcfreeze.freezing.optimizer_state import ELEMENTWISE
 from lightning_gcfreeze.freezing.restore import Restore
 from lightning_gcfreeze.freezing.savings import Footprint, ParameterSavings, Savings
@@ -17,10 +18,12 @@ __all__ = [
     "HoldMode",
     "HoldPlan",
     "Holder",
+    "LearningRates",
     "ParameterSavings",
     "Restore",
     "Savings",
     "ThawStates",
     "WeightUses",
     "blocks_worth_it",
+    "groups_without_rate",
 ]
