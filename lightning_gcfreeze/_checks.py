@@ -105,7 +105,8 @@ def number(
         raise TypeError(f"`{name}` must be a number, got {value!r} ({type(value).__name__}).")
     found = float(value)
     if math.isnan(found) or not above < found < below or (at_least is not None and found < at_least):
-        wanted = [f"above {above:g}"] if above > -math.inf else []
+        wanted = ["finite"] if math.isinf(found) else []
+        wanted += [f"above {above:g}"] if above > -math.inf else []
         wanted += [f"below {below:g}"] if below < math.inf else []
         wanted += [] if at_least is None else [f"at least {at_least:g}"]
         raise ValueError(f"`{name}` must be {' and '.join(wanted)}, got {value}.")

@@ -77,6 +77,8 @@ class GradCovFreezeCallback(_lightning.Callback):
         exclude: patterns of the names that are not.
         seed: of the random order; None: torch's initial seed, as `seed_everything` sets it.
         log_every_n_steps: None: the Trainer's.
+        lr_after_freeze: factor on the learning rates of all parameter groups in each step with frozen elements, from
+            step t0 + 1 on. The optimizer alone sees it, schedulers do not, and it is the same in all stages. None: 1.
         schedule: several stages, in place of `t0` and `k`: a `FreezeSchedule`, or a list of (t, k).
         optimizer: index of the optimizer to follow, where manual optimization has several: pass a callback for each.
         promote: deprecated name of `skip_frozen_gradients`.
@@ -109,6 +111,7 @@ class GradCovFreezeCallback(_lightning.Callback):
         exclude: str | Sequence[str] | None = None,
         seed: int | None = None,
         log_every_n_steps: int | None = None,
+        lr_after_freeze: float | None = None,
         schedule: FreezeSchedule | list[Stage] | None = None,
         optimizer: int | None = None,
         promote: bool | None = None,
@@ -124,11 +127,10 @@ class GradCovFreezeCallback(_lightning.Callback):
         self._options = Options(
             t0=t0, k=k, order=order, samples=samples, every=every, covariance=covariance, gain=gain,
             gradients=gradients, granularity=granularity, hold=hold, skip_frozen_gradients=skip_frozen_gradients,
-            include=include, exclude=exclude, seed=seed, schedule=schedule,
+            include=include, exclude=exclude, seed=seed, schedule=schedule, lr_after_freeze=lr_after_freeze,
         )  # fmt: skip
-        self.log_every_n_steps = (
-            None if log_every_n_steps is None else _checks.integer("log_every_n_steps", log_every_n_steps, at_least=1)
-        )
+        n = log_every_n_steps
+        self.log_every_n_steps = None if n is None else _checks.integer("log_every_n_steps", n, at_least=1)
         self.optimizer = None if optimizer is None else _checks.integer("optimizer", optimizer, at_least=0)
         self._mailbox = _lightning.Mailbox()
         self._start_afresh()

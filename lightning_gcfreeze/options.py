@@ -43,6 +43,7 @@ class Options:
     include: str | Sequence[str] | None = None
     exclude: str | Sequence[str] | None = None
     seed: int | None = None
+    lr_after_freeze: float | None = None
     schedule: FreezeSchedule | Sequence[Stage] | None = None
     ordering: orderings.Ordering = field(init=False, repr=False)
     """The function that `order` names, or is."""
@@ -64,7 +65,9 @@ class Options:
         _checks.boolean("skip_frozen_gradients", self.skip_frozen_gradients)
         if self.seed is not None:
             _checks.integer("seed", self.seed, at_least=0, at_most=2**63 - 1)
+        factor = self.lr_after_freeze
         self.__dict__.update(  # the dataclass is frozen
+            lr_after_freeze=None if factor is None else _checks.number("lr_after_freeze", factor, above=0.0),
             schedule=schedule,
             ordering=orderings.resolve(self.order),
             include=_checks.patterns("include", self.include),

@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.nn import Parameter
-from torch.nn.parameter import UninitializedParameter
+from torch.nn import Parameter, UninitializedParameter
 from torch.optim import LBFGS, Optimizer
 
 from lightning_gcfreeze import _modules
 from lightning_gcfreeze._names import shortened
 from lightning_gcfreeze._types import Named
-from lightning_gcfreeze.freezing import ELEMENTWISE
+from lightning_gcfreeze.freezing import ELEMENTWISE, groups_without_rate
 from lightning_gcfreeze.gradients import momentum
 
 _UNSUPPORTED_STRATEGIES = {
@@ -323,6 +322,19 @@ def unreadable_momentum(optimizer: Optimizer, named: Mapping[str, Parameter], ha
     return why and (
         f"The order reads the running mean of the gradients in the optimizer's state, but {kind.__name__} {why}. Use"
         " `order='progress'`, which observes the gradients itself."
+    )
+
+
+def unsupported_rates(optimizer: Optimizer, sets_them: bool = False) -> str | None:
+    """Optimizers whose learning rates `lr_after_freeze` cannot multiply, since they make them themselves."""
+    missing = ", ".join(f"{rate!r} in group {i}" for i, rate in groups_without_rate(optimizer).items())
+    if not (missing or sets_them):
+        return None
+    why = f"has no number as `lr`, but {missing}" if missing else "sets them within its own step"
+    return (
+        f"`lr_after_freeze` multiplies the learning rates of an optimizer, but {type(optimizer).__name__} {why}: the"
+        " factor would be lost, or would be in the next step's rates as well. Let `lr` be a float in each group, and"
+        " change it between steps only, as schedulers do; or leave `lr_after_freeze` out."
     )
 
 

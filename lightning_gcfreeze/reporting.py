@@ -18,6 +18,7 @@ def scalars(
     savings: Mapping[str, float] | None = None,
     bytes_sent: int | None = None,
     planning: Mapping[str, float] | None = None,
+    lr_factor: float | None = None,
 ) -> dict[str, float]:
     """Return the numbers of a step, by tag.
 
@@ -28,11 +29,13 @@ def scalars(
         savings: the totals of `Savings`, by tag; None before the freeze.
         bytes_sent: what this process passed to DDP's all-reduce in the step; None without DDP.
         planning: what the `Plan` found since the last call, by tag; values that are not finite are left out.
+        lr_factor: what learning rates are multiplied by in the next step; None if that was not asked for.
     """
     values = {FROZEN_FRACTION: fraction, "gcfreeze/observed_steps": float(observed)}
     values |= {f"{FROZEN_FRACTION}/{name}": value for name, value in fractions.items()}
     values |= savings or {}
     values |= {} if bytes_sent is None else {"gcfreeze/gradient_bytes_sent": float(bytes_sent)}
+    values |= {} if lr_factor is None else {"gcfreeze/lr_factor": lr_factor}
     return values | {tag: value for tag, value in (planning or {}).items() if math.isfinite(value)}
 
 

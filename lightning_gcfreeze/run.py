@@ -171,6 +171,7 @@ class Run:
         """
         state = self._state
         self._n_evaluations = self._depth = 0
+        self.stages.after_update(is_complete=False)
         if self._in_trial:  # that was not taken back
             self.attach()
         if is_first:
@@ -280,7 +281,7 @@ class Run:
         self._uses.stop()
         if self._watch is not None:
             self._watch.disarm()
-        self.stages.release()
+        self.stages.close()
         for hook in self._hooks:
             hook.remove()
         if self.has_begun:
@@ -355,7 +356,7 @@ class Run:
     # Hooks on the optimizer's step ---------------------------------------------------------------------------------
 
     def _before_optimizer_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Hand the live elements over, where that is done late. Without a loss scaler, runs before the forward pass."""
+        """Prepare the optimizer's update, see `Stages`. Without a loss scaler, runs before the forward pass."""
         self._depth += 1
         if not self._in_trial and self._around.in_trial():
             self._in_trial = True
@@ -364,7 +365,7 @@ class Run:
             self._uses.stop()
             if self._state.decision:
                 self.stages.hold(self._state.decision, resumed=True, in_trial=True)
-        return self.stages.holder.before_late_step(args, kwargs) if self.stages.holder else None
+        return self.stages.before_update(args, kwargs, is_nested=self._depth > 1)
 
     def _after_optimizer_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         """Count the step; freeze at t0; put frozen values back. Runs right after the parameters have moved.
@@ -377,6 +378,7 @@ class Run:
         if self._depth > 0:  # the step of a parent class, within that of its child
             return
         self._n_evaluations = 0
+        self.stages.after_update()
         found_inf = getattr(optimizer, "found_inf", None)
         if self._in_trial or (found_inf is not None and bool(found_inf)):  # the step does not count
             if self.stages.holder:

@@ -1,6 +1,7 @@
 """`Stages`: from statistics to held elements, stage by stage. No trainer is known here."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from lightning_gcfreeze._names import shortened
 from lightning_gcfreeze._types import Named
 from lightning_gcfreeze.decision import Decision, decide, scores_now
 from lightning_gcfreeze.distributed import Shards, local
-from lightning_gcfreeze.freezing import Holder, WeightUses
+from lightning_gcfreeze.freezing import Holder, LearningRates, WeightUses
 from lightning_gcfreeze.gradients import momentum
 from lightning_gcfreeze.holding import plan_holding
 from lightning_gcfreeze.observing import Observing
@@ -54,6 +55,10 @@ class Stages:
         self._uses, self._seen_reading = uses, seen_reading
         self.n_eligible = sum(p.numel() for p in parameters.values())
         self._held_since = 0  # the optimizer step
+        self._rates: LearningRates | None = None
+        if options.lr_after_freeze is not None:
+            around.refuse(refusals.unsupported_rates(around.optimizer))
+            self._rates = LearningRates(around.optimizer)
         self.holder: Holder | None = None
         """Holds the frozen elements; None before t0."""
         self.others_write = False
@@ -222,6 +227,33 @@ class Stages:
         if around.all_reduce and sends_live_only:
             around.all_reduce.leave_out({self._parameters[name]: mask for name, mask in decision.frozen.items()})
 
+    def before_update(self, args: tuple[Any, ...], kwargs: dict[str, Any], is_nested: bool) -> Any:
+        """Hand the live elements over, where that is done late, and multiply the learning rates.
+
+        Args:
+            args: arguments that a pre-hook of the optimizer's step receives.
+            kwargs: keyword arguments that the hook receives.
+            is_nested: whether this is the step of a parent class, within that of its child.
+
+        Returns:
+            What the hook has to return.
+        """
+        changed = self.holder.before_late_step(args, kwargs) if self.holder else None
+        if self._rates is None or is_nested or (factor := self._state.lr_factor) is None:
+            return changed
+        self._around.refuse(refusals.unsupported_rates(self._around.optimizer))
+        args, kwargs = changed or (args, kwargs)
+        return self._rates.before_step(args, kwargs, factor) or changed
+
+    def after_update(self, is_complete: bool = True) -> None:
+        """Put the learning rates back.
+
+        Args:
+            is_complete: False after a step that may have raised.
+        """
+        if self._rates is not None and self._rates.restore_() and is_complete:
+            self._around.refuse(refusals.unsupported_rates(self._around.optimizer, sets_them=True))
+
     def check_held(self) -> None:
         """Check the bits of frozen elements where nothing puts them back: at powers of two and at each epoch's end.
 
@@ -247,6 +279,12 @@ class Stages:
             if self._around.all_reduce:
                 self._around.all_reduce.leave_out({})
         self.holder = None
+
+    def close(self) -> None:
+        """Leave the learning rates as they were, too."""
+        self.release()
+        if self._rates is not None:
+            self._rates.release()
 
     def _change(self, decision: Decision) -> None:
         """Hold what a new decision says, and nothing else."""

@@ -93,6 +93,12 @@ class State:
         return self.decision.fraction if self.decision else 0.0
 
     @property
+    def lr_factor(self) -> float | None:
+        """What learning rates are multiplied by in the next step; None without `lr_after_freeze`."""
+        factor = self._options.lr_after_freeze
+        return factor if factor is None or self.frozen_fraction > 0.0 else 1.0
+
+    @property
     def variance(self) -> dict[str, Tensor]:
         """A copy of the diagonal of C_t, from t0 on of the last decision, ``{name: (*p.shape)}``."""
         known = self._latest.variance if self._latest else {}
@@ -182,6 +188,7 @@ class State:
             self.savings.scalars() if self.savings else None,
             bytes_sent,
             self.plan.metrics,
+            self.lr_factor,
         )
 
     # Constancy -----------------------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ from tests import cases
 from tests.cases import OPTIMIZERS
 from tests.interruptions import DropoutByStep, Interrupted, SaveAndStop
 from tests.oracles.freezing import PlainFreeze
+from tests.oracles.learning_rate import multiply_by_hand
 from tests.witnesses import bits
 
 Named = dict[str, Tensor]
@@ -236,6 +237,7 @@ def examples(draw: st.DrawFn) -> Example:
     maybe("skip_frozen_gradients", st.booleans())
     maybe("seed", st.integers(0, 2**63 - 1))
     maybe("log_every_n_steps", st.integers(1, 5))
+    maybe("lr_after_freeze", st.one_of(st.none(), st.floats(0.05, 2.0)))
     if model == "mlp" and draw(st.integers(0, 4)) == 0:
         arguments["covariance"] = draw(st.sampled_from(["diagonal", "full"]))
     algorithm = draw(st.sampled_from(["norm", "value"]))
@@ -269,12 +271,18 @@ def _loss_scale(trainer: pl.Trainer) -> float:
 
 
 class PlainStages(PlainFreeze):
-    """`PlainFreeze` with masks that may grow: ``{global step: masks}``, from after that step on."""
+    """`PlainFreeze` with masks that may grow: ``{global step: masks}``, from after that step on; and with a factor."""
 
-    def __init__(self, stages: Mapping[int, Named]) -> None:
+    def __init__(self, stages: Mapping[int, Named], lr_after_freeze: float | None) -> None:
         super().__init__(-1, {})
-        self.stages = stages
+        self.stages, self.lr_after_freeze = stages, lr_after_freeze
         self.loss_scales: list[float] = []
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        def factor_of(step: int) -> float:
+            return self.lr_after_freeze or 1.0 if any(mask.any() for mask in self.frozen.values()) else 1.0
+
+        multiply_by_hand(trainer.optimizers[0], factor_of)
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
@@ -376,7 +384,7 @@ def check(example: Example) -> str:
             return "resumed, nothing was frozen"
         if diary.thaws():
             return "resumed, thawed"
-        reference = PlainStages(diary.stages)
+        reference = PlainStages(diary.stages, example.arguments.get("lr_after_freeze"))
         plain, _ = _fit(example, reference)
         if diary.loss_scales != reference.loss_scales:
             # A gradient that is not computed, or taken away early, cannot overflow: a step more is taken.

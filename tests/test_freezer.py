@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_gcfreeze import Freezer, FreezeSchedule, GradCovFreezeCallback, Growth, Settled, apply_delta
 from tests import cases
+from tests.oracles.learning_rate import multiply_by_hand
 
 STEPS = 16
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -436,3 +437,88 @@ def test_losses_are_recorded_without_the_scale_of_a_scaler_that_scales_inside_of
     loss = loss_of(loop.network, batch)
     loop.freezer.before_backward(loss)
     assert recorded == [pytest.approx(float(loss.detach()))]
+
+
+class Fails(torch.optim.SGD):
+    """Raises in step `at`."""
+
+    at, taken = 9, 0
+
+    def step(self, closure: Any = None) -> Any:
+        self.taken += 1
+        if self.taken == self.at:
+            raise RuntimeError("out of memory")
+        return super().step(closure)
+
+
+RATED: dict[str, Any] = {
+    "SGD": lambda p: torch.optim.SGD(p, 0.02, momentum=0.9, weight_decay=0.1),
+    "AdamW": lambda p: torch.optim.AdamW([{"params": p[:2], "lr": 0.02}, {"params": p[2:]}], 0.005),
+    "Adam, tensor": lambda p: torch.optim.Adam(p, torch.tensor(0.01), foreach=False),
+    "Fails": lambda p: Fails(p, 0.02),
+}
+
+
+def rated_loop(
+    name: str, plain: bool, factor: float | None, frozen: dict[str, Tensor] | None = None, t0: int = 6
+) -> tuple[nn.Module, Any, list[Any], list[Any]]:
+    """A loop with a scheduler, a Freezer or masks by hand, and a rate that is multiplied by it or by hand."""
+    network = cases.mlp()
+    optimizer = RATED[name](list(network.parameters()))
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    freezer = (
+        None if plain else Freezer(network, optimizer, t0, 0.5, loss=loss_of, hold="restore", lr_after_freeze=factor)
+    )
+    if plain and factor:
+        multiply_by_hand(optimizer, lambda t: factor if t > t0 else 1.0)
+    rates, factors, held = [], [], {}
+    for number, batch in enumerate(batches()):
+        if freezer:
+            freezer.begin_batch(batch)
+        for group in optimizer.param_groups:
+            group["lr"] *= 0.99
+        if freezer:
+            freezer.backward(loss_of(network, batch))
+        else:
+            loss_of(network, batch).backward()
+            for parameter in held:
+                network.get_parameter(parameter).grad[frozen[parameter]] = 0.0  # type: ignore[index]
+        try:
+            optimizer.step()
+        except RuntimeError:
+            optimizer.zero_grad()
+            continue
+        with torch.no_grad():
+            for parameter, value in held.items():
+                network.get_parameter(parameter)[frozen[parameter]] = value[frozen[parameter]]  # type: ignore[index]
+        if number + 1 == t0:
+            held = {n: p.detach().clone() for n, p in network.named_parameters()} if frozen else {}
+        optimizer.zero_grad()
+        rates.append([float(group["lr"]) for group in optimizer.param_groups])
+        factors.append(freezer.metrics().get("gcfreeze/lr_factor") if freezer else None)
+        schedule.step()
+    if freezer:
+        freezer.close()
+    return network, freezer, rates, factors
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "Adam, tensor"])
+def test_weights_with_a_factor_are_those_of_a_plain_loop_that_masks_and_multiplies_by_hand(name):
+    """No line of the package runs in the plain loop. The schedule is the same in both, and without a factor."""
+    network, freezer, rates, factors = rated_loop(name, plain=False, factor=0.3)
+    by_hand, _, rates_by_hand, _ = rated_loop(name, plain=True, factor=0.3, frozen=freezer.frozen)
+    unmultiplied, _, rates_without, absent = rated_loop(name, plain=False, factor=None)
+    cases.assert_identical(dict(network.state_dict()), dict(by_hand.state_dict()))
+    assert any(not torch.equal(p, q) for p, q in zip(network.parameters(), unmultiplied.parameters(), strict=True))
+    assert rates == rates_by_hand == rates_without
+    assert factors == [1.0] * 5 + [0.3] * (STEPS - 5)
+    assert absent == [None] * STEPS
+
+
+def test_loop_that_goes_on_after_a_step_that_raised_has_its_own_rates():
+    """The raising step is left out, as in the loop by hand; its rate was multiplied when it raised."""
+    network, freezer, rates, _ = rated_loop("Fails", plain=False, factor=0.3)
+    by_hand, _, rates_by_hand, _ = rated_loop("Fails", plain=True, factor=0.3, frozen=freezer.frozen)
+    cases.assert_identical(dict(network.state_dict()), dict(by_hand.state_dict()))
+    assert rates == rates_by_hand
+    assert len(rates) == STEPS - 1

@@ -27,13 +27,14 @@ def test_scalars_of_a_step_without_a_decision():
 def test_scalars_after_a_decision_have_savings_traffic_and_finite_findings():
     """A value that is not finite is left out: loggers cannot draw it."""
     planning = {"gcfreeze/t0": 5.0, "gcfreeze/settling/overlap": math.nan}
-    tags = reporting.scalars({}, 0.5, 3, savings={"gcfreeze/gradient_bytes": 8.0}, bytes_sent=12, planning=planning)
+    tags = reporting.scalars({}, 0.5, 3, {"gcfreeze/gradient_bytes": 8.0}, 12, planning, lr_factor=0.25)
     assert tags == {
         "gcfreeze/frozen_fraction": 0.5,
         "gcfreeze/observed_steps": 3.0,
         "gcfreeze/gradient_bytes": 8.0,
         "gcfreeze/gradient_bytes_sent": 12.0,
         "gcfreeze/t0": 5.0,
+        "gcfreeze/lr_factor": 0.25,
     }
 
 

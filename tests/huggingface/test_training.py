@@ -13,6 +13,7 @@ from lightning_gcfreeze import Freezer, FreezeSchedule, Growth, apply_delta
 from lightning_gcfreeze.huggingface import GradCovFreezeTrainerCallback
 from tests import cases
 from tests.huggingface.tiny import Collator, Weights, arguments, bert, gpt2, llama, samples, texts
+from tests.oracles.learning_rate import multiply_by_hand
 from tests.witnesses import Spy
 
 # Sequences of a few tokens do not show all of the vocabulary.
@@ -277,3 +278,26 @@ def test_adapters_of_peft_freeze_and_resume(tmp_path):
     resumed = train(tmp_path, OPTIONS["variance"], model=adapted(), ckpt=checkpoint, **options)
     cases.assert_identical(of(resumed), of(unbroken))
     assert all("lora" in name or "classifier" in name for name in unbroken.freezing.freezer.frozen)
+
+
+def test_factor_after_the_freeze_is_that_of_rates_multiplied_by_hand_and_not_in_the_logged_rate(tmp_path):
+    """AdamW with two groups, a linear schedule with warm-up, and clipping."""
+
+    class Hand(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+            multiply_by_hand(getattr(optimizer, "optimizer", optimizer), lambda t: 0.25 if t > 3 else 1.0)
+
+    options = {**HARD, "warmup_steps": 5, "logging_strategy": "steps", "logging_steps": 1}
+    runs = {}
+    for name, factor, more in (("found", 0.25, []), ("by hand", None, [Hand()]), ("without", None, [])):
+        runs[name] = train(tmp_path, OPTIONS["variance"] | {"lr_after_freeze": factor}, Weights(), *more, **options)
+    cases.assert_identical(of(runs["found"]), of(runs["by hand"]))
+    logged = {
+        name: [entry["learning_rate"] for entry in run.state.log_history if "learning_rate" in entry]
+        for name, run in runs.items()
+    }
+    assert logged["found"] == logged["without"]
+    assert len(set(logged["found"])) > 5
+    weights = [dict(runs[name].model.state_dict()) for name in ("found", "without")]
+    assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert runs["found"].freezing.freezer.metrics()["gcfreeze/lr_factor"] == 0.25
