@@ -5,12 +5,14 @@ from lightning_gcfreeze.delta import apply_delta
 from lightning_gcfreeze.freezer import Freezer
 from lightning_gcfreeze.freezing.savings import Savings
 from lightning_gcfreeze.gradients.slicing import first_sample
+from lightning_gcfreeze.options import PRESETS
 from lightning_gcfreeze.orderings import Evidence, Ordering
 from lightning_gcfreeze.planning.growing import Growth
 from lightning_gcfreeze.planning.schedule import FreezeSchedule
 from lightning_gcfreeze.planning.settling import Settled
 
 __all__ = [
+    "PRESETS",
     "Evidence",
     "FreezeSchedule",
     "Freezer",

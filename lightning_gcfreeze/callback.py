@@ -10,7 +10,6 @@ One optimizer step, t = 1, 2, …, in hooks of the Trainer; `Run` says what each
     on_train_batch_end          after_batch; log
 """
 
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from lightning_gcfreeze.distributed.comm_hook import LiveAllReduce
 from lightning_gcfreeze.estimators import gains
 from lightning_gcfreeze.freezing.savings import Savings
 from lightning_gcfreeze.gradients.choice import Source
-from lightning_gcfreeze.options import Options
+from lightning_gcfreeze.options import Options, arguments_of_preset
 from lightning_gcfreeze.planning import deprecated
 from lightning_gcfreeze.planning.growing import Growth
 from lightning_gcfreeze.planning.schedule import FreezeSchedule, Stage
@@ -121,9 +120,7 @@ class GradCovFreezeCallback(_lightning.Callback):
     ) -> None:
         super().__init__()
         t0, k = deprecated.from_deprecated(t0, k, max_t0, max_loss_increase, monitor)
-        if promote is not None:
-            warnings.warn("`promote` is now called `skip_frozen_gradients`.", DeprecationWarning, stacklevel=2)
-            skip_frozen_gradients = _checks.boolean("promote", promote)
+        skip_frozen_gradients = deprecated.from_promote(skip_frozen_gradients, promote)
         self._options = Options(
             t0=t0, k=k, order=order, samples=samples, every=every, covariance=covariance, gain=gain,
             gradients=gradients, granularity=granularity, hold=hold, skip_frozen_gradients=skip_frozen_gradients,
@@ -134,6 +131,16 @@ class GradCovFreezeCallback(_lightning.Callback):
         self.optimizer = None if optimizer is None else _checks.integer("optimizer", optimizer, at_least=0)
         self._mailbox = _lightning.Mailbox()
         self._start_afresh()
+
+    @classmethod
+    def preset(cls, name: Literal["paper", "recommended"], **overrides: Any) -> "GradCovFreezeCallback":
+        """Make a callback with the arguments of a preset of `lightning_gcfreeze.PRESETS`.
+
+        Args:
+            name: "paper", the method as published; "recommended", what docs/orders.md measured to be best.
+            overrides: `t0` and `k`, or `schedule`, and any other argument, which wins over the preset's.
+        """
+        return cls(**arguments_of_preset(name) | overrides)
 
     def _start_afresh(self) -> None:
         self._state = State(self._options)
@@ -329,7 +336,9 @@ class GradCovFreezeCallback(_lightning.Callback):
         is_due = bool(state.plan.metrics) or (every_n > 0 and state.steps % every_n == 0)
         if is_due and self._logged_step != state.steps:
             self._logged_step = state.steps
-            self._log(trainer, run)
+            metrics = {self._tag(tag): value for tag, value in run.take_metrics().items()}
+            values = {self._tag(tag): value for tag, value in run.stages.take_histograms().items()}
+            reporting.log(trainer.loggers, _lightning.log_step(trainer), metrics, values)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the monitored loss, if there is one."""
@@ -376,15 +385,6 @@ class GradCovFreezeCallback(_lightning.Callback):
 
     def _tag(self, tag: str) -> str:
         return tag.replace("gcfreeze/", f"gcfreeze/optimizer_{self.optimizer}/", 1) if self.optimizer else tag
-
-    def _log(self, trainer: pl.Trainer, run: Run) -> None:
-        state, metrics, values = self._state, run.metrics(), dict[str, Tensor]()
-        if run.stages.has_changed and state.decision:
-            values = reporting.histograms(state.decision.frozen, state.decision.variance)
-        run.stages.has_changed, state.plan.metrics = False, {}
-        metrics = {self._tag(tag): value for tag, value in metrics.items()}
-        values = {self._tag(tag): value for tag, value in values.items()}
-        reporting.log(trainer.loggers, _lightning.log_step(trainer), metrics, values)
 
     def _unbind(self, trainer: pl.Trainer) -> None:
         if self._all_reduce:

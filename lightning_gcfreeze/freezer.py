@@ -222,8 +222,7 @@ class Freezer:
 
     def metrics(self) -> dict[str, float]:
         """Return what there is to log now, by tag: ``gcfreeze/frozen_fraction`` and so on."""
-        found, self._state.plan.metrics = self._run.metrics(), {}
-        return found
+        return self._run.take_metrics()
 
     def close(self) -> None:
         """Leave the module and the optimizer as they were, but for the values. What was found stays."""

@@ -59,6 +59,8 @@ class Observing:
         self.covariance = FullCovariance(parameters) if full else DiagonalCovariance(diagonal)
         self.moments = {name: moment(parameters) for name, moment in _MOMENTS.items() if name in needs}
         self.start = {name: p.detach().clone() for name, p in parameters.items()} if "start" in needs else None
+        self.halfway: dict[str, Tensor] | None = None  # the parameters from which their movement counts
+        self.halfway_rates: dict[str, float] = {}  # the learning rates then, by parameter name
         self.skipped = 0  # steps that were left out of C_t
         self.batch_size: int | None = None  # of the first observed step; C_t is on its scale
         self._observed = 0  # steps in C_t
@@ -109,9 +111,10 @@ class Observing:
         for field in ("second_moment", "mean", "recent_mean"):
             if field in self.moments:
                 return {name: tensor.abs() for name, tensor in self._read(self.moments[field].tensors).items()}
+        active = {name: torch.ones_like(w) for name, w in weights.items()}
         for moment in (moments or {}).values():
-            return {name: m.abs() if held is None else m.abs() + held[name] for name, m in moment.items()}
-        return {name: torch.ones_like(w) for name, w in weights.items()}
+            active = {name: torch.where(moment[name] == 0, 0.0, own) for name, own in active.items()}
+        return active if held is None else {name: own + held[name] for name, own in active.items()}
 
     def wants(self, step: int) -> bool:
         """Return whether an optimizer step was not observed yet: a loss scaler may let the same step come again."""
@@ -218,13 +221,25 @@ class Observing:
             self._variance(), now, seed, start=self.start, granularity=granularity, shards=self.shards, **fields
         )
 
+    def begin_movement(self, weights: Named, rates: Mapping[str, float]) -> None:
+        """Let the movement count from these weights and learning rates on, in place of earlier ones."""
+        self.halfway = {name: w.detach().clone() for name, w in weights.items()}
+        self.halfway_rates = dict(rates)
+
+    def movement(self, weights: Named, rates: Mapping[str, float]) -> dict[str, Tensor]:
+        """Return the way since `begin_movement`, divided by the mean of the learning rates then and now."""
+        assert self.halfway is not None
+        mean = {name: (rate + self.halfway_rates[name]) / 2 or 1.0 for name, rate in rates.items()}  # 0: no way either
+        return {name: (_wide(w) - _wide(self.halfway[name])) / mean[name] for name, w in weights.items()}
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint holds, whole tensors on the CPU of rank 0 where parameters are sharded.
 
         Keys: ``shapes`` {name: list of int}; ``full`` bool; ``covariance`` {name: float (*p.shape)}, or {"covariance":
         (p, p)}, divided by ``scale``; ``moments`` {statistic: {name: (*p.shape)}}, likewise; ``start`` {name:
-        (*p.shape)} or None; ``scale`` float; ``observed``, ``skipped``, ``observed_step`` int; ``batch_size`` int or
-        None.
+        (*p.shape)} or None; ``halfway``, ``halfway_rates``: the parameters and the learning rates from which movement
+        counts, {name: (*p.shape)} or None and {name: float}; ``scale`` float; ``observed``, ``skipped``,
+        ``observed_step`` int; ``batch_size`` int or None.
         """
         self.resolve_pending()
         return {
@@ -233,6 +248,8 @@ class Observing:
             "covariance": self.shards.whole(self.covariance.tensors),
             "moments": {name: self.shards.whole(estimator.tensors) for name, estimator in self.moments.items()},
             "start": None if self.start is None else self.shards.whole(self.start),
+            "halfway": None if self.halfway is None else self.shards.whole(self.halfway),
+            "halfway_rates": dict(self.halfway_rates),
             "scale": self._scale,
             "observed": self._observed,
             "observed_step": self._observed_step,
@@ -249,6 +266,7 @@ class Observing:
         for name, tensors in state["moments"].items():
             observing.moments[name].tensors = _cloned(tensors)
         observing.start = state["start"]
+        observing.halfway, observing.halfway_rates = state.get("halfway"), state.get("halfway_rates", {})
         observing.skipped, observing.batch_size = state["skipped"], state["batch_size"]
         observing._observed, observing._observed_step = state["observed"], state["observed_step"]
         observing._scale = state["scale"]
@@ -261,8 +279,10 @@ class Observing:
         for estimator in self._estimators:
             parts = shards.parts(estimator.tensors)
             estimator.tensors = {n: t.to(parameters.get(n, default).device) for n, t in parts.items()}
-        if self.start is not None:
-            self.start = {name: t.to(parameters[name].device) for name, t in shards.parts(self.start).items()}
+        self.start, self.halfway = (
+            whole and {name: t.to(parameters[name].device) for name, t in shards.parts(whole).items()}
+            for whole in (self.start, self.halfway)
+        )
 
     @property
     def _estimators(self) -> tuple[Estimator, ...]:
@@ -289,6 +309,10 @@ def _finiteness_probe(samples: Iterable[SquaredNoise], batch: Iterable[Tensor]) 
     for part in more:
         total = total + part
     return total
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _cloned(named: Named) -> dict[str, Tensor]:

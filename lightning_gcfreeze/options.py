@@ -20,6 +20,13 @@ _DECISIVE = (
 )  # fmt: skip
 
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"order": "variance", "samples": "first", "every": 1, "gain": "1/t", "granularity": "element"},
+    "recommended": {"order": "movement"},
+}
+"""Arguments by the name of a preset, for any front: ``Freezer(model, optimizer, t0, k, **PRESETS["recommended"])``."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """The arguments of a run, checked; `GradCovFreezeCallback` documents each.
@@ -102,9 +109,10 @@ class Options:
     def gain_of_scores(self, t: int) -> float:
         """Return the gain of the noisiest statistic that the ordering reads, at observed step t."""
         kappa = gains.at(self.gain, t)
-        if "recent_mean" in orderings.needed_by(self.ordering):
+        needed = orderings.needed_by(self.ordering)
+        if needed & {"recent_mean", "movement"}:
             kappa = gains.recent(kappa, t)
-        if orderings.needed_from_optimizer(self.ordering):
+        if needed & {"momentum", "update"}:
             kappa = max(kappa, gains.of_momentum(t, self.every))
         return kappa
 
@@ -116,6 +124,16 @@ class Options:
         """Return the arguments that differ from their defaults, as in a call."""
         defaults = {name: p.default for name, p in inspect.signature(Options).parameters.items()}
         return ", ".join(f"{n}={getattr(self, n)!r}" for n, default in defaults.items() if getattr(self, n) != default)
+
+
+def arguments_of_preset(name: str) -> dict[str, Any]:
+    """Return the arguments of a preset.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    _checks.one_of("name", name, list(PRESETS))
+    return dict(PRESETS[name])
 
 
 def _plain(value: Any) -> Any:

@@ -18,7 +18,16 @@ from lightning_gcfreeze._types import Granularity, Named
 from lightning_gcfreeze.distributed import UNSHARDED, Shards
 
 Name: TypeAlias = Literal[
-    "variance", "random", "reverse", "magnitude", "second_moment", "snr", "displacement", "progress", "momentum"
+    "variance",
+    "random",
+    "reverse",
+    "magnitude",
+    "second_moment",
+    "snr",
+    "displacement",
+    "progress",
+    "momentum",
+    "movement",
 ]
 
 
@@ -52,6 +61,12 @@ class Evidence:
     update: Named | None = None
     """The optimizer's step at unit learning rate, but for its sign and its weight decay, from its state. None unless
     ``needs`` has "update"."""
+    divisor: Named | None = None
+    """What the optimizer divides a mean gradient by to make its update of it, from its state; 0 where it shows that no
+    gradient ever came. None unless ``needs`` has "divisor"."""
+    movement: Named | None = None
+    """The way that an element has gone since halfway to this decision, divided by its learning rate: the sum of the
+    optimizer's updates. None unless ``needs`` has "movement"."""
     granularity: Granularity = "element"
     """The units that freeze together. Scores are still one per element, and are averaged over units afterwards."""
     shards: Shards = UNSHARDED
@@ -71,7 +86,8 @@ def needs(*fields: str, variance: bool = True) -> Callable[[F], F]:
     If it does not, per-sample gradients are not computed with ``samples="auto"``, and ``evidence.variance`` is empty.
 
     Args:
-        fields: among "mean", "recent_mean", "second_moment", "start", "momentum" and "update".
+        fields: among "mean", "recent_mean", "second_moment", "start", "momentum", "update",
+            "divisor" and "movement".
         variance: whether the ordering reads ``evidence.variance``.
     """
 
@@ -160,6 +176,19 @@ def momentum(evidence: Evidence) -> Named:
     return {name: m * update[name] for name, m in mean.items()}
 
 
+@needs("movement", "divisor", variance=False)
+def movement(evidence: Evidence) -> Named:
+    """Score by d² · divisor, d the way since halfway to t0: what the element has taken off the loss since then.
+
+    The score of `progress` once more. The way is the sum of the optimizer's updates, and its divisor, sqrt(v) with Adam
+    and a constant with SGD, turns their mean into that of the gradients: so it is m · update with a memory of half of
+    t0, for one copy of the weights and nothing in any step. Not the score of movement pruning, which has the weight in
+    the place of the way.
+    """
+    way, divisor = cast("Named", evidence.movement), cast("Named", evidence.divisor)
+    return {name: d.square() * divisor[name] for name, d in way.items()}
+
+
 def _ratio(a: Tensor, b: Tensor) -> Tensor:
     """Return a / b, and 0 where b is 0: an element that never moved."""
     return (a / b).nan_to_num_(nan=0.0, posinf=0.0)
@@ -175,6 +204,7 @@ ORDERINGS: dict[str, Ordering] = {
     "displacement": displacement,
     "progress": progress,
     "momentum": momentum,
+    "movement": movement,
 }
 _REMOVED = ("variance_by_tensor", "variance_by_second_moment", "variance_by_magnitude")
 
@@ -217,7 +247,7 @@ def resolve(order: str | Ordering) -> Ordering:
     return order
 
 
-FROM_OPTIMIZER = frozenset({"momentum", "update"})
+FROM_OPTIMIZER = frozenset({"momentum", "update", "divisor", "movement"})
 """The fields that are read from the optimizer's state when they are wanted; the others are gathered before."""
 OPTIONAL_FIELDS = frozenset({"mean", "recent_mean", "second_moment", "start"}) | FROM_OPTIMIZER
 

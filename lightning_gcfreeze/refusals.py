@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import Parameter, UninitializedParameter
-from torch.optim import LBFGS, Optimizer
+from torch.optim import LBFGS, SGD, Optimizer
 
 from lightning_gcfreeze import _modules
 from lightning_gcfreeze._names import shortened
@@ -309,19 +309,19 @@ def several_evaluations(optimizer: Any) -> str:
     )
 
 
-def unreadable_momentum(optimizer: Optimizer, named: Mapping[str, Parameter], has_stepped: bool) -> str | None:
-    """Optimizers without a running mean of each element's gradient, for an order that reads it in their state."""
-    kind, why = type(optimizer), momentum.why_unreadable(optimizer, named)
+def unreadable_momentum(optimizer: Any, named: Mapping[str, Parameter], has_stepped: bool, mean: bool) -> str | None:
+    """Optimizers whose state does not tell the mean of each element's gradient, or without `mean` their divisor."""
+    kind, why = type(optimizer), momentum.why_unreadable(optimizer, named, mean)
     if kind not in ELEMENTWISE:
         why = (
-            "is not known to keep a mean of each element's gradient as torch's optimizers do (if it does, add its class"
-            " to `lightning_gcfreeze.freezing.ELEMENTWISE`)"
+            "is not known to treat each element as torch's optimizers do (if it does, under the same names in its"
+            " state, add its class to `lightning_gcfreeze.freezing.ELEMENTWISE`)"
         )
-    elif has_stepped and not momentum.has_state(optimizer, named):
+    elif has_stepped and not momentum.has_state(optimizer, named) and (mean or kind is not SGD):
         why = "has no state of any eligible parameter after its step"
     return why and (
-        f"The order reads the running mean of the gradients in the optimizer's state, but {kind.__name__} {why}. Use"
-        " `order='progress'`, which observes the gradients itself."
+        f"The order reads the {'running mean' if mean else 'scale'} of the gradients in the optimizer's state, but"
+        f" {kind.__name__} {why}. Use `order='progress'`, which observes the gradients itself."
     )
 
 

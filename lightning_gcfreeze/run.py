@@ -287,10 +287,12 @@ class Run:
         if self.has_begun:
             _FOLLOWED.pop(self._around.optimizer, None)
 
-    def metrics(self) -> dict[str, float]:
-        """Return what there is to log now, by tag."""
+    def take_metrics(self) -> dict[str, float]:
+        """Return what there is to log now, by tag; what the plan has found since the last call is returned once."""
         all_reduce = self._around.all_reduce
-        return self._state.metrics(self.parameters, all_reduce.bytes_sent if all_reduce else None)
+        found = self._state.metrics(self.parameters, all_reduce.bytes_sent if all_reduce else None)
+        self._state.plan.metrics = {}
+        return found
 
     # Observing -----------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lightning_gcfreeze import misconfiguration, orderings, refusals, selection
+from lightning_gcfreeze import misconfiguration, orderings, refusals, reporting, selection
 from lightning_gcfreeze._names import shortened
 from lightning_gcfreeze._types import Named
 from lightning_gcfreeze.decision import Decision, decide, scores_now
@@ -63,8 +63,7 @@ class Stages:
         """Holds the frozen elements; None before t0."""
         self.others_write = False
         """Whether other code may write to weights between optimizer steps."""
-        self.has_changed = False
-        """Whether the masks have changed since this was last set to False."""
+        self._has_changed = False  # the masks, since `take_histograms` was called
         self._from_optimizer = orderings.needed_from_optimizer(options.ordering)
         self._has_stepped = False  # in this run
         self._refuse_unreadable_state()
@@ -82,13 +81,23 @@ class Stages:
                 self._change(self._decide(state.observing))
         elif before:
             self._judge(before)
+        if state.observing and state.plan.has_next_decision and state.steps == state.plan.halfway:
+            self._begin_movement(state.observing)
         return state.decision is not before
 
     def new_observing(self, reads_samples: bool) -> Observing:
         """Return empty statistics of what the ordering reads."""
         options = self._options
         full = options.covariance == "full"
-        return Observing(self.weights(), full, orderings.needed_by(options.ordering), self._shards, reads_samples)
+        needs = orderings.needed_by(options.ordering)
+        observing = Observing(self.weights(), full, needs, self._shards, reads_samples)
+        self._begin_movement(observing)
+        return observing
+
+    def _begin_movement(self, observing: Observing) -> None:
+        if "movement" in self._from_optimizer:
+            rates = momentum.learning_rates(self._around.optimizer, self._parameters)
+            observing.begin_movement(self.weights(), rates)
 
     def weights(self) -> dict[str, Tensor]:
         """Return the eligible parameters themselves, of sharded ones the local parts."""
@@ -101,21 +110,26 @@ class Stages:
             return {}
         if self._from_optimizer and not state.steps:
             return {}  # the first step is observed, but not taken yet
-        return scores_now(observing, options.ordering, self.weights(), state.seed, options.granularity, self._moments())
+        moments = self._moments(observing)
+        return scores_now(observing, options.ordering, self.weights(), state.seed, options.granularity, moments)
 
-    def _moments(self) -> dict[str, Named]:
-        """Read what the ordering wants of the optimizer's state, by field of `orderings.Evidence`."""
+    def _moments(self, observing: Observing) -> dict[str, Named]:
+        """Read what the ordering wants of the optimizer, by field of `orderings.Evidence`."""
         if not self._from_optimizer:
             return {}
         self._refuse_unreadable_state()
-        read = momentum.moments(self._around.optimizer, self._parameters)
-        return {field: getattr(read, field) for field in sorted(self._from_optimizer)}
+        optimizer, found = self._around.optimizer, dict[str, Named]()
+        read = momentum.moments(optimizer, self._parameters)
+        if "movement" in self._from_optimizer:
+            rates = momentum.learning_rates(optimizer, self._parameters)
+            found["movement"] = observing.movement(self.weights(), rates)
+        return found | {field: getattr(read, field) for field in sorted(self._from_optimizer - found.keys())}
 
     def _refuse_unreadable_state(self) -> None:
         """Refuse an optimizer that does not keep what the ordering reads, where another decision is to come."""
         if self._from_optimizer and (self._state.observing or not self._has_stepped):
-            around = self._around
-            around.refuse(refusals.unreadable_momentum(around.optimizer, self._parameters, self._has_stepped))
+            around, mean = self._around, not self._from_optimizer.isdisjoint(("momentum", "update"))
+            around.refuse(refusals.unreadable_momentum(around.optimizer, self._parameters, self._has_stepped, mean))
 
     def _count(self) -> int:
         """How many elements the plan wants frozen."""
@@ -134,7 +148,7 @@ class Stages:
             return is_last
         check = state.plan.check_settled(
             sampled(self.scores(), SAMPLE_SIZE, self._shards),
-            sampled(observing.activity(self.weights(), self._moments()), SAMPLE_SIZE, self._shards) > 0,
+            sampled(observing.activity(self.weights(), self._moments(observing)), SAMPLE_SIZE, self._shards) > 0,
             observed,
             self._count() / self.n_eligible,
             world,
@@ -161,9 +175,9 @@ class Stages:
         keep = held if options.monotone else None
         state.plan.record_decision(state.steps, around.world)
         k, granularity = self._count(), options.granularity
-        uses = self._uses.uses_per_step
+        uses, moments = self._uses.uses_per_step, self._moments(observing)
         decision = decide(
-            observing, options.ordering, self.weights(), state.seed, k, granularity, uses, keep, self._moments(), held
+            observing, options.ordering, self.weights(), state.seed, k, granularity, uses, keep, moments, held
         )
         state.observing = self.new_observing(observing.reads_samples) if state.plan.has_next_decision else None
         around.inform(decision.sentence(state.steps))
@@ -189,6 +203,11 @@ class Stages:
     def _tell_savings(self) -> None:
         if self._state.savings and not self._state.plan.masks_may_change:
             self._around.inform(self._state.savings.table())
+
+    def take_histograms(self) -> dict[str, Tensor]:
+        """Return the values of histograms, by tag, if the masks have changed since the last call."""
+        decision, changed, self._has_changed = self._state.decision, self._has_changed, False
+        return reporting.histograms(decision.frozen, decision.variance) if decision and changed else {}
 
     # Holding -------------------------------------------------------------------------------------------------------
 
@@ -301,7 +320,7 @@ class Stages:
             if state.plan.masks_may_change:
                 freezing = {name: mask & ~before[name] for name, mask in decision.frozen.items()}
                 state.thaw_states.store(optimizer, self._parameters, freezing)
-        self.has_changed = True
+        self._has_changed = True
         self.hold(decision, resumed=False)
         self._around.publish(state.frozen_fraction)
         self._tell_savings()

@@ -14,7 +14,18 @@ SHAPES = {"scalar": (), "vector": (4,), "matrix": (2, 3)}
 def arrays():
     """Every field of the evidence as NumPy arrays; the weights, means and starts of either sign."""
     draw = np.random.default_rng(3)
-    fields = ("variance", "weights", "mean", "second_moment", "start", "recent_mean", "momentum", "update")
+    fields = (
+        "variance",
+        "weights",
+        "mean",
+        "second_moment",
+        "start",
+        "recent_mean",
+        "momentum",
+        "update",
+        "divisor",
+        "movement",
+    )
     found = {field: {name: draw.normal(size=shape) for name, shape in SHAPES.items()} for field in fields}
     for field in ("variance", "second_moment"):
         found[field] = {name: np.square(array) for name, array in found[field].items()}
@@ -33,6 +44,7 @@ ORACLES = {
     "snr": lambda a, n: np.abs(a["mean"][n]) / np.sqrt(a["variance"][n]),
     "displacement": lambda a, n: np.abs(a["weights"][n] - a["start"][n]),
     "momentum": lambda a, n: a["momentum"][n] * a["update"][n],
+    "movement": lambda a, n: a["movement"][n] ** 2 * a["divisor"][n],
     "progress": lambda a, n: a["recent_mean"][n] ** 2 / np.sqrt(a["second_moment"][n]),
 }
 
@@ -203,6 +215,6 @@ def test_unknown_field_in_needs_is_refused():
     def ordering(evidence):
         return evidence.mean
 
-    known = r"\['mean', 'momentum', 'recent_mean', 'second_moment', 'start', 'update'\]"
+    known = r"\['divisor', 'mean', 'momentum', 'movement', 'recent_mean', 'second_moment', 'start', 'update'\]"
     with pytest.raises(ValueError, match=rf"`order.needs` may name {known}, got \['median"):
         orderings.resolve(ordering)

@@ -1,4 +1,4 @@
-"""The running mean of g_S that the optimizer keeps anyway, and its step at unit learning rate, from its state.
+"""What the optimizer's state says of gradients: their running mean m, its step, and what it divides m by for that.
 
 With the optimizer's own names, and t the step of the parameter, which counts only steps with a gradient:
 
@@ -10,6 +10,10 @@ With the optimizer's own names, and t the step of the parameter, which counts on
     SGD                         m = (1 - μ)/(1 - τ) momentum_buffer     update = momentum_buffer
     RMSprop                     m = (1 - μ) d momentum_buffer           update = momentum_buffer
 
+The divisor is m / update: it makes, of the way that an element has gone, the mean of the gradients that sent it there.
+It is known where m is not: 1 for SGD without momentum, sqrt(sum) + ε for Adagrad. It is 0 where the state shows that no
+gradient ever came. Lion's is |exp_avg|, since its true steps are signs.
+
 μ is the momentum, τ the dampening, d the divisor of RMSprop's gradients, whose buffer is of divided gradients. Buffers
 are sums of gradients with the weights 1, μ, μ², …, which the factor in front makes a mean. Left out is what an
 optimizer adds that is not in its state, Nesterov's look-ahead, and what is on its way to 1, RAdam's rectification. What
@@ -17,7 +21,7 @@ the optimizer was given is what it has the mean of: clipped gradients, with the 
 (not AdamW's), and of the opposite sign where it maximizes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,9 +33,10 @@ from torch.optim import Optimizer
 from lightning_gcfreeze._names import shortened
 from lightning_gcfreeze.distributed import local, part
 
-_WITHOUT_MEAN = (optim.Adagrad, optim.Adadelta, optim.ASGD, optim.Rprop)
+_UNREADABLE = (optim.Adadelta, optim.ASGD, optim.Rprop)
 _MEANS = ("exp_avg", "momentum_buffer")
-_KNOWN = {*_MEANS, "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "grad_avg"}
+_DIVISORS = ("exp_avg_sq", "exp_inf", "square_avg", "sum", "exp_avg")
+_KNOWN = {*_MEANS, *_DIVISORS, "max_exp_avg_sq", "grad_avg"}
 """Entries by element whose part in a step is known."""
 
 
@@ -42,6 +47,8 @@ class Moments(NamedTuple):
     """m."""
     update: dict[str, Tensor]
     """The optimizer's step at unit learning rate, but for its sign and its weight decay."""
+    divisor: dict[str, Tensor]
+    """m / update."""
 
 
 def has_state(optimizer: Optimizer, parameters: Mapping[str, Parameter]) -> bool:
@@ -49,42 +56,51 @@ def has_state(optimizer: Optimizer, parameters: Mapping[str, Parameter]) -> bool
     return any(optimizer.state.get(p) for p in parameters.values())
 
 
-def why_unreadable(optimizer: Optimizer, parameters: Mapping[str, Parameter]) -> str | None:
-    """Return why m cannot be read, with the optimizer as the subject, or None if it can.
+def why_unreadable(optimizer: Optimizer, parameters: Mapping[str, Parameter], mean: bool = True) -> str | None:
+    """Return why m, or the divisor, cannot be read, with the optimizer as the subject, or None if it can.
 
     Before the first step only the optimizer's class and hyper-parameters tell.
 
     Args:
         optimizer: one that treats every element by itself.
         parameters: whose m is wanted, by name.
+        mean: whether m is wanted; else the divisor alone.
     """
-    if type(optimizer) in _WITHOUT_MEAN:
+    if type(optimizer) in _UNREADABLE or (mean and type(optimizer) is optim.Adagrad):
         return "keeps no running mean of gradients"
     forgetful: dict[str, list[str]] = {}
     for name, group in _groups(optimizer, parameters).items():
-        if setting := _setting_without_memory(optimizer, group):
+        if mean and (setting := _setting_without_memory(optimizer, group)):
             forgetful.setdefault(setting, []).append(name)
     for setting, names in forgetful.items():
         return f"remembers no gradient but the last with {setting}, as {shortened(names)} has it"
+    wanted = _MEANS if mean else _DIVISORS
     for name, p in parameters.items():
-        if why := _why_unreadable(optimizer.state.get(p, {}), p):
+        if why := _why_unreadable(
+            optimizer.state.get(p, {}), p, () if _divides_by_nothing(optimizer, mean) else wanted
+        ):
             return f"{why} ({name})"
     return None
 
 
 @torch.no_grad()
 def moments(optimizer: Optimizer, parameters: Mapping[str, Parameter]) -> Moments:
-    """Read m and the update, for parameters of which `why_unreadable` knows no reason against it.
+    """Read m, the update and the divisor, where `why_unreadable` knows no reason against it; what is not there is 0.
 
     Args:
         optimizer: after its step.
         parameters: by name. One that never had a gradient gets zeros.
     """
     read = {
-        name: _moments(p, optimizer.state.get(p) or {}, group)
+        name: _moments(p, optimizer.state.get(p) or {}, group, isinstance(optimizer, optim.SGD))
         for (name, p), group in zip(parameters.items(), _groups(optimizer, parameters).values(), strict=True)
     }
-    return Moments({name: m for name, (m, _) in read.items()}, {name: update for name, (_, update) in read.items()})
+    return Moments(*({name: found[i] for name, found in read.items()} for i in range(3)))
+
+
+def learning_rates(optimizer: Optimizer, parameters: Mapping[str, Parameter]) -> dict[str, float]:
+    """Return the learning rate of each parameter now, by name."""
+    return {name: float(group["lr"]) for name, group in _groups(optimizer, parameters).items()}
 
 
 def _groups(optimizer: Optimizer, parameters: Mapping[str, Parameter]) -> dict[str, dict[str, Any]]:
@@ -99,13 +115,16 @@ def _setting_without_memory(optimizer: Optimizer, group: Mapping[str, Any]) -> s
     return "`betas[0]=0`" if "betas" in group and float(group["betas"][0]) == 0 else None
 
 
-def _why_unreadable(state: Mapping[str, Any], p: Parameter) -> str | None:
+def _divides_by_nothing(optimizer: Optimizer, mean: bool) -> bool:
+    return not mean and isinstance(optimizer, optim.SGD)
+
+
+def _why_unreadable(state: Mapping[str, Any], p: Parameter, wanted: Sequence[str]) -> str | None:
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
         return None  # no gradient yet
-    mean = next((value for key in _MEANS if (value := tensors.get(key)) is not None), None)
-    if mean is None or mean.shape != p.shape:
-        return f"keeps {', '.join(tensors)}, and not `exp_avg` or `momentum_buffer` of each element"
+    if wanted and not any(key in tensors and tensors[key].shape == p.shape for key in wanted):
+        return f"keeps {', '.join(tensors)}, and not {' or '.join(f'`{key}`' for key in wanted)} of each element"
     if others := [key for key, value in state.items() if key not in _KNOWN and _is_by_element(value, p)]:
         return f"keeps {', '.join(others)}, whose part in a step is unknown here"
     read = [value for key, value in tensors.items() if key in _KNOWN]
@@ -123,35 +142,46 @@ def _is_by_element(value: Any, p: Parameter) -> bool:
     return isinstance(value, list | tuple | dict)
 
 
-def _moments(p: Parameter, state: Mapping[str, Any], group: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Return m and the update of one parameter."""
+def _moments(
+    p: Parameter, state: Mapping[str, Any], group: Mapping[str, Any], may_be_stateless: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return m, the update and the divisor of one parameter."""
     found = {key: _wide(p, state[key]) for key in _KNOWN if isinstance(state.get(key), Tensor)}
     corrections = _bias_corrections(state, group)
-    if not found.keys() & set(_MEANS) or 0.0 in corrections:  # a fused step that did not count leaves a state of 0
-        zeros = torch.zeros_like(local(p), dtype=torch.promote_types(p.dtype, torch.float32), requires_grad=False)
-        return zeros, zeros.clone()
+    zeros = torch.zeros_like(local(p), dtype=torch.promote_types(p.dtype, torch.float32), requires_grad=False)
+    if 0.0 in corrections or not (found or may_be_stateless):  # a fused step that did not count leaves a state of 0
+        return zeros, zeros.clone(), zeros.clone()
     eps = float(group.get("eps", 0.0))
     if "exp_avg" not in found:
-        return _mean_of_buffer(found, group, eps), found["momentum_buffer"]
+        divisor = _divisor_of_buffer(found, group, eps, zeros)
+        update = found.get("momentum_buffer", zeros)
+        return update * divisor, update, divisor
     squares = found.get("max_exp_avg_sq", found.get("exp_avg_sq"))
     if squares is None and "exp_inf" not in found:
-        return found["exp_avg"], found["exp_avg"].clone()
+        return found["exp_avg"], found["exp_avg"].clone(), found["exp_avg"].abs()
     m = found["exp_avg"] / corrections[0]
-    divisor = found["exp_inf"] if squares is None else (squares / corrections[1]).sqrt_().add_(eps)
-    return m, torch.where(m == 0, m, m / divisor)  # 0/0 without ε: an element that never moved
+    root, eps = (found["exp_inf"], 0.0) if squares is None else ((squares / corrections[1]).sqrt_(), eps)
+    update = torch.where(m == 0, m, m / (root + eps))  # 0/0 without ε: an element that never moved
+    return m, update, _with_epsilon(root, eps)
 
 
-def _mean_of_buffer(found: Mapping[str, Tensor], group: Mapping[str, Any], eps: float) -> Tensor:
-    """Return the mean gradient from the momentum of SGD or RMSprop."""
-    momentum, dampening = (float(group.get(name, 0.0)) for name in ("momentum", "dampening"))
-    weights = (1 - dampening) / (1 - momentum) if momentum < 1 and dampening < 1 else 1.0  # their sum, in the long run
-    mean = found["momentum_buffer"] / weights
-    if "square_avg" not in found:
-        return mean
-    squares = found["square_avg"]
+def _divisor_of_buffer(found: Mapping[str, Tensor], group: Mapping[str, Any], eps: float, zeros: Tensor) -> Tensor:
+    """Return what makes the mean gradient of the step of SGD, RMSprop or Adagrad."""
+    momentum, dampening = (float(group.get(name) or 0.0) for name in ("momentum", "dampening"))
+    # Of the buffer's weights 1, μ, μ², …, their sum in the long run. Without a buffer the gradient is not dampened.
+    is_mean = 0 < momentum < 1 and dampening < 1
+    share = (1 - momentum) / (1 - dampening) if is_mean else 1.0
+    squares = found.get("square_avg", found.get("sum"))
+    if squares is None:
+        return torch.full_like(zeros, share)
     if "grad_avg" in found:
         squares = squares.addcmul(found["grad_avg"], found["grad_avg"], value=-1).clamp_(min=0.0)
-    return mean.mul_(squares.sqrt().add_(eps))
+    return _with_epsilon(squares.sqrt(), eps).mul_(share)
+
+
+def _with_epsilon(root: Tensor, eps: float) -> Tensor:
+    """Return root + ε, and 0 where there was no gradient."""
+    return torch.where(root == 0, root, root + eps)
 
 
 def _bias_corrections(state: Mapping[str, Any], group: Mapping[str, Any]) -> tuple[float, float]:

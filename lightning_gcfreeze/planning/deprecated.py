@@ -3,6 +3,7 @@
 import warnings
 from typing import Any
 
+from lightning_gcfreeze import _checks
 from lightning_gcfreeze.planning.growing import Growth
 from lightning_gcfreeze.planning.settling import Settled
 
@@ -37,6 +38,14 @@ def from_deprecated(
         k = Growth(Growth.max_loss_increase if max_loss_increase is None else max_loss_increase, monitor)
         _warn("`max_loss_increase` or `monitor`", replacement)
     return t0, k
+
+
+def from_promote(skip_frozen_gradients: bool, promote: bool | None) -> bool:
+    """Return `skip_frozen_gradients`, or what its old name `promote` was given. Call it like `from_deprecated`."""
+    if promote is None:
+        return skip_frozen_gradients
+    warnings.warn("`promote` is now called `skip_frozen_gradients`.", DeprecationWarning, stacklevel=3)
+    return _checks.boolean("promote", promote)
 
 
 def _warn(deprecated: str, replacement: str) -> None:

@@ -88,7 +88,10 @@ def test_moments_are_those_of_the_recorded_gradients(case):
         m, update = expected(name, steps, of_element)
         np.testing.assert_allclose(found.momentum[name].numpy(), m, rtol=1e-9, err_msg=name)
         np.testing.assert_allclose(found.update[name].numpy(), update, rtol=1e-9, err_msg=name)
+        divisor = found.divisor[name].numpy()
+        np.testing.assert_allclose(divisor * update, m, rtol=1e-9, atol=1e-300, err_msg=name)
         assert (name == "unused") == (not np.any(m))
+        assert np.all(divisor > 0) if name != "unused" or case.startswith("SGD") else not np.any(divisor)
     for tensors in found:  # copies
         for tensor in tensors.values():
             tensor.add_(100.0)
@@ -151,7 +154,7 @@ def test_state_of_a_fused_step_that_did_not_count_is_no_state():
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(1.0)
     optimizer.step()
     assert float(optimizer.state[p]["step"]) == 0.0
-    assert [t["p"].tolist() for t in momentum.moments(optimizer, {"p": p})] == [[0.0] * 3] * 2
+    assert [t["p"].tolist() for t in momentum.moments(optimizer, {"p": p})] == [[0.0] * 3] * 3
 
 
 def test_sparse_momentum_is_read_as_a_dense_one():
