@@ -18,9 +18,10 @@ from lightning_gcfreeze import Evidence, GradCovFreezeCallback
 from lightning_gcfreeze.freezing import ELEMENTWISE
 from tests import cases
 from tests.optimizers import LEFT_OUT, LIBRARIES, TABLE, Case, find
-from tests.optimizers.case import COULD_BE_COMPACT, MIXES, SECOND_ORDER, SPARSE
+from tests.optimizers.case import COULD_BE_COMPACT, MIXES, SECOND_ORDER, SPARSE, around_adam
 from tests.optimizers.page import PAGE, page
 from tests.oracles.freezing import PlainFreeze
+from tests.oracles.learning_rate import multiply_by_hand
 
 T0, STEPS = 6, 16
 BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
@@ -98,21 +99,29 @@ def masks(case: Case) -> dict[str, Tensor]:
     return drawn
 
 
-def train(path: str, case: Case, callback: pl.Callback) -> Trace:
+class Quarter(pl.Callback):
+    """Multiplies the rates by hand."""
+
+    def on_fit_start(self, trainer: Any, pl_module: pl.LightningModule) -> None:
+        multiply_by_hand(trainer.optimizers[0], lambda t: 0.25 if t > T0 else 1.0)
+
+
+def train(path: str, case: Case, *callbacks: pl.Callback) -> Trace:
     """Sixteen steps."""
     module, trace = (SecondOrder if case.reason == SECOND_ORDER else Training)(path, case), Trace()
     torch.manual_seed(3)
-    cases.trainer(callbacks=[callback, trace]).fit(module, cases.loader(dtype=case.dtype))
+    cases.trainer(callbacks=[*callbacks, trace]).fit(module, cases.loader(dtype=case.dtype))
     return trace
 
 
-def freezing(frozen: dict[str, Tensor]) -> GradCovFreezeCallback:
+def freezing(frozen: dict[str, Tensor], lr_after_freeze: float | None = None) -> GradCovFreezeCallback:
     """The callback, made to freeze what the masks mark."""
 
     def as_drawn(evidence: Evidence) -> dict[str, Tensor]:
         return {name: (~frozen[name]).double() for name in evidence.weights}
 
-    return GradCovFreezeCallback(T0, sum(int(mask.sum()) for mask in frozen.values()), order=as_drawn)
+    k = sum(int(mask.sum()) for mask in frozen.values())
+    return GradCovFreezeCallback(T0, k, order=as_drawn, lr_after_freeze=lr_after_freeze)
 
 
 def check(path: str, case: Case) -> Trace:
@@ -157,6 +166,18 @@ def test_optimizer_that_could_be_compact_is_right_when_it_is(path):
         assert check(path, TABLE[path]).outcome == "compact"
     finally:
         ELEMENTWISE.discard(find(path))
+
+
+@pytest.mark.parametrize("path", [path for path in SERVED if TABLE[path].make is around_adam])
+def test_wrapped_optimizer_has_the_factor_on_its_rates(path):
+    """As with rates multiplied by hand around the wrapper's step, to the bit; and the factor does make a difference."""
+    case = TABLE[path]
+    frozen = masks(case)
+    ours, plain = train(path, case, freezing(frozen, 0.25)), train(path, case, freezing(frozen))
+    by_hand = train(path, case, freezing(frozen), Quarter())
+    for step, values in enumerate(ours.after, start=1):
+        assert_close(values, by_hand.after[step - 1], rtol=0, atol=0, msg=lambda text, t=step: f"step {t}: {text}")
+        assert (step > T0) == any(not torch.equal(p, plain.after[step - 1][name]) for name, p in values.items())
 
 
 @pytest.mark.parametrize("path", REFUSED)

@@ -5,6 +5,7 @@ one or from the step, monitors and checkpoints know nothing of the factor, and t
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from numbers import Real
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lightning_gcfreeze import _torch
 from lightning_gcfreeze.freezing.late import right_before_update
@@ -46,8 +48,11 @@ class LearningRates:
         self._optimizer = optimizer
         self._rates: list[_Rate] = []  # during an update
         self._at_start: Sequence[Any] = ()  # of the step
-        # A step that raised has left them multiplied, and what is saved then must not have the factor.
-        self._handle = optimizer.register_state_dict_pre_hook(lambda optimizer: self._restore_quietly())
+        # A step that raised has left them multiplied, and what is saved then must not have the factor. A wrapper that
+        # does not initialise its base class `Optimizer` has no place for the hook.
+        self._handle: RemovableHandle | None = None
+        with suppress(AttributeError):
+            self._handle = optimizer.register_state_dict_pre_hook(lambda optimizer: self._restore_quietly())
 
     def before_step(self, args: tuple[Any, ...], kwargs: dict[str, Any], factor: float) -> Any:
         """Multiply the rates by a factor right before the update of a step, after the closure if the step has one.
@@ -87,7 +92,8 @@ class LearningRates:
     def release(self) -> None:
         """Leave the optimizer as it was."""
         self.restore_()
-        self._handle.remove()
+        if self._handle is not None:
+            self._handle.remove()
 
     def _restore_quietly(self) -> None:
         self.restore_()

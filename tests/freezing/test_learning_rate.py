@@ -1,5 +1,6 @@
 """`LearningRates` around the steps of an optimizer, by hand."""
 
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -118,6 +119,35 @@ def test_release_leaves_no_hook():
     assert len(optimizer._optimizer_state_dict_pre_hooks) == before + 1
     rates.release()
     assert len(optimizer._optimizer_state_dict_pre_hooks) == before
+
+
+class Around(torch.optim.Optimizer):
+    """Wraps another optimizer, and leaves its own base class uninitialised, as pytorch_optimizer's OrthoGrad does."""
+
+    def __init__(self, inside: Spied) -> None:
+        self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+        self._patch_step_function()
+        self.inside = inside
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.inside.param_groups
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inside.step(closure)
+
+
+def test_wrapper_without_hooks_on_its_saved_state_is_served():
+    """Its rates are multiplied, put back after the step, and put back by `release` if the step has no end."""
+    optimizer = Around(Spied(0.1))
+    rates = attach(optimizer)
+    optimizer.step()
+    assert not rates.restore_()
+    assert rates_of(optimizer) == [0.1]
+    optimizer.step()
+    assert optimizer.inside.during == [[0.05], [0.05]]
+    rates.release()
+    assert rates_of(optimizer) == [0.1]
 
 
 @pytest.mark.parametrize("factor", [0.5, 1.0])
