@@ -33,6 +33,13 @@ class _Rate(NamedTuple):
         """Whether the optimizer has left the group's rate alone."""
         return self.group.get("lr") is self.during and self.version == _version(self.during)
 
+    def is_put_back_by(self, at_start: Any) -> bool:
+        """Whether the optimizer has undone a change of its own: the group has the number of the step's start again.
+
+        If the factor came on top of that very number, the step has another copy of it, which was not multiplied.
+        """
+        return self.version is None and self.group.get("lr") is at_start and self.before is not at_start
+
 
 class LearningRates:
     """Multiplies the learning rates of all parameter groups in each update, and puts them back, until `release`.
@@ -60,7 +67,7 @@ class LearningRates:
         Args:
             args: arguments that a pre-hook of the optimizer's step receives.
             kwargs: keyword arguments that the hook receives.
-            factor: with 1 nothing is changed, but `restore_` still tells whether the step sets rates itself.
+            factor: with 1 no rate has another value, but `restore_` still tells whether the step sets rates itself.
 
         Returns:
             What the hook has to return.
@@ -74,7 +81,8 @@ class LearningRates:
         """Put the rates back, if they are multiplied. What the step itself has set is left as it is.
 
         Returns:
-            Whether it has set anything but the rate that the group had when the step began.
+            Whether the factor was lost, or will be in the next step's rates as well: the step has set a rate, and not
+            only put back what it had changed before.
         """
         rates, self._rates = self._rates, []
         untouched = [rate.is_untouched for rate in rates]  # before a tensor that groups share is written to
@@ -85,7 +93,7 @@ class LearningRates:
             elif own:
                 rate.group["lr"] = rate.before
         return any(
-            not own and (rate.version is not None or rate.group.get("lr") is not at_start)
+            not own and not rate.is_put_back_by(at_start)
             for rate, own, at_start in zip(rates, untouched, self._at_start, strict=False)
         )
 
@@ -107,8 +115,8 @@ class LearningRates:
         for group, rate, value in zip(groups, before, values, strict=True):
             if changes and isinstance(rate, Tensor):
                 rate.copy_(value * factor)
-            elif changes:
-                group["lr"] = rate * factor
+            elif not isinstance(rate, Tensor):
+                group["lr"] = rate * factor  # another object, whatever the factor
         self._rates = [
             _Rate(group, rate, value, group["lr"], _version(group["lr"]))
             for group, rate, value in zip(groups, before, values, strict=True)

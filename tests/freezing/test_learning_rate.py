@@ -203,3 +203,46 @@ def test_groups_whose_rate_is_no_number_are_found():
         optimizer.param_groups[i]["lr"] = value
     del optimizer.param_groups[4]["lr"]
     assert groups_without_rate(optimizer) == {0: None, 1: "auto", 2: True, 3: torch.tensor(1), 4: None}
+
+
+class Copying(torch.optim.Optimizer):
+    """Steps by an optimizer with groups of its own, as ZeroRedundancyOptimizer does."""
+
+    def __init__(self, inside: Spied) -> None:
+        self.inside = inside
+        super().__init__([{"params": group["params"], "lr": group["lr"]} for group in inside.param_groups], {})
+
+    def step(self, closure: Any = None) -> Any:
+        self._copy_rates(self, self.inside)
+        loss = self.inside.step(closure)
+        self._copy_rates(self.inside, self)
+        return loss
+
+    @staticmethod
+    def _copy_rates(source: torch.optim.Optimizer, target: torch.optim.Optimizer) -> None:
+        for a, b in zip(source.param_groups, target.param_groups, strict=True):
+            b["lr"] = a["lr"]
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0])
+def test_rate_that_the_step_has_copied_before_its_closure_is_told(factor):
+    """The factor is lost on the copy, and a factor of 1 tells before it matters."""
+    optimizer = Copying(Spied(0.1))
+    rates = attach(optimizer, factor)
+    optimizer.step(lambda: None)
+    assert optimizer.inside.during == [[0.1]]
+    assert rates.restore_()
+    assert rates_of(optimizer) == [0.1]
+
+
+@pytest.mark.parametrize(("rate", "closure"), [(0.1, None), (tensor(), None), (tensor(), lambda: None)])
+def test_rate_that_the_step_copies_with_the_factor_is_served(rate, closure):
+    """Without a closure the copy is multiplied already, and a tensor is the same one in both."""
+    optimizer = Copying(Spied(rate))
+    rates = attach(optimizer)
+    for _ in range(2):
+        optimizer.step(closure)
+        assert not rates.restore_()
+        assert rates_of(optimizer)[0] is rate
+        assert rate == (tensor() if isinstance(rate, Tensor) else 0.1)
+    assert optimizer.inside.during == [[pytest.approx(0.05)]] * 2
