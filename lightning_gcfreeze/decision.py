@@ -77,13 +77,14 @@ class Decision:
             f" the eligible elements are frozen: {self.count:,}."
         )
 
-    def doubts(self, k: int, given_k: int | float, granularity: Granularity) -> list[str]:
+    def doubts(self, k: int, given_k: int | float, granularity: Granularity, by_moments: bool = False) -> list[str]:
         """Return sentences to warn with.
 
         Args:
             k: how many elements were to freeze.
             given_k: `k` as the user gave it.
             granularity: what freezes together.
+            by_moments: whether the optimizer's moments alone tell who had a gradient: a mean that decays forgets.
         """
         found = []
         if k and not self.count:
@@ -92,11 +93,13 @@ class Decision:
                 " elements. Raise `k`, or choose a finer `granularity`."
             )
         if self.n_without_gradient > 0.1 * k:
+            seen = f" in the {self.observed} observed steps"
+            if by_moments:
+                seen = ", or none that the state of the optimizer still tells of"
             found.append(
-                f"{self.n_without_gradient:,} of the {self.count:,} frozen elements never had a gradient in the"
-                f" {self.observed} observed steps (constant inputs, dead units, unseen embedding rows, unused"
-                " parameters). They rank lowest because they had no gradient, not because they converged. Raise `t0`,"
-                " or keep them trainable with `exclude`."
+                f"{self.n_without_gradient:,} of the {self.count:,} frozen elements never had a gradient{seen}"
+                " (constant inputs, dead units, unseen embedding rows, unused parameters). They rank lowest because"
+                " they had no gradient, not because they converged. Raise `t0`, or keep them trainable with `exclude`."
             )
         return found
 

@@ -1,5 +1,6 @@
 """`order="momentum"` in a Trainer: scores against sums over recorded gradients, and nothing is observed for them."""
 
+import re
 from typing import Any
 
 import lightning.pytorch as pl
@@ -129,6 +130,38 @@ def test_parameters_that_never_had_a_gradient_are_counted():
     with pytest.warns(UserWarning, match="3 of the 9 frozen elements never had a gradient"):
         cases.trainer(callbacks=[callback], max_epochs=1).fit(Late(RUNS["Adam"][0]), cases.loader(dtype=torch.float64))
     assert callback.frozen["unused"].all()
+
+
+class Stopping(cases.Regression):
+    """One parameter has gradients other than zero in the first two of eight steps only."""
+
+    def __init__(self, optimizer: Any) -> None:
+        super().__init__(cases.mlp(), optimizer)
+        self.early = nn.Parameter(torch.ones(3))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) + self.early.sum() * float(self.global_step < 2)
+
+    def configure_optimizers(self) -> optim.Optimizer:
+        return self.make_optimizer(self)
+
+
+@pytest.mark.parametrize(
+    ("order", "text"),
+    [
+        ("momentum", "3 of the 4 .* never had a gradient, or none that the state of the optimizer still"),
+        ("progress", None),
+    ],
+)
+def test_gradients_that_the_mean_has_forgotten_are_not_said_to_have_never_been(order, text, recwarn):
+    """With a short memory the mean underflows to 0 in a few steps; "progress" knows that there were gradients."""
+    callback = GradCovFreezeCallback(t0=7, k=4, order=order)
+    module = Stopping(lambda m: optim.Adam(m.parameters(), 1e-4, betas=(1e-9, 0.999)))
+    cases.trainer(callbacks=[callback], max_epochs=1).fit(module, cases.loader())
+    found = [str(w.message) for w in recwarn if "never had a gradient" in str(w.message)]
+    assert bool(found) == (text is not None)
+    assert all(re.search(str(text), sentence) for sentence in found)
+    assert order == "progress" or callback.frozen["early"].all()
 
 
 class Allocations(TorchDispatchMode):
