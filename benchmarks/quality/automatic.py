@@ -1,11 +1,13 @@
 """What t0="auto" and k="auto" make of the tasks: quality against the unfrozen run, at the fraction that they find.
 
     uv run --group bench python -m benchmarks.quality.automatic [--tasks boston,text] [--seeds 5]
-                                                                [--order progress] [--out DIR] [--only-report]
+                                                                [--order progress] [--tuned] [--out DIR]
+                                                                [--only-report]
 
 Every run is a fit of a Lightning Trainer, from the same weights on the same batches: unfrozen; with both left to the
 data, by `--order`; and by other orders, which freeze as many elements after the same steps. The tasks train `LONGER`
-than where orders are compared, so that there is a plateau to find.
+than where orders are compared, so that there is a plateau to find. With `--tuned` a task's learning rate is the one
+with which it trains best unfrozen, as `benchmarks.quality.rates` finds it; else the task's own.
 """
 
 import argparse
@@ -24,6 +26,7 @@ import torch
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from benchmarks.quality.rates import base_rate
 from benchmarks.quality.run import mean_over
 from benchmarks.quality.summary import interval
 from benchmarks.quality.tasks import METRICS, TASKS, Task
@@ -60,11 +63,11 @@ class Fractions(pl.Callback):
         return [(t, k) for t, (k, was) in enumerate(zip(self.counts, before, strict=False), start=1) if k != was]
 
 
-def fit(task: Task, seed: int, steps: int, freeze: GradCovFreezeCallback | None) -> dict[str, Any]:
+def fit(task: Task, seed: int, steps: int, lr: float, freeze: GradCovFreezeCallback | None) -> dict[str, Any]:
     """Train, and judge on the test split."""
     splits = task.data(seed)
     pl.seed_everything(seed, verbose=False)
-    model = task.model()
+    model = task.make(lr)
     fractions = Fractions(freeze) if freeze else None
     trainer = pl.Trainer(
         accelerator="cpu", devices=1, max_steps=steps, callbacks=[freeze, fractions] if freeze else [], logger=False,
@@ -86,16 +89,17 @@ def fit(task: Task, seed: int, steps: int, freeze: GradCovFreezeCallback | None)
     return found
 
 
-def run(name: str, seed: int, order: str) -> dict[str, Any]:
+def run(name: str, seed: int, order: str, lr: float) -> dict[str, Any]:
     """All runs of one task and seed."""
     task = TASKS[name]
     steps = task.steps * LONGER.get(name, DEFAULT)
-    found = {"steps": steps, "unfrozen": fit(task, seed, steps, None)}
+    found = {"steps": steps, "lr": lr, "unfrozen": fit(task, seed, steps, lr, None)}
     auto = GradCovFreezeCallback("auto", "auto", order=order, seed=seed)  # type: ignore[arg-type]
-    found["auto"] = fit(task, seed, steps, auto)
+    found["auto"] = fit(task, seed, steps, lr, auto)
     schedule = FreezeSchedule(found["auto"]["stages"], monotone=False)
     for title, other in OTHERS.items():
-        found[title] = fit(task, seed, steps, GradCovFreezeCallback(schedule=schedule, order=other, seed=seed))
+        freeze = GradCovFreezeCallback(schedule=schedule, order=other, seed=seed)
+        found[title] = fit(task, seed, steps, lr, freeze)
     return found
 
 
@@ -140,6 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=5, help="runs of a task, at most (%(default)s)")
     parser.add_argument("--first-seed", type=int, default=0, help="(%(default)s)")
     parser.add_argument("--order", default="progress", help="(%(default)s)")
+    parser.add_argument("--tuned", action="store_true", help="tune learning rates first")
     parser.add_argument("--out", type=Path, default=Path("quality"), help="where results lie (%(default)s)")
     parser.add_argument("--only-report", action="store_true", help="train nothing")
     args = parser.parse_args(argv)
@@ -147,15 +152,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     args.out.mkdir(parents=True, exist_ok=True)
     runs: dict[str, list[dict[str, Any]]] = {}
+    kind = f"automatic-{args.order}" + ("-tuned" if args.tuned else "")
     for seed in range(args.first_seed, args.first_seed + args.seeds):
         for name in args.tasks:
-            file = args.out / f"automatic-{args.order}-{name}-{seed}.json"
+            file = args.out / f"{kind}-{name}-{seed}.json"
             if not file.exists() and not args.only_report and seed - args.first_seed < TASKS[name].seeds:
-                file.write_text(json.dumps(run(name, seed, args.order), indent=1), encoding="utf-8")
+                lr = base_rate(name, "adam", args.out) if args.tuned else TASKS[name].lr
+                file.write_text(json.dumps(run(name, seed, args.order, lr), indent=1), encoding="utf-8")
             if file.exists():
                 runs.setdefault(name, []).append(json.loads(file.read_text(encoding="utf-8")))
     text = report(runs)
-    (args.out / f"automatic-{args.order}.md").write_text(text + "\n", encoding="utf-8")
+    (args.out / f"{kind}.md").write_text(text + "\n", encoding="utf-8")
     print(text)
 
 

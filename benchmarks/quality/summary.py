@@ -115,12 +115,12 @@ def difference(runs: Runs, quantity: str, order: str, reference: str, place: str
     return {"mean": mean, "low": low, "high": high, "tasks": len(pairs), "runs": sum(map(len, pairs.values()))}
 
 
-def interval(pairs: Pairs) -> tuple[float, float, float]:
-    """The mean over tasks of the means over seeds; 95 % by a bootstrap that draws tasks and, within them, seeds."""
+def interval(pairs: Pairs, alpha: float = 0.05) -> tuple[float, float, float]:
+    """The mean over tasks of the means over seeds; 1 - alpha by a bootstrap over tasks and, within them, seeds."""
     values = np.concatenate(list(pairs.values()))
     counts = tuple(len(v) for v in pairs.values())
     mean = float(np.mean([v.mean() for v in pairs.values()]))
-    low, high = np.quantile(_weights(counts) @ values, (0.025, 0.975))
+    low, high = np.quantile(_weights(counts) @ values, (alpha / 2, 1 - alpha / 2))
     return mean, float(low), float(high)
 
 
@@ -233,19 +233,19 @@ def text(summary: Mapping[str, Any]) -> str:
                 rows.append([order, *cells, mean, *apart])
             heading = f"## {title}, " + ("all fractions" if place == ALL else f"{float(place):.0%} frozen")
             note = f"{unit}; the last columns: the paired difference to an order, 95 % interval"
-            parts += [heading, note, _table(["order", *tasks, "mean", *(f"to {r}" for r in REFERENCES)], rows)]
+            parts += [heading, note, table(["order", *tasks, "mean", *(f"to {r}" for r in REFERENCES)], rows)]
     oracles = ("oracle_move", "oracle_cost")
     rows = [[o, *(_number(of[oracle], 3) for oracle in oracles)] for o, of in summary["correlations"].items()]
-    parts += ["## Rank correlation with the oracles, mean over tasks", _table(["order", *oracles], rows)]
+    parts += ["## Rank correlation with the oracles, mean over tasks", table(["order", *oracles], rows)]
     rows = [[cost, *(_prediction(of.get(task)) for task in tasks)] for cost, of in summary["predictions"].items() if of]
     note = "predicted → happened, for the order of that cost; in brackets the rank correlation over all members"
-    parts += ["## Increase of the training loss, ½ Σ h d² over the frozen", note, _table(["order", *tasks], rows)]
+    parts += ["## Increase of the training loss, ½ Σ h d² over the frozen", note, table(["order", *tasks], rows)]
     rows = [
         [kind, fraction, *(_number(of.get(task), 2) for task in tasks)]
         for kind, by_fraction in summary["live"].items()
         for fraction, of in by_fraction.items()
     ]
-    parts += ["## Parameters that adapters train, for each live element", _table(["kind", "frozen", *tasks], rows)]
+    parts += ["## Parameters that adapters train, for each live element", table(["kind", "frozen", *tasks], rows)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -265,7 +265,7 @@ def _in_short(summary: Mapping[str, Any]) -> str:
         ]
         rows.append([order, *means, *differences, _interval(apart["lost_test"][order][ALL]["variance_first"], 2)])
     head = ["to variance_first", "to random", "to second_moment", "in test loss, to variance_first"]
-    return _table(["order", *fractions, *head], rows)
+    return table(["order", *fractions, *head], rows)
 
 
 def _ends(summary: Mapping[str, Any]) -> str:
@@ -275,7 +275,7 @@ def _ends(summary: Mapping[str, Any]) -> str:
         loss = f"{of['all_frozen/train']:.3f} → {of['unfrozen/train']:.3f}"
         metric = f"{of['all_frozen/metric']:.3f} → {of['unfrozen/metric']:.3f} ({of['metric']})"
         rows.append([name, of["title"], f"{of['p']:,}", runs, f"{of['t0']} / {of['steps']}", loss, metric])
-    return _table(["task", "what", "p", "runs", "t0 / steps", "training loss at t0 → end", "test metric"], rows)
+    return table(["task", "what", "p", "runs", "t0 / steps", "training loss at t0 → end", "test metric"], rows)
 
 
 def _most(summary: Mapping[str, Any], quantity: str, place: str) -> int:
@@ -292,7 +292,8 @@ def _sorted(summary: Mapping[str, Any], quantity: str, place: str) -> list[str]:
     return sorted(apart, key=lambda o: apart[o]["mean"] * (-1 if quantity == "quality" else 1))
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown."""
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
 
 

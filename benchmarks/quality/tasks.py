@@ -15,14 +15,22 @@ from pydoc_data.topics import topics
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits
+from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, make_friedman1
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
+from torchmetrics import MeanSquaredError
 from torchmetrics.classification import MulticlassAccuracy
 
 from examples.data import MNIST, ArrayDataModule, BostonHousing, Stage, Synthetic, three_way
-from examples.models import LinearRegression, LogisticRegression, MLPClassifier, MLPRegressor, SupervisedModule
+from examples.models import (
+    LinearRegression,
+    LogisticRegression,
+    MLPClassifier,
+    MLPRegressor,
+    SupervisedModule,
+    build_layers,
+)
 
 Splits = dict[Stage, TensorDataset]
 
@@ -32,6 +40,9 @@ PACKAGES = ("asyncio", "email", "importlib", "logging", "multiprocessing", "tkin
 JOINED = {"http": "urllib", "xmlrpc": "xml"}  # small ones, counted as these
 DOCSTRINGS = 160  # of each package
 TOKENS = 24
+FEW = ("progress", "recent_mean", "momentum", "movement", "variance_first", "second_moment", "magnitude", "random",
+       "last_layers", "gradient", "grft", "oracle_move")  # fmt: skip
+"""The orders that dearer tasks compare at rates of their own."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,7 @@ class Task:
     orders: tuple[str, ...] = ()  # if not all
     seeds: int = 5  # at most
     together: bool = False  # whether members train at once, batched by vmap; else one by one
+    rate_orders: tuple[str, ...] = ()  # where every order has a rate of its own, if not all
     judged: int = 2000  # training samples over which a loss is taken, at most
 
     @property
@@ -105,6 +117,20 @@ class LanguageModel(nn.Module):
         return self.head(self.norm(self.blocks(h)))  # type: ignore[no-any-return]
 
 
+class PatchClassifier(nn.Module):
+    """A transformer over the 2x2 patches of 8x8 pixels in a row: (S, 64) -> (S, classes)."""
+
+    def __init__(self, classes: int, width: int = 16, heads: int = 2) -> None:
+        super().__init__()
+        self.patch, self.position = nn.Linear(4, width), nn.Parameter(0.02 * torch.randn(16, width))
+        self.block, self.norm, self.head = Block(width, heads), nn.LayerNorm(width), nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = x.view(-1, 4, 2, 4, 2).transpose(2, 3).reshape(-1, 16, 4)
+        h = self.block(self.patch(patches) + self.position)
+        return self.head(self.norm(h[:, -1]))  # type: ignore[no-any-return]
+
+
 class SentenceClassifier(nn.Module):
     """The pretrained encoder all-MiniLM-L6-v2, the mean over its tokens, and a linear head."""
 
@@ -148,6 +174,12 @@ def classifier(layers: nn.Sequential, lr: float, classes: int) -> SupervisedModu
     )
 
 
+def autoencoder(lr: float) -> SupervisedModule:
+    """Twelve numbers in the middle of a perceptron; y is x."""
+    layers = build_layers([64, 12, 64])
+    return SupervisedModule(layers, F.mse_loss, {"mse": MeanSquaredError()}, nn.Identity(), lr)
+
+
 def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, -2), y.flatten())
 
@@ -188,6 +220,14 @@ def _rows(values: np.ndarray) -> np.ndarray:
 def _digits(seed: int) -> Splits:
     x, y = load_digits(return_X_y=True)
     return _split(x / 16, y, seed, scale_x=False, stratify=True)
+
+
+def _reconstruct_digits(seed: int) -> Splits:
+    return {stage: TensorDataset(of.tensors[0], of.tensors[0]) for stage, of in _digits(seed).items()}
+
+
+def _friedman(seed: int) -> Splits:
+    return _split(*make_friedman1(3000, noise=1.0, random_state=0), seed, scale_x=True, stratify=False)
 
 
 def _diabetes(seed: int) -> Splits:
@@ -304,13 +344,14 @@ TASKS: dict[str, Task] = {
         "8x8 digits, two convolutions",
         lambda lr: classifier(convnet(), lr, 10),
         _digits,
-        batch_size=32, lr=3e-3, steps=300, t0=75, metric="accuracy",
+        batch_size=32, lr=3e-3, steps=300, t0=75, metric="accuracy", rate_orders=FEW,
     ),
     "text": Task(
         "Characters of Python's help, transformer of two layers",
         lambda lr: classifier(nn.Sequential(LanguageModel(len(_characters()[0]))), lr, len(_characters()[0])),
         _text,
         batch_size=16, lr=3e-3, steps=400, t0=100, metric="loss", seeds=3,
+        rate_orders=FEW,
     ),
     "minilm": Task(
         "Docstrings by package, all-MiniLM-L6-v2",
@@ -321,3 +362,26 @@ TASKS: dict[str, Task] = {
                 "displacement", "recent", "decrease_recent", "fisher_cost", "prefix", "lora", "shira"),
     ),
 }  # fmt: skip
+
+RATE_TASKS: dict[str, Task] = {
+    **{name: task for name, task in TASKS.items() if name != "minilm"},
+    "friedman": Task(
+        "Friedman's function of ten features, MLP 10-32-1",
+        lambda lr: MLPRegressor(10, (32,), lr=lr),
+        _friedman,
+        batch_size=32, lr=3e-3, steps=600, t0=150, metric="mse",
+    ),
+    "autoencoder": Task(
+        "8x8 digits from 12 numbers, MLP 64-12-64",
+        autoencoder,
+        _reconstruct_digits,
+        batch_size=32, lr=3e-3, steps=500, t0=125, metric="mse",
+    ),
+    "patches": Task(
+        "8x8 digits, transformer of one layer over patches",
+        lambda lr: classifier(nn.Sequential(PatchClassifier(10)), lr, 10),
+        _digits,
+        batch_size=32, lr=3e-3, steps=300, t0=75, metric="accuracy", rate_orders=FEW,
+    ),
+}  # fmt: skip
+"""Those in which every method has a rate of its own."""
