@@ -51,8 +51,8 @@ class GradCovFreezeCallback(_lightning.Callback):
         k: how many eligible elements to freeze: an int is a count, a float in [0, 1] a fraction. "auto", or a `Growth`:
             freeze more and more of them along the order, as long as the loss does not rise.
         order: what to rank by, lowest first: "variance" (the paper), "random", "reverse" (highest variance first),
-            "magnitude", "second_moment", "snr", "displacement", "progress" (recommended with Adam), "momentum" (by
-            the optimizer's state: nothing is observed), or a callable; see `lightning_gcfreeze.orderings`.
+            "magnitude", "second_moment", "snr", "displacement", "progress", "movement" (recommended; like "momentum"
+            it reads weights and the optimizer's state alone), or a callable; see `lightning_gcfreeze.orderings`.
         samples: whose gradients feed the recursion: "first" (the paper), "all" of the batch, or the first m. The
             squared noise is then the mean over them: m times the information, at a third to a half of a step's cost.
             "auto": "first" where `order` reads the variance; elsewhere no gradients of single samples are taken,

@@ -223,7 +223,10 @@ class Observing:
 
     def begin_movement(self, weights: Named, rates: Mapping[str, float]) -> None:
         """Let the movement count from these weights and learning rates on, in place of earlier ones."""
-        self.halfway = {name: w.detach().clone() for name, w in weights.items()}
+        if self.halfway is None:
+            self.halfway = {name: w.detach().clone() for name, w in weights.items()}
+        for name, w in weights.items():  # in place: there is room for one copy
+            self.halfway[name].copy_(w)
         self.halfway_rates = dict(rates)
 
     def movement(self, weights: Named, rates: Mapping[str, float]) -> dict[str, Tensor]:
@@ -266,7 +269,8 @@ class Observing:
         for name, tensors in state["moments"].items():
             observing.moments[name].tensors = _cloned(tensors)
         observing.start = state["start"]
-        observing.halfway, observing.halfway_rates = state.get("halfway"), state.get("halfway_rates", {})
+        halfway, observing.halfway_rates = state.get("halfway"), state.get("halfway_rates", {})
+        observing.halfway = halfway and _cloned(halfway)
         observing.skipped, observing.batch_size = state["skipped"], state["batch_size"]
         observing._observed, observing._observed_step = state["observed"], state["observed_step"]
         observing._scale = state["scale"]

@@ -46,7 +46,8 @@ Named = dict[str, Tensor]
 BATCHES = 18  # in three epochs of six
 ORDERS = ("variance", "random", "reverse", "magnitude", "second_moment", "snr", "displacement", "progress")
 NOT_ELEMENTWISE = ("Adafactor", "Muon")
-WITHOUT_MOMENTUM = (*NOT_ELEMENTWISE, "SGD", "Adagrad", "Adadelta", "ASGD", "Rprop")
+WITHOUT_DIVISOR = (*NOT_ELEMENTWISE, "Adadelta", "ASGD", "Rprop")
+WITHOUT_MOMENTUM = (*WITHOUT_DIVISOR, "SGD", "Adagrad")
 TOLERANCE = {  # relative, absolute; live elements after at most 18 steps, each of which rounds anew
     "64-true": (1e-7, 1e-9), "32-true": (2e-3, 2e-4), "bf16-mixed": (2e-2, 5e-3), "16-mixed": (2e-2, 5e-3),
     "bf16-true": (1e-1, 5e-2),
@@ -225,6 +226,7 @@ def examples(draw: st.DrawFn) -> Example:
     count = _eligible(model, optimizer, arguments.get("include"), arguments.get("exclude"))
     arguments |= draw(plans(BATCHES // accumulate, count))
     by_state = [] if optimizer in WITHOUT_MOMENTUM else ["momentum"]
+    by_state += [] if optimizer in WITHOUT_DIVISOR else ["movement"]
     maybe("order", st.sampled_from([*ORDERS, LastFirst(2.0), *by_state]))
     maybe("samples", st.sampled_from(_samples()))
     maybe("gain", st.one_of(st.just("1/t"), st.floats(0.05, 1.0), st.just(Slowing(0.7))))

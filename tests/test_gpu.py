@@ -117,7 +117,9 @@ def test_all_or_nothing_freezes(optimizer, precision, arguments):
     assert (moved == 0) == (arguments["k"] == 1.0)
 
 
-@pytest.mark.parametrize("order", ["variance", "progress", "momentum", "random", "snr", "displacement", "magnitude"])
+@pytest.mark.parametrize(
+    "order", ["variance", "progress", "momentum", "movement", "random", "snr", "displacement", "magnitude"]
+)
 def test_the_order_is_the_cpus(order):
     """The same run on either device freezes the same, but for elements whose scores are equal to rounding."""
     found = []

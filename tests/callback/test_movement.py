@@ -212,7 +212,16 @@ def test_own_orders_may_read_the_way():
         assert evidence.divisor is None
         return {name: d.abs() for name, d in evidence.movement.items()}
 
-    records, _ = fit(GradCovFreezeCallback(6, 0.5, order=own), OPTIMIZERS["SGD"][0])
-    for name, d in seen.items():
-        way = (records.weights[6][name] - records.weights[3][name]) / 0.02
+    class Rising(cases.Regression):
+        def configure_optimizers(self):
+            optimizer = optim.SGD(self.parameters(), lr=0.01)
+            return [optimizer], [
+                {"scheduler": optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 + t / 6), "interval": "step"}
+            ]
+
+    records = Records()
+    trainer = cases.trainer(callbacks=[GradCovFreezeCallback(6, 0.5, order=own), records])
+    trainer.fit(Rising(cases.mlp()), cases.loader())
+    for name, d in seen.items():  # rates of 0.015 after 3 steps; in step 6, which the scheduler has not left yet, 11/6
+        way = (records.weights[6][name] - records.weights[3][name]) / (0.01 * (1 + 2 / 6 + 1 + 5 / 6) / 2)
         torch.testing.assert_close(d, way, rtol=1e-5, atol=1e-6)

@@ -23,6 +23,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "variance": {"t0": 3, "k": 0.5},
     "progress": {"t0": 3, "k": 0.5, "order": "progress"},
     "momentum": {"t0": 3, "k": 0.5, "order": "momentum"},
+    "movement": {"t0": 3, "k": 0.5, "order": "movement"},
 }
 HARD = {"max_grad_norm": 0.1, "weight_decay": 0.3, "learning_rate": 1e-2, "num_train_epochs": 2}
 """Clipping works, and every element of the matrices would move."""

@@ -20,6 +20,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "variance": {"t0": 4, "k": 0.5},
     "rows by progress": {"t0": 4, "k": 0.6, "order": "progress", "granularity": "row", "hold": "restore"},
     "momentum": {"t0": 4, "k": 0.5, "order": "momentum"},
+    "movement": {"t0": 4, "k": 0.5, "order": "movement"},
 }
 
 
@@ -135,5 +136,5 @@ def main() -> None:
         ended = in_a_loop(inside, adamw(inside.parameters()), inside, options | {"hold": "restore"})
         cases.assert_identical(ended, expected)
         assert ended["frozen"]["0.weight"].any()
-        if options.get("order") == "momentum":  # the same on all processes as of one with all samples
+        if options.get("order") in ("momentum", "movement"):  # the same on all processes as of one with all samples
             cases.assert_identical(ended["frozen"], in_one_process(options))
