@@ -250,6 +250,7 @@ IN_TRAINER: dict[str, Callable[[], list[pl.Callback]]] = {
     "all samples, every 16th step": lambda: [GradCovFreezeCallback(t0=10**6, k=0.5, samples="all", every=16)],
     "for progress, no single samples": lambda: [GradCovFreezeCallback(t0=10**6, k=0.5, order="progress")],
     "for momentum": lambda: [GradCovFreezeCallback(t0=10**6, k=0.5, order="momentum")],
+    "for movement": lambda: [GradCovFreezeCallback(t0=10**6, k=0.5, order="movement")],
     "for progress, first sample": lambda: [GradCovFreezeCallback(t0=10**6, k=0.5, order="progress", samples="first")],
 }
 
