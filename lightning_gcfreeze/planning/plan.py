@@ -153,12 +153,13 @@ class Plan:
 
     @property
     def halfway(self) -> int:
-        """The optimizer step half of the way to the next decision, or two thirds of the way to the next check."""
+        """The optimizer step half of the way to the next decision, or what `SettlingState.halfway` says."""
         t = self.decisions[self.n_decisions][0]
         if isinstance(t, int):
             before = self.decisions[self.n_decisions - 1][0] if self.n_decisions else 0
             return (before + t) // 2 if isinstance(before, int) else t
-        return 2 * (self.settling.next_check if self.settling else t.first) // 3  # where the last check was, by default
+        assert self.settling is not None
+        return self.settling.halfway
 
     def start(self, planned_steps: Callable[[], float]) -> str | None:
         """Find the latest step of a decision whose step is to be found from the data.

@@ -116,6 +116,15 @@ class SettlingState:
         self._chosen: Tensor | None = None
         self._loss = LossMean()
 
+    @property
+    def halfway(self) -> int:
+        """The optimizer step two thirds of the way to the next check, or the last check's, if that comes later.
+
+        At the default growth both are the same. Where `max_t0` cuts the distance of two checks short, the step has
+        passed, and what is counted goes on from where it began.
+        """
+        return min(self.next_check - 1, int(self.next_check / min(1.5, self.settled.growth) + 1e-9))  # may round down
+
     def check(self, scores: Tensor, moved: Tensor, observed: int, fraction: float, loss: LossMean) -> Check:
         """Check whether the run has settled, at the step `next_check`, and set `next_check` to the one after it.
 

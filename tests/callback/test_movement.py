@@ -149,6 +149,18 @@ def test_settled_t0_counts_the_way_since_the_last_check():
         assert (mask.numpy() | ~first[name]).all()  # k grows along the order of t0
 
 
+@pytest.mark.parametrize(("growth", "max_t0", "since"), [(1.1, 13, 11), (1.25, 13, 10), (2.0, 16, 10), (1.5, 10, 6)])
+def test_settled_t0_at_another_growth_counts_no_way_of_long_ago(growth, max_t0, since):
+    """Checks at 8, 9, 10, 11, 13; at 8, 10, 13; at 8, 16; at 4, 6, 9, 10, of which the last has no restart."""
+    first = 4 if growth == 1.5 else 8
+    settled = Settled(first=first, max_t0=max_t0, growth=growth, improvement=1e-9)
+    callback = GradCovFreezeCallback(settled, 28, order="movement")
+    records, _ = fit(callback, OPTIMIZERS["SGD"][0], max_epochs=4)
+    assert callback._state.plan.t0 == max_t0
+    for name, mask in lowest(expected(records, since, max_t0, lambda g: 1.0, 0.02), 28).items():
+        np.testing.assert_array_equal(callback.frozen[name].numpy(), mask)
+
+
 def test_elements_without_a_gradient_come_first_and_are_counted():
     """Also where weight decay moves them: Adam's second moment knows better."""
 
