@@ -317,7 +317,7 @@ def unreadable_momentum(optimizer: Any, named: Mapping[str, Parameter], has_step
             "is not known to treat each element as torch's optimizers do (if it does, under the same names in its"
             " state, add its class to `lightning_gcfreeze.freezing.ELEMENTWISE`)"
         )
-    elif has_stepped and not momentum.has_state(optimizer, named) and (mean or kind is not SGD):
+    elif has_stepped and not momentum.has_state(optimizer, named) and (mean or not isinstance(optimizer, SGD)):
         why = "has no state of any eligible parameter after its step"
     return why and (
         f"The order reads the {'running mean' if mean else 'scale'} of the gradients in the optimizer's state, but"

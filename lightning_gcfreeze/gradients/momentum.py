@@ -67,7 +67,7 @@ def why_unreadable(optimizer: Optimizer, parameters: Mapping[str, Parameter], me
         mean: whether m is wanted; else the divisor alone.
     """
     if type(optimizer) in _UNREADABLE or (mean and type(optimizer) is optim.Adagrad):
-        return "keeps no running mean of gradients"
+        return "keeps no running mean of gradients" if mean else "does not divide gradients by anything in its state"
     forgetful: dict[str, list[str]] = {}
     for name, group in _groups(optimizer, parameters).items():
         if mean and (setting := _setting_without_memory(optimizer, group)):

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import optim
 
 from lightning_gcfreeze import Freezer, FreezeSchedule, GradCovFreezeCallback, Growth, Settled, orderings
+from lightning_gcfreeze.freezing import ELEMENTWISE
 from tests import cases
 from tests.interruptions import DropoutByStep, interrupted
 from tests.interruptions import run as run_to_the_end
@@ -179,7 +180,7 @@ def test_elements_without_a_gradient_come_first_and_are_counted():
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda p: optim.Adadelta(p), "Adadelta keeps no"),
+        (lambda p: optim.Adadelta(p), "Adadelta does not divide"),
         (lambda p: optim.Adafactor(p, 0.01), "Adafactor is not known to treat"),
         (type("Own", (optim.Adam,), {}), "Own is not known to treat"),
     ],
@@ -188,6 +189,21 @@ def test_optimizers_of_unknown_steps_are_refused_before_the_first_one(make, text
     """With the way out."""
     with pytest.raises(MisconfigurationException, match=rf"scale of the gradients.*{text}.*order='progress'"):
         fit(GradCovFreezeCallback(4, 8, order="movement"), make)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_added_subclass_of_sgd_is_served_with_or_without_a_state(momentum):
+    """It divides by nothing, like its parent."""
+    own = type("Own", (optim.SGD,), {})
+    ELEMENTWISE.add(own)
+    try:
+        callback = GradCovFreezeCallback(4, 28, order="movement")
+        fit(callback, lambda p: own(p, 0.02, momentum=momentum))
+    finally:
+        ELEMENTWISE.discard(own)
+    of_parent = GradCovFreezeCallback(4, 28, order="movement")
+    fit(of_parent, lambda p: optim.SGD(p, 0.02, momentum=momentum))
+    cases.assert_identical(callback.frozen, of_parent.frozen)
 
 
 def test_freezer_freezes_the_same_and_copies_weights_twice_at_most():
