@@ -4,7 +4,7 @@ Tensors and numbers in, tensors and numbers out: no module, optimizer or trainer
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -77,14 +77,15 @@ class Decision:
             f" the eligible elements are frozen: {self.count:,}."
         )
 
-    def doubts(self, k: int, given_k: int | float, granularity: Granularity, by_moments: bool = False) -> list[str]:
+    def doubts(self, k: int, given_k: int | float, granularity: Granularity, read: Collection[str] = ()) -> list[str]:
         """Return sentences to warn with.
 
         Args:
             k: how many elements were to freeze.
             given_k: `k` as the user gave it.
             granularity: what freezes together.
-            by_moments: whether the optimizer's moments alone tell who had a gradient: a mean that decays forgets.
+            read: `orderings.FROM_OPTIMIZER` that alone tell who had a gradient: means that decay forget, and so does
+                a movement that counts from halfway.
         """
         found = []
         if k and not self.count:
@@ -94,12 +95,19 @@ class Decision:
             )
         if self.n_without_gradient > 0.1 * k:
             seen = f" in the {self.observed} observed steps"
-            if by_moments:
+            causes, why = (
+                "constant inputs, dead units, unseen embedding rows, unused parameters",
+                "they had no gradient",
+            )
+            if "movement" in read:
+                seen, why = ", or have not moved since halfway to this step", "they did not move"
+                causes += ", a learning rate of 0, steps that round to none in their dtype"
+            elif read:
                 seen = ", or none that the state of the optimizer still tells of"
             found.append(
                 f"{self.n_without_gradient:,} of the {self.count:,} frozen elements never had a gradient{seen}"
-                " (constant inputs, dead units, unseen embedding rows, unused parameters). They rank lowest because"
-                " they had no gradient, not because they converged. Raise `t0`, or keep them trainable with `exclude`."
+                f" ({causes}). They rank lowest because {why}, not because they converged. Raise `t0`, or keep them"
+                " trainable with `exclude`."
             )
         return found
 

@@ -181,8 +181,8 @@ class Stages:
         )
         state.observing = self.new_observing(observing.reads_samples) if state.plan.has_next_decision else None
         around.inform(decision.sentence(state.steps))
-        by_moments = bool(self._from_optimizer) and not observing.reads_gradients
-        for doubt in decision.doubts(k, state.plan.k, granularity, by_moments):
+        read = () if observing.reads_gradients else self._from_optimizer
+        for doubt in decision.doubts(k, state.plan.k, granularity, read):
             around.warn(doubt)
         return decision
 

@@ -206,6 +206,19 @@ def test_added_subclass_of_sgd_is_served_with_or_without_a_state(momentum):
     cases.assert_identical(callback.frozen, of_parent.frozen)
 
 
+def test_elements_that_stood_still_are_not_said_to_have_had_no_gradient():
+    """Each had one in each step, at a learning rate of 0."""
+
+    class Late(cases.Regression):
+        def configure_optimizers(self):
+            optimizer = optim.SGD(self.parameters(), lr=0.01)
+            schedule = optim.lr_scheduler.LambdaLR(optimizer, lambda t: float(t < 2))
+            return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    with pytest.warns(UserWarning, match="or have not moved since halfway.*rate of 0.*because they did not move"):
+        cases.trainer(callbacks=[GradCovFreezeCallback(6, 8, order="movement")]).fit(Late(cases.mlp()), cases.loader())
+
+
 def test_freezer_freezes_the_same_and_copies_weights_twice_at_most():
     """The second front; what is kept before t0 is one copy of the weights, no matter how long."""
     callback = GradCovFreezeCallback(8, 28, order="movement")
