@@ -137,7 +137,7 @@ class GradCovFreezeCallback(_lightning.Callback):
         """Make a callback with the arguments of a preset of `lightning_gcfreeze.PRESETS`.
 
         Args:
-            name: "paper", the method as published; "recommended", what docs/orders.md measured to be best.
+            name: "paper", the method as published; "recommended", what docs/orders.md recommends.
             overrides: `t0` and `k`, or `schedule`, and any other argument, which wins over the preset's.
         """
         return cls(**arguments_of_preset(name) | overrides)
