@@ -29,7 +29,7 @@ from typing_extensions import override
 from benchmarks.quality.rates import base_rate
 from benchmarks.quality.run import mean_over
 from benchmarks.quality.summary import interval
-from benchmarks.quality.tasks import METRICS, TASKS, Task
+from benchmarks.quality.tasks import METRICS, RATE_TASKS, TASKS, Task
 from examples.paper.run import epochs
 from lightning_gcfreeze import Evidence, FreezeSchedule, GradCovFreezeCallback
 from lightning_gcfreeze._types import Named
@@ -148,6 +148,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("quality"), help="where results lie (%(default)s)")
     parser.add_argument("--only-report", action="store_true", help="train nothing")
     args = parser.parse_args(argv)
+    if args.tuned and (others := [name for name in args.tasks if name not in RATE_TASKS]):
+        parser.error(f"no learning rates are tuned for {', '.join(others)}: pass other --tasks")
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     args.out.mkdir(parents=True, exist_ok=True)
