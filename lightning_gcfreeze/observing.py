@@ -225,13 +225,22 @@ class Observing:
         """Let the movement count from these weights and learning rates on, in place of earlier ones."""
         if self.halfway is None:
             self.halfway = {name: w.detach().clone() for name, w in weights.items()}
-        for name, w in weights.items():  # in place: there is room for one copy
-            self.halfway[name].copy_(w)
+        else:  # in place: there is room for one copy
+            for name, w in weights.items():
+                self.halfway[name].copy_(w)
         self.halfway_rates = dict(rates)
 
     def movement(self, weights: Named, rates: Mapping[str, float]) -> dict[str, Tensor]:
-        """Return the way since `begin_movement`, divided by the mean of the learning rates then and now."""
-        assert self.halfway is not None
+        """Return the way since `begin_movement`, divided by the mean of the learning rates then and now.
+
+        Raises:
+            RuntimeError: the state was loaded, and its order did not read "movement".
+        """
+        if self.halfway is None:
+            raise RuntimeError(
+                "The order reads the movement of the weights, but the checkpoint was saved by one that did not, and has"
+                " no weights to count it from. Load the weights into the module and fit without `ckpt_path`."
+            )
         mean = {name: (rate + self.halfway_rates[name]) / 2 or 1.0 for name, rate in rates.items()}  # 0: no way either
         return {name: (_wide(w) - _wide(self.halfway[name])) / mean[name] for name, w in weights.items()}
 

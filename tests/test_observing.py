@@ -208,3 +208,14 @@ def test_step_without_any_try_counts_as_left_out_once():
     observing.leave_out(4)
     observing.close_step(4)
     assert (observing.observed, observing.skipped) == (2, 2)
+
+
+def test_movement_without_a_start_in_the_loaded_state_is_refused():
+    """Of an order that reads it now, and did not when the checkpoint was saved; with a start there is a way."""
+    weights = {"w": torch.tensor([1.0, 3.0])}
+    observing = Observing.from_state_dict(Observing(weights).state_dict())
+    with pytest.raises(RuntimeError, match="checkpoint was saved by one that did not"):
+        observing.movement(weights, {"w": 0.5})
+    observing.begin_movement(weights, {"w": 0.3})
+    found = observing.movement({"w": torch.tensor([1.0, 4.0])}, {"w": 0.1})
+    assert found["w"].tolist() == pytest.approx([0.0, 5.0])

@@ -99,8 +99,9 @@ def moments(optimizer: Optimizer, parameters: Mapping[str, Parameter]) -> Moment
 
 
 def learning_rates(optimizer: Optimizer, parameters: Mapping[str, Parameter]) -> dict[str, float]:
-    """Return the learning rate of each parameter now, by name."""
-    return {name: float(group["lr"]) for name, group in _groups(optimizer, parameters).items()}
+    """Return the learning rate of each parameter now, by name; 1 where its group has none."""
+    rates = {name: group.get("lr") for name, group in _groups(optimizer, parameters).items()}
+    return {name: 1.0 if rate is None else float(rate) for name, rate in rates.items()}
 
 
 def _groups(optimizer: Optimizer, parameters: Mapping[str, Parameter]) -> dict[str, dict[str, Any]]:

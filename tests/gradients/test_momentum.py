@@ -260,3 +260,11 @@ def test_momentum_that_was_switched_off_is_refused():
     assert momentum.why_unreadable(optimizer, {"p": p}) is None
     optimizer.param_groups[0]["momentum"] = 0.0
     assert "`momentum=0`" in momentum.why_unreadable(optimizer, {"p": p})
+
+
+def test_learning_rates_are_those_of_the_groups_and_1_without_any():
+    """Numbers, tensors, and classes of other libraries that choose their steps themselves."""
+    a, b, c = (Parameter(torch.ones(1)) for _ in range(3))
+    groups = [{"params": [a], "lr": 0.5}, {"params": [b], "lr": torch.tensor(0.25)}, {"params": [c], "lr": None}]
+    optimizer = Custom(groups, lambda p: {})
+    assert momentum.learning_rates(optimizer, {"a": a, "b": b, "c": c}) == {"a": 0.5, "b": 0.25, "c": 1.0}
