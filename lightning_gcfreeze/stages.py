@@ -119,7 +119,7 @@ class Stages:
             return {}
         self._refuse_unreadable_state()
         optimizer, found = self._around.optimizer, dict[str, Named]()
-        read = momentum.moments(optimizer, self._parameters)
+        read = momentum.moments(optimizer, self._parameters, self._from_optimizer)
         if "movement" in self._from_optimizer:
             rates = momentum.learning_rates(optimizer, self._parameters)
             found["movement"] = observing.movement(self.weights(), rates)

@@ -21,7 +21,7 @@ the optimizer was given is what it has the mean of: clipped gradients, with the 
 (not AdamW's), and of the opposite sign where it maximizes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -84,18 +84,23 @@ def why_unreadable(optimizer: Optimizer, parameters: Mapping[str, Parameter], me
 
 
 @torch.no_grad()
-def moments(optimizer: Optimizer, parameters: Mapping[str, Parameter]) -> Moments:
+def moments(
+    optimizer: Optimizer, parameters: Mapping[str, Parameter], fields: Collection[str] = Moments._fields
+) -> Moments:
     """Read m, the update and the divisor, where `why_unreadable` knows no reason against it; what is not there is 0.
 
     Args:
         optimizer: after its step.
         parameters: by name. One that never had a gradient gets zeros.
+        fields: of `Moments` that are wanted; the others are empty, and take no memory.
     """
-    read = {
-        name: _moments(p, optimizer.state.get(p) or {}, group, isinstance(optimizer, optim.SGD))
-        for (name, p), group in zip(parameters.items(), _groups(optimizer, parameters).values(), strict=True)
-    }
-    return Moments(*({name: found[i] for name, found in read.items()} for i in range(3)))
+    found: dict[str, dict[str, Tensor]] = {field: {} for field in Moments._fields}
+    for (name, p), group in zip(parameters.items(), _groups(optimizer, parameters).values(), strict=True):
+        read = _moments(p, optimizer.state.get(p) or {}, group, isinstance(optimizer, optim.SGD))
+        for field, tensor in zip(Moments._fields, read, strict=True):
+            if field in fields:
+                found[field][name] = tensor
+    return Moments(**found)
 
 
 def learning_rates(optimizer: Optimizer, parameters: Mapping[str, Parameter]) -> dict[str, float]:
