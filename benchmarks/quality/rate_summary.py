@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.quality.summary import Floats, interval, table
-from benchmarks.quality.tasks import RATE_TASKS
+from benchmarks.quality.tasks import FRESH_TASKS, RATE_TASKS
 
 Ints = NDArray[np.int64]
 MOST = 3.0
@@ -30,6 +30,7 @@ Shares = dict[str, dict[int, dict[float, float]]]
 """Lost shares by task, seed and fraction frozen."""
 REFERENCES = ("variance_first", "random", "second_moment")
 ORACLES = ("oracle_move",)
+RIVALS = ("random", "last_layers", "shira", "lora", "variance_first")
 
 
 class Runs(dict[tuple[str, int], dict[str, Any]]):
@@ -228,7 +229,7 @@ def orders(runs: Runs) -> list[str]:
         parts = {f: lost(runs, m, f) for f in runs.fractions}
         cells = [_mean(of, len(runs.gains)) for of in parts.values()]
         means = [f"{mean_of(shares[m]):.2f}", f"{mean_of(lost(runs, m, None, power(0.0))):.2f}"]
-        rows.append([m, *cells, *means, *(difference(apart(shares[m], shares[r]), alpha) for r in REFERENCES)])
+        rows.append([m, *cells, *means, *(difference(apart(shares[m], shares.get(r, {})), alpha) for r in REFERENCES)])
         by_task.append([m, *(f"{mean_of({t: parts[0.8][t]}):.2f}" if t in parts[0.8] else "-" for t in runs.gains)])
     head = ["method", *map(str, runs.fractions), "mean", "at the base rate", *(f"to {r}" for r in REFERENCES)]
     return [
@@ -239,7 +240,7 @@ def orders(runs: Runs) -> list[str]:
 
 def verdict(runs: Runs, method: str) -> str:
     """What a method without any factor gives away, or gains, against others at their own best factors, by fraction."""
-    others = [m for m in ("random", "last_layers", "shira", "lora", "variance_first") if m in runs.methods]
+    others = [m for m in RIVALS if m in runs.methods]
     alpha, rows = 0.05 / len(others), []
     for other in others:
         cells = []
@@ -311,7 +312,10 @@ def metrics(runs: Runs) -> str:
             by_task = []
             for task in runs.gains:
                 if of := Factors(runs, task, f"{m}@{f}"):
-                    best, sign = runs.twin(task, "test_metric"), 100 if RATE_TASKS[task].higher_is_better else -100
+                    best, sign = (
+                        runs.twin(task, "test_metric"),
+                        100 if (RATE_TASKS | FRESH_TASKS)[task].higher_is_better else -100,
+                    )
                     own = of.at("test_metric", of.tuned())
                     by_task.append(
                         np.mean([sign * (v / best[seed] - 1) for seed, v in zip(of.seeds, own, strict=True)])

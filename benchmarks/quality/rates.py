@@ -35,7 +35,7 @@ from typing_extensions import override
 from benchmarks.quality import adapters, batched, rate_summary
 from benchmarks.quality.orders import prefix
 from benchmarks.quality.rivals import RIVALS, Calibration, calibrate
-from benchmarks.quality.tasks import FEW, RATE_TASKS, Task
+from benchmarks.quality.tasks import FEW, FRESH_TASKS, RATE_TASKS, Task
 from examples.models import Batch, SupervisedModule
 from examples.paper.run import Recorder, epochs
 from lightning_gcfreeze import Evidence, GradCovFreezeCallback, orderings, selection
@@ -317,7 +317,7 @@ def _finite(values: Tensor) -> list[float | None]:
 
 def base_rate(name: str, way: str, out: Path) -> float:
     """Return the base rate with the lowest mean validation loss over all seeds of a task; keep the losses in `out`."""
-    file, task = out / f"{way}-{name}-bases.json", RATE_TASKS[name]
+    file, task = out / f"{way}-{name}-bases.json", (RATE_TASKS | FRESH_TASKS)[name]
     if not file.exists():
         found = [try_bases(task, WAYS[way], seed) for seed in range(task.seeds)]
         _save({"bases": found[0][0], "val": [losses for _, losses in found]}, file)
@@ -335,7 +335,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Compute what is missing, then report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--tasks", type=lambda v: v.split(","), default=list(RATE_TASKS), help="of " + ", ".join(RATE_TASKS)
+        "--tasks",
+        type=lambda v: v.split(","),
+        default=list(RATE_TASKS),
+        help="of " + ", ".join(RATE_TASKS | FRESH_TASKS),
     )
     parser.add_argument("--ways", type=lambda v: v.split(","), default=list(WAYS), help="of " + ", ".join(WAYS))
     parser.add_argument("--seeds", type=int, default=5, help="runs of a task, at most (%(default)s)")
@@ -347,7 +350,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     wanted = [(s, name, way) for s in range(args.seeds) for name in args.tasks for way in args.ways]
     for seed, name, way in [] if args.only_report else wanted:
-        task, file = RATE_TASKS[name], args.out / f"{way}-{name}-{seed}.json"
+        task, file = (RATE_TASKS | FRESH_TASKS)[name], args.out / f"{way}-{name}-{seed}.json"
         if seed < task.seeds and not file.exists():
             began = time.monotonic()
             base = base_rate(name, way, args.out)

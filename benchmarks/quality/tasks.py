@@ -15,7 +15,15 @@ from pydoc_data.topics import topics
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, make_friedman1
+from sklearn.datasets import (
+    load_breast_cancer,
+    load_diabetes,
+    load_digits,
+    make_classification,
+    make_friedman1,
+    make_friedman2,
+    make_friedman3,
+)
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -43,6 +51,7 @@ TOKENS = 24
 FEW = ("progress", "recent_mean", "momentum", "movement", "variance_first", "second_moment", "magnitude", "random",
        "last_layers", "gradient", "grft", "oracle_move")  # fmt: skip
 """The orders that dearer tasks compare at rates of their own."""
+FEWEST = ("movement", "progress", "momentum", "variance_first", "random", "last_layers")
 
 
 @dataclass(frozen=True)
@@ -167,6 +176,14 @@ def convnet() -> nn.Sequential:
     )  # fmt: skip
 
 
+def normalised() -> nn.Sequential:
+    """Two hidden layers, each with a layer norm, for 64 pixels."""
+    return nn.Sequential(
+        nn.Linear(64, 48), nn.LayerNorm(48), nn.GELU(), nn.Linear(48, 48), nn.LayerNorm(48), nn.GELU(),
+        nn.Linear(48, 10),
+    )  # fmt: skip
+
+
 def classifier(layers: nn.Sequential, lr: float, classes: int) -> SupervisedModule:
     """Cross-entropy over the last axis, whatever the axes before it."""
     return SupervisedModule(
@@ -228,6 +245,11 @@ def _reconstruct_digits(seed: int) -> Splits:
 
 def _friedman(seed: int) -> Splits:
     return _split(*make_friedman1(3000, noise=1.0, random_state=0), seed, scale_x=True, stratify=False)
+
+
+def _clusters(seed: int) -> Splits:
+    x, y = make_classification(3000, 40, n_informative=15, n_classes=5, n_clusters_per_class=3, random_state=1)
+    return _split(x, y, seed, scale_x=True, stratify=True)
 
 
 def _diabetes(seed: int) -> Splits:
@@ -385,3 +407,37 @@ RATE_TASKS: dict[str, Task] = {
     ),
 }  # fmt: skip
 """Those in which every method has a rate of its own."""
+
+FRESH_TASKS: dict[str, Task] = {
+    "clusters": Task(
+        "Fifteen clusters of five classes, MLP 40-48-5",
+        lambda lr: MLPClassifier(40, 5, (48,), lr=lr),
+        _clusters,
+        batch_size=32, lr=3e-3, steps=450, t0=112, metric="accuracy", rate_orders=FEWEST,
+    ),
+    "friedman2": Task(
+        "Friedman's second function, sigmoid MLP 4-32-1",
+        lambda lr: MLPRegressor(4, (32,), "sigmoid", lr=lr),
+        lambda seed: _split(*make_friedman2(2000, noise=1.0, random_state=0), seed, scale_x=True, stratify=False),
+        batch_size=32, lr=3e-3, steps=600, t0=150, metric="mse", rate_orders=FEWEST,
+    ),
+    "friedman3": Task(
+        "Friedman's third function, tanh MLP 4-24-24-1",
+        lambda lr: MLPRegressor(4, (24, 24), "tanh", lr=lr),
+        lambda seed: _split(*make_friedman3(2000, noise=0.05, random_state=0), seed, scale_x=True, stratify=False),
+        batch_size=32, lr=3e-3, steps=600, t0=150, metric="mse", rate_orders=FEWEST,
+    ),
+    "deep": Task(
+        "8x8 digits, GELU MLP 64-40-40-40-10",
+        lambda lr: MLPClassifier(64, 10, (40, 40, 40), "gelu", lr=lr),
+        _digits,
+        batch_size=32, lr=3e-3, steps=450, t0=112, metric="accuracy", rate_orders=FEWEST,
+    ),
+    "norms": Task(
+        "8x8 digits, MLP 64-48-48-10 with layer norms",
+        lambda lr: classifier(normalised(), lr, 10),
+        _digits,
+        batch_size=32, lr=3e-3, steps=300, t0=75, metric="accuracy", rate_orders=FEWEST,
+    ),
+}  # fmt: skip
+"""Tasks that no choice of the package was made by."""
