@@ -7,7 +7,6 @@ added at the rate of each member, and not at all where an element is frozen.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +34,8 @@ class Members:
     """{name: bool (M, *p.shape)}, or (1, ...) where all members have the same."""
     factors: Tensor
     """Of the learning rate, (M,)."""
-    state: Mapping[str, Mapping[str, Any]]
-    """The optimizer's state that all begin with, by parameter name; empty for a new optimizer."""
+    state: Mapping[str, Mapping[str, Tensor]]
+    """The optimizer's state that all begin with, by parameter name; empty for a new optimizer. Not modified."""
 
 
 def train(
@@ -68,7 +67,7 @@ def train(
     for delta, (name, _) in zip(deltas, weights.items(), strict=True):
         if name in members.state:
             optimizer.state[delta] = {
-                key: value.expand(m, *value.shape).clone() if isinstance(value, Tensor) and value.dim() else value
+                key: (value.expand(m, *value.shape) if value.dim() else value).clone()  # Adam's count is one for all
                 for key, value in members.state[name].items()
             }
     skeleton, history = members.model, []

@@ -53,6 +53,9 @@ def test_members_take_the_steps_of_plain_runs_with_rates_and_frozen_elements_of_
     members = batched.Members(model, start, live, torch.tensor(factors), state)
     found, losses = batched.train(members, way.optimizers, data[warm:], rates[warm:])
     assert losses.shape == (steps, 3)
+    again, _ = batched.train(members, way.optimizers, data[warm:], rates[warm:])  # from the same state, counts included
+    for name, w in found.items():
+        assert torch.equal(again[name], w)
     for i, (factor, masks) in enumerate(zip(factors, frozen, strict=True)):
         model.load_state_dict(start, strict=False)
         plain(rates[warm:], data[warm:], factor, list(masks.values()), packed)
