@@ -137,7 +137,7 @@ class Stages:
 
     def _is_time(self, observing: Observing) -> bool:
         """Return whether to decide now. With ``t0="auto"`` the data say so, the same on all processes."""
-        state, world = self._state, self._around.world
+        state, options, world = self._state, self._options, self._around.world
         if state.plan.settling is None:
             return True
         is_last = state.steps >= state.plan.next_deadline
@@ -146,9 +146,11 @@ class Stages:
             if not is_last:
                 state.plan.settling.skip()
             return is_last
+        weights, moments = self.weights(), self._moments(observing)
+        scores = scores_now(observing, options.ordering, weights, state.seed, options.granularity, moments)
         check = state.plan.check_settled(
-            sampled(self.scores(), SAMPLE_SIZE, self._shards),
-            sampled(observing.activity(self.weights(), self._moments(observing)), SAMPLE_SIZE, self._shards) > 0,
+            sampled(scores, SAMPLE_SIZE, self._shards),
+            sampled(observing.activity(weights, moments), SAMPLE_SIZE, self._shards) > 0,
             observed,
             self._count() / self.n_eligible,
             world,
