@@ -56,6 +56,7 @@ INSIDE = {
         ("holder",),
     ),
     "user_code": (("reached",), ("readers", "watch")),
+    "refusals": (("checkpoints", "modules", "optimizers", "trainers"),),
     "huggingface": (("loss_shares", "checkpoints"), ("callback",)),
 }
 """The layers of each folder's modules; its ``__init__`` is above them."""
@@ -348,7 +349,7 @@ def test_a_trainer_in_the_core_is_found(file, planted, name, tmp_path):
     ("rule", "file", "planted"),
     [
         (against_the_layers, "planning/plan.py", "from lightning_gcfreeze.planning import losses"),
-        (against_the_layers, "refusals.py", "from . import selection"),
+        (against_the_layers, "refusals/modules.py", "from .. import selection"),
         (against_the_layers, "estimators/full.py", "from .base import zeros"),
         (lightning_outside_its_files, "callback.py", "import pytorch_lightning"),
         (lightning_outside_its_files, "_lightning.py", "import lightning"),

@@ -27,7 +27,8 @@ SOURCE = Path(__file__).parent.parent / "lightning_gcfreeze"
 PRIVATE_FILES = {"_torch.py", "_modules.py", "_lightning.py", "_wrappers.py"}
 """The files that may use private names of other packages."""
 ALLOWED = {
-    "refusals.py",  # which recognizes strategies and optimizers by their attributes
+    "refusals/optimizers.py",
+    "refusals/trainers.py",  # which recognizes strategies and optimizers by their attributes
     "user_code/readers.py",  # whose subject are the registries of hooks
     "user_code/watch.py",  # the frames above an access
 }

@@ -16,6 +16,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostL
 from torch.optim import LBFGS, SGD
 
 from lightning_gcfreeze import refusals
+from lightning_gcfreeze.refusals import trainers
 from tests import conformance
 
 
@@ -215,7 +216,7 @@ class TestUnsupportedMesh:
     @pytest.fixture(autouse=True)
     def _meshes(self, monkeypatch):
         monkeypatch.setattr(
-            refusals,
+            trainers,
             "DeviceMesh",
             type("FakeMesh", (), {"__init__": lambda self, names, shape: self.__dict__.update(
                 mesh_dim_names=names, shape=shape
@@ -223,7 +224,7 @@ class TestUnsupportedMesh:
         )  # fmt: skip
 
     def refused(self, **sizes):
-        mesh = refusals.DeviceMesh(tuple(sizes), tuple(sizes.values()))
+        mesh = trainers.DeviceMesh(tuple(sizes), tuple(sizes.values()))
         return refusals.unsupported_mesh(types.SimpleNamespace(_device_mesh=mesh), [])
 
     @pytest.mark.parametrize("name", ["pp", "pipeline_parallel", "cp", "context", "ep", "expert_parallel"])

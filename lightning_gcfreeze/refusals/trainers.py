@@ -1,0 +1,161 @@
+"""Strategies, meshes, callbacks and trainers that a run does not go together with."""
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+from torch.distributed.device_mesh import DeviceMesh
+
+_UNSUPPORTED_STRATEGIES = {
+    "FSDPStrategy": "flattens parameters into shards, where an element has neither name nor place (FSDP2 does not)",
+    "DeepSpeedStrategy": "keeps gradients and optimizer states in its own buffers, and steps them itself",
+}
+_UNKNOWN_STRATEGY = "is not known to leave parameters, gradients and optimizer states where they can be held constant"
+_UNSUPPORTED_DIMENSIONS = {"pp", "pipe", "pipeline", "cp", "context", "ep", "expert", "experts", "sp", "sequence"}
+
+
+def unsupported_strategy(strategy: Any) -> str | None:
+    """Strategies under which elements cannot be held constant, or not on all ranks alike."""
+    classes = {cls.__name__ for cls in type(strategy).__mro__}
+    known = classes & {"SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy"}
+    reasons = [reason for name, reason in _UNSUPPORTED_STRATEGIES.items() if name in classes]
+    if not known or reasons:
+        return (
+            f"{type(strategy).__name__} is not supported: it {reasons[0] if reasons else _UNKNOWN_STRATEGY}. Supported"
+            " are a single device, DDPStrategy, and ModelParallelStrategy for FSDP2 and tensor parallelism."
+        )
+    if type(getattr(strategy, "_ddp_comm_state", None)).__name__ == "PostLocalSGDState":
+        return (
+            "With post-local SGD the weights of the processes differ until they are averaged, and averaging would move"
+            " frozen ones. Use DDPStrategy without it."
+        )
+    return None
+
+
+def unsupported_mesh(strategy: Any, meshes: Iterable[DeviceMesh]) -> str | None:
+    """Dimensions of a device mesh along which processes see other layers, or other parts of a sample.
+
+    Args:
+        strategy: the strategy; a mesh may be one of its attributes.
+        meshes: the meshes of the parameters.
+    """
+    own = [value for value in vars(strategy).values() if isinstance(value, DeviceMesh)]
+    other = [
+        f"{name} ({size})"
+        for mesh in dict.fromkeys([*own, *meshes])
+        for name, size in zip(mesh.mesh_dim_names or (), mesh.shape, strict=False)
+        if size > 1 and set(name.lower().split("_")) & _UNSUPPORTED_DIMENSIONS
+    ]
+    if not other:
+        return None
+    return (
+        f"{type(strategy).__name__} has a mesh with {', '.join(dict.fromkeys(other))}: processes along"
+        " pipeline, context and expert dimensions do not see the same samples through the same layers."
+        " Supported are data and tensor parallelism; let the other dimensions have size 1."
+    )
+
+
+def unsupported_with_shards(covariance: bool, hold: str, may_thaw: bool) -> str | None:
+    """Options that need whole tensors, for a run with sharded parameters.
+
+    Args:
+        covariance: whether the full covariance matrix is requested.
+        hold: the argument `hold`.
+        may_thaw: whether frozen elements may thaw again.
+    """
+    if may_thaw:
+        return (
+            "Thawing needs the optimizer's state of whole parameters, and these are sharded. Instead of `k='auto'` use"
+            " a number, or a `FreezeSchedule` that is monotone."
+        )
+    if covariance:
+        return "`covariance='full'` needs whole parameters, and these are sharded. Use `covariance='diagonal'`."
+    if hold == "compact":
+        return (
+            "`hold='compact'` needs whole parameters, and these are sharded. Use `hold='restore'` or 'auto', which"
+            " restores the frozen elements of each shard."
+        )
+    return None
+
+
+def too_many_callbacks(indices: Sequence[int]) -> str | None:
+    """Two callbacks of this package for the same optimizer.
+
+    Args:
+        indices: for each callback the index of its optimizer.
+    """
+    if len(set(indices)) == len(indices):
+        return None
+    index = next(index for index in indices if indices.count(index) > 1)
+    return (
+        f"The Trainer has {indices.count(index)} GradCovFreezeCallbacks for the optimizer with the index {index}, but"
+        " an optimizer serves one only. For several stages use `schedule=FreezeSchedule([...])`; for other elements"
+        " `include` and `exclude`; for another optimizer `optimizer`."
+    )
+
+
+def unsupported_manual_optimization(reads_samples: bool, needs_loss: bool) -> str | None:
+    """Options that manual optimization does not allow.
+
+    Args:
+        reads_samples: whether gradients of single samples are computed, as for the variance.
+        needs_loss: whether decisions depend on the training loss, as with ``t0="auto"``, and with ``k="auto"`` unless
+            it has a `monitor`.
+    """
+    if reads_samples:
+        return (
+            "With manual optimization, `training_step` moves the weights itself, so it cannot be replayed on one sample"
+            " and the variance cannot be observed. Use an order that does not read the variance, such as"
+            " `order='progress'`, with `samples='auto'` and `covariance='diagonal'`; or `lightning_gcfreeze.Freezer`"
+            " with `loss=`."
+        )
+    if needs_loss:
+        return (
+            "With manual optimization, the training loss of one optimizer is unknown to the callback, and `t0='auto'`"
+            " and `k='auto'` depend on it. Use an int `t0` and a number `k`, or `k=Growth(monitor=...)`; or"
+            " `lightning_gcfreeze.Freezer` with `loss=`."
+        )
+    return None
+
+
+def unsupported_optimizer_index(index: int | None, optimizers: Sequence[Any]) -> str | None:
+    """Optimizers among which that of the callback cannot be told.
+
+    Args:
+        index: the argument `optimizer`; None if it was not given.
+        optimizers: the optimizers of the run: one with automatic optimization, any number with manual optimization.
+    """
+    count = len(optimizers)
+    if not count:
+        return "The module has no optimizer. Return one from `configure_optimizers`."
+    if index is None:
+        return None if count == 1 else (
+            f"The module has {count} optimizers. Pass the index of the one whose parameters freeze as `optimizer`, from"
+            f" 0 to {count - 1}."
+        )  # fmt: skip
+    if not 0 <= index < count:
+        plural = "optimizers" if count > 1 else "optimizer"
+        return (
+            f"`optimizer={index}` is the index of no optimizer: the module has {count} {plural}. Pass an index from"
+            f" 0 to {count - 1}."
+        )
+    return None
+
+
+def other_trainer(is_this: bool) -> str | None:
+    """Modules that another Trainer was used on in the middle of a fit."""
+    if is_this:
+        return None
+    return (
+        "Another Trainer was used on this module in the middle of the fit, and Lightning sends hooks to that Trainer"
+        " from now on. Give it a copy of the module (`copy.deepcopy`)."
+    )
+
+
+def not_monitored(monitor: str, logged: Collection[str]) -> str | None:
+    """Monitored losses that a validation did not log."""
+    if monitor in logged:
+        return None
+    return (
+        f"`monitor={monitor!r}` was not logged by this validation, but {', '.join(sorted(logged)) or 'nothing'} was."
+        " Log it with `self.log`, or leave `monitor` out, to watch the training loss."
+    )
