@@ -1,14 +1,4 @@
-"""`GradCovFreezeCallback`: the front for Lightning. It tells a `Run` when things happen; no maths here.
-
-One optimizer step, t = 1, 2, …, in hooks of the Trainer; `Run` says what each of them does:
-
-    on_train_batch_start        begin_batch: keep the first sample
-    on_before_backward          before_backward
-    on_after_backward           after_backward: observe, or hand over the live elements' gradients
-    on_before_optimizer_step    before_step: zero the gradients of frozen elements, before clipping
-    (the optimizer's own hooks) count t; at t0 decide and freeze; keep frozen elements at their values
-    on_train_batch_end          after_batch; log
-"""
+"""`GradCovFreezeCallback`: the front for Lightning. It tells a `Run` when things happen, see there; no maths here."""
 
 import weakref
 from collections.abc import Callable, Sequence
@@ -26,6 +16,7 @@ from lightning_gcfreeze.distributed.comm_hook import LiveAllReduce
 from lightning_gcfreeze.estimators import gains
 from lightning_gcfreeze.freezing.savings import Savings
 from lightning_gcfreeze.gradients.choice import Source
+from lightning_gcfreeze.masks import Masks
 from lightning_gcfreeze.options import Options, arguments_of_preset
 from lightning_gcfreeze.planning import deprecated
 from lightning_gcfreeze.planning.growing import Growth
@@ -54,9 +45,8 @@ class GradCovFreezeCallback(_lightning.Callback):
             "magnitude", "second_moment", "snr", "displacement", "progress", "movement" (recommended; like "momentum"
             it reads weights and the optimizer's state alone), or a callable; see `lightning_gcfreeze.orderings`.
         samples: whose gradients feed the recursion: "first" (the paper), "all" of the batch, or the first m. The
-            squared noise is then the mean over them: m times the information, at a third to a half of a step's cost.
-            "auto": "first" where `order` reads the variance; elsewhere no gradients of single samples are taken,
-            `variance` stays empty, and a batch may hold one sample.
+            squared noise is then the mean over them. "auto": "first" where `order` reads the variance; elsewhere no
+            gradients of single samples are taken, `variance` stays empty, and a batch may hold one sample.
         every: observe each `every`-th optimizer step: `every`, 2·`every`, …
         covariance: "diagonal", or "full" for the p x p matrix of a small model.
         gain: κ_t: "1/t", a float in (0, 1], or a callable t -> κ, t counting observed steps from 1.
@@ -79,17 +69,17 @@ class GradCovFreezeCallback(_lightning.Callback):
         lr_after_freeze: factor on the learning rates of all parameter groups in each step with frozen elements, from
             step t0 + 1 on. The optimizer alone sees it, schedulers do not, and it is the same in all stages. None: 1.
         schedule: several stages, in place of `t0` and `k`: a `FreezeSchedule`, or a list of (t, k).
+        masks: what to freeze from the first step on, in place of `t0` and `k`; nothing is observed. A file that
+            `save_masks` wrote; ``{name: bool (*p.shape)}``, or True or False for a whole parameter; or a selection, see
+            `lightning_gcfreeze.masks`. True = held constant. Parameters that are not named stay live.
         optimizer: index of the optimizer to follow, where manual optimization has several: pass a callback for each.
-        promote: deprecated name of `skip_frozen_gradients`.
-        max_t0: deprecated; use ``t0=Settled(max_t0=...)``.
-        max_loss_increase: deprecated; use ``k=Growth(max_loss_increase=...)``.
-        monitor: deprecated; use ``k=Growth(monitor=...)``.
+        promote: deprecated name of `skip_frozen_gradients`. `max_t0`, `max_loss_increase` and `monitor` are deprecated
+            names of arguments of `Settled` and `Growth`.
 
     Raises:
         TypeError: an argument is of the wrong kind.
-        ValueError: an argument is outside its range, or does not go with another; at the start of training, it does not
-            fit the model.
-        MisconfigurationException: at the start of training, the Trainer, module or optimizer cannot be served.
+        ValueError: an argument is outside its range, or does not go with another or, when training starts, the model.
+        MisconfigurationException: when training starts, the Trainer, module or optimizer cannot be served.
     """
 
     def __init__(
@@ -112,6 +102,7 @@ class GradCovFreezeCallback(_lightning.Callback):
         log_every_n_steps: int | None = None,
         lr_after_freeze: float | None = None,
         schedule: FreezeSchedule | list[Stage] | None = None,
+        masks: Masks | None = None,
         optimizer: int | None = None,
         promote: bool | None = None,
         max_t0: int | None = None,
@@ -120,11 +111,11 @@ class GradCovFreezeCallback(_lightning.Callback):
     ) -> None:
         super().__init__()
         t0, k = deprecated.from_deprecated(t0, k, max_t0, max_loss_increase, monitor)
-        skip_frozen_gradients = deprecated.from_promote(skip_frozen_gradients, promote)
+        skips = deprecated.from_promote(skip_frozen_gradients, promote)
         self._options = Options(
             t0=t0, k=k, order=order, samples=samples, every=every, covariance=covariance, gain=gain,
-            gradients=gradients, granularity=granularity, hold=hold, skip_frozen_gradients=skip_frozen_gradients,
-            include=include, exclude=exclude, seed=seed, schedule=schedule, lr_after_freeze=lr_after_freeze,
+            gradients=gradients, granularity=granularity, hold=hold, skip_frozen_gradients=skips, include=include,
+            exclude=exclude, seed=seed, schedule=schedule, lr_after_freeze=lr_after_freeze, masks=masks,
         )  # fmt: skip
         n = log_every_n_steps
         self.log_every_n_steps = None if n is None else _checks.integer("log_every_n_steps", n, at_least=1)
@@ -149,8 +140,6 @@ class GradCovFreezeCallback(_lightning.Callback):
         self._module: Callable[[], pl.LightningModule | None] = _lightning.no_module  # of the last fit
         self._logged_step = 0
 
-    # Public properties ---------------------------------------------------------------------------------------------
-
     def __getattr__(self, name: str) -> Any:
         """Return an argument that was given at construction, such as ``callback.hold``."""
         options = self.__dict__.get("_options")
@@ -165,7 +154,7 @@ class GradCovFreezeCallback(_lightning.Callback):
         super().__setattr__(name, value)
 
     def __repr__(self) -> str:
-        """Return the arguments that are not the defaults, and the state, in one line."""
+        """Return the arguments that are not the defaults, and the state."""
         return f"{type(self).__name__}({self._options.given()}): {self._known!r}"
 
     @property
@@ -228,6 +217,18 @@ class GradCovFreezeCallback(_lightning.Callback):
             ImportError: a file is wanted, and safetensors is not installed.
         """
         return self._known.delta(self._module(), file)
+
+    def save_masks(self, file: str | Path) -> None:
+        """Write the masks, for ``masks=file`` in another run. With sharded parameters call it on all processes.
+
+        Raises:
+            RuntimeError: nothing is frozen yet.
+        """
+        self._known.save_masks(file)
+
+    def save_order(self, file: str | Path) -> None:
+        """Write the scores of the last decision, for ``masks=lowest(file, k)``; as `save_masks` does."""
+        self._known.save_order(file)
 
     @property
     def state_key(self) -> str:

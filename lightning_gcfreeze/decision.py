@@ -45,6 +45,20 @@ class Decision:
     shards: Shards
     """How the parameters lie on the processes."""
 
+    @classmethod
+    def given(cls, frozen: Named, shapes: Mapping[str, torch.Size], shards: Shards) -> "Decision":
+        """Return the decision to freeze what somebody chose: there are no scores and no statistics.
+
+        Args:
+            frozen: ``{name: bool (*p.shape)}``, of sharded parameters the local parts.
+            shapes: of the whole parameters.
+            shards: how the parameters lie on the processes.
+        """
+        return cls(
+            frozen=dict(frozen), scores={}, variance={}, matrix=None, observed=0, skipped=0, uses_per_step={},
+            n_frozen=shards.n_marked(frozen), n_without_gradient=0, shapes=dict(shapes), shards=shards,
+        )  # fmt: skip
+
     @property
     def count(self) -> int:
         """The number of frozen elements."""
@@ -72,10 +86,9 @@ class Decision:
 
     def sentence(self, steps: int) -> str:
         """Return what was decided after so many optimizer steps, for the log."""
-        return (
-            f"after {steps} optimizer steps ({self.observed} observed, {self.skipped} left out) {self.fraction:.1%} of"
-            f" the eligible elements are frozen: {self.count:,}."
-        )
+        when = f"after {steps} optimizer steps ({self.observed} observed, {self.skipped} left out)"
+        when = when if self.scores else "from the first step on"
+        return f"{when} {self.fraction:.1%} of the eligible elements are frozen: {self.count:,}."
 
     def doubts(self, k: int, given_k: int | float, granularity: Granularity, read: Collection[str] = ()) -> list[str]:
         """Return sentences to warn with.

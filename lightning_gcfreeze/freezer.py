@@ -310,6 +310,14 @@ class Freezer:
         """Return the live elements' positions and values; see `GradCovFreezeCallback.delta`."""
         return self._state.delta(self._module, file)
 
+    def save_masks(self, file: str | Path) -> None:
+        """Write the masks, for ``masks=file`` in another run; see `GradCovFreezeCallback.save_masks`."""
+        self._state.save_masks(file)
+
+    def save_order(self, file: str | Path) -> None:
+        """Write the scores of the last decision; see `GradCovFreezeCallback.save_order`."""
+        self._state.save_order(file)
+
     # Internals -----------------------------------------------------------------------------------------------------
 
     def _inform(self, sentence: str) -> None:

@@ -1,11 +1,12 @@
 """`Options`: what to observe, how to rank, what to freeze. Checked once, and shared by all fronts."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lightning_gcfreeze import _checks, orderings
+from lightning_gcfreeze import masks as given_masks
 from lightning_gcfreeze._types import Granularity
 from lightning_gcfreeze.estimators import gains
 from lightning_gcfreeze.gradients.choice import Source
@@ -16,9 +17,10 @@ from lightning_gcfreeze.planning.settling import Settled
 
 _DECISIVE = (
     "t0", "k", "schedule", "order", "samples", "every", "gain", "granularity", "include", "exclude", "seed",
-    "covariance",
+    "covariance", "masks",
 )  # fmt: skip
-
+_OBSERVED = {*_DECISIVE, "gradients"} - {"masks", "include", "exclude"}
+"""Arguments of a run that observes; with `masks` nothing is observed."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"order": "variance", "samples": "first", "every": 1, "gain": "1/t", "granularity": "element"},
@@ -52,16 +54,22 @@ class Options:
     seed: int | None = None
     lr_after_freeze: float | None = None
     schedule: FreezeSchedule | Sequence[Stage] | None = None
+    masks: given_masks.Masks | None = None
     ordering: orderings.Ordering = field(init=False, repr=False)
     """The function that `order` names, or is."""
     decisions: tuple[PlannedDecision, ...] = field(init=False, repr=False)
-    """When to freeze, and how much: by `t0` and `k`, or by `schedule`."""
+    """When to freeze, and how much: by `t0` and `k`, or by `schedule`. None with `masks`, which freeze at once."""
     monotone: bool = field(init=False, repr=False)
     """Whether elements stay frozen from one stage to the next."""
 
     def __post_init__(self) -> None:
         schedule = as_schedule(self.schedule)
-        decisions, monotone = decisions_from_arguments(self.t0, self.k, schedule)
+        decisions, monotone = tuple[PlannedDecision, ...](), True
+        if self.masks is None:
+            decisions, monotone = decisions_from_arguments(self.t0, self.k, schedule)
+        else:
+            given_masks.check(self.masks)
+            self._refuse_others_than_masks()
         check_every(_checks.integer("every", self.every, at_least=1), decisions)
         _checks.integer_or_name("samples", self.samples, at_least=1, allowed=["auto", "first", "all"])
         _checks.one_of("covariance", self.covariance, ["diagonal", "full"])
@@ -86,20 +94,18 @@ class Options:
     @property
     def may_thaw(self) -> bool:
         """Whether an element that froze may train again."""
-        return not self.monotone or isinstance(self.decisions[-1][1], Growth)
+        return not self.monotone or any(isinstance(k, Growth) for _, k in self.decisions)
 
     @property
     def reads_samples(self) -> bool:
         """Whether gradients of single samples are taken."""
         asked = self.samples != "auto" or self.covariance == "full"
-        return asked or orderings.reads_variance(self.ordering)
+        return self.masks is None and (asked or orderings.reads_variance(self.ordering))
 
     @property
     def reads_losses(self) -> bool:
         """Whether training losses are listened to."""
-        (t, _), *_ = self.decisions
-        k = self.decisions[-1][1]
-        return isinstance(t, Settled) or (isinstance(k, Growth) and k.monitor is None)
+        return any(isinstance(t, Settled) or (isinstance(k, Growth) and k.monitor is None) for t, k in self.decisions)
 
     @property
     def n_samples(self) -> int | None:
@@ -118,12 +124,28 @@ class Options:
 
     def decisive(self) -> dict[str, Any]:
         """Return the arguments that decide what freezes, as numbers, strings and lists of them."""
-        return {name: _plain(getattr(self, name)) for name in _DECISIVE}
+        found = {name: _plain(getattr(self, name)) for name in _DECISIVE if name != "masks"}
+        return {**found, "masks": None if self.masks is None else "given"}  # the state holds what they are
 
     def given(self) -> str:
         """Return the arguments that differ from their defaults, as in a call."""
+        shown = {name: getattr(self, name) for name in self._changed()}
+        if isinstance(shown.get("masks"), Mapping):
+            shown["masks"] = f"<of {len(shown['masks'])} parameters>"
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+
+    def _changed(self) -> list[str]:
+        """Return the names of the arguments that differ from their defaults."""
         defaults = {name: p.default for name, p in inspect.signature(Options).parameters.items()}
-        return ", ".join(f"{n}={getattr(self, n)!r}" for n, default in defaults.items() if getattr(self, n) != default)
+        return [n for n, default in defaults.items() if getattr(self, n) is not default and getattr(self, n) != default]
+
+    def _refuse_others_than_masks(self) -> None:
+        if others := [name for name in self._changed() if name in _OBSERVED]:
+            raise ValueError(
+                f"`masks` say what freezes, from the first step on, and nothing is observed: leave out"
+                f" {', '.join(f'`{name}`' for name in others)}. A saved order becomes masks by"
+                " `lightning_gcfreeze.masks.lowest(file, k)`."
+            )
 
 
 def arguments_of_preset(name: str) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -25,7 +24,6 @@ from lightning_gcfreeze.distributed import Shards
 from lightning_gcfreeze.estimators import FullCovariance
 from lightning_gcfreeze.freezing import WeightUses
 from lightning_gcfreeze.gradients.batch import batch_gradients
-from lightning_gcfreeze.gradients.choice import SourceChoice
 from lightning_gcfreeze.gradients.source import SampleGradients
 from lightning_gcfreeze.holding import refuse_compact
 from lightning_gcfreeze.observing import Observing
@@ -108,17 +106,9 @@ class Run:
 
     def begin(self) -> None:
         """Begin, or go on from a loaded state, which is complete by now."""
-        state, around, options, optimizer = self._state, self._around, self._options, self._around.optimizer
+        around, optimizer = self._around, self._around.optimizer
         around.refuse(refusals.already_followed(optimizer, optimizer in _FOLLOWED))
-        if state.loaded_arguments is None:
-            seed = torch.initial_seed() % 2**63 if options.seed is None else options.seed
-            state.seed = around.world.broadcast_object(seed)
-            state.observing = self.stages.new_observing(self._reads_samples)
-            state.choice = SourceChoice.initial(options.gradients, self.parameters)
-        else:
-            saved, now = state.loaded_arguments, options.decisive()
-            around.refuse(refusals.not_resumable(saved, now, state.shapes, self.parameters))
-        around.refuse(state.plan.start(around.planned_steps))
+        self.stages.begin(self._reads_samples)
         if not (isinstance(around.wrapper, DistributedDataParallel) or self.shards.is_sharded):  # DDP holds them itself
             around.readers.extend(readers.accumulator_holders(self.parameters))
         self.attach()
@@ -143,7 +133,8 @@ class Run:
             self.source.choice = state.choice
         if state.decision:
             self.shards.check_agreement(state.decision.frozen)
-            self.stages.hold(state.decision, resumed=True)
+            self.stages.check_masks(state.decision)
+            self.stages.hold(state.decision, resumed=state.loaded_arguments is not None)
         self._around.publish(state.frozen_fraction)
 
     def warnings(self) -> list[str]:
@@ -176,7 +167,7 @@ class Run:
             self.attach()
         if is_first:
             self._begin_step()
-        if state.plan.is_decision_step(state.steps + 1):
+        if state.plan.is_decision_step(state.steps + 1) or self.stages.learns_uses:
             self._uses.listen()
         if self.source and state.observing and self._reads_samples and (self._is_due or state.steps == 0):
             self.source.begin_batch(batch, batch_idx)
@@ -199,8 +190,8 @@ class Run:
         if state.plan.needs_loss(state.steps + 1):
             to_mean = 1.0 if n_micro_batches is None else n_micro_batches / self._around.loss_scale()
             state.plan.record_loss(loss.detach() * to_mean)
+        self._uses.stop()
         if state.observing:
-            self._uses.stop()
             needs_graph = options.gradients == "capture" if self._reads_samples else options.skip_frozen_gradients
             if needs_graph and not self._graph_was_checked:
                 self._around.refuse(refusals.unsupported_graph(loss))
@@ -344,13 +335,16 @@ class Run:
             observing.observe(step, found.by_name, g_batch, gain, size, found.mean_is_g_batch)
 
     def _watch_gradients(self) -> None:
-        """Note who asks for gradients in a few observed steps, each until the next step begins."""
+        """Note who asks for gradients in a few steps, each until the next step begins."""
         state = self._state
         if self._watch is not None:
             self._watch.disarm()
-            state.gradient_readers += [name for name in self._watch.seen if name not in state.gradient_readers]
+            seen = [name for name in self._watch.seen if name not in state.gradient_readers]
+            state.gradient_readers += seen
             self._watch = None
-        is_due = state.observing and state.steps + 1 in _WATCHED_STEPS and self._around.watches_gradients
+            self.stages.keep_gradients_for(seen)
+        watches = self._around.watches_gradients and bool(state.observing or self._options.masks is not None)
+        is_due = watches and state.steps + 1 in _WATCHED_STEPS
         if is_due and not (self.shards.is_sharded or self._is_compiled):
             self._watch = GradientWatch(self.parameters.values())
             self._watch.arm()

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lightning_gcfreeze import misconfiguration, orderings, refusals, reporting, selection
+from lightning_gcfreeze import masks, misconfiguration, orderings, refusals, reporting, selection
 from lightning_gcfreeze._names import shortened
 from lightning_gcfreeze._types import Named
 from lightning_gcfreeze.decision import Decision, decide, scores_now
 from lightning_gcfreeze.distributed import Shards, local
 from lightning_gcfreeze.freezing import Holder, LearningRates, WeightUses
 from lightning_gcfreeze.gradients import momentum
+from lightning_gcfreeze.gradients.choice import SourceChoice
 from lightning_gcfreeze.holding import plan_holding
 from lightning_gcfreeze.observing import Observing
 from lightning_gcfreeze.options import Options
@@ -64,11 +65,43 @@ class Stages:
         self.others_write = False
         """Whether other code may write to weights between optimizer steps."""
         self._has_changed = False  # the masks, since `take_histograms` was called
+        self.learns_uses = False
+        """Whether the step to come has to tell how often it uses each weight: masks were given before any step."""
         self._from_optimizer = orderings.needed_from_optimizer(options.ordering)
         self._has_stepped = False  # in this run
         self._refuse_unreadable_state()
 
     # Deciding ------------------------------------------------------------------------------------------------------
+
+    def begin(self, reads_samples: bool) -> None:
+        """Begin to observe, or with the masks that were given; or check that a loaded state is of such a run."""
+        state, around, options = self._state, self._around, self._options
+        if state.loaded_arguments is not None:
+            saved, now = state.loaded_arguments, options.decisive()
+            around.refuse(refusals.not_resumable(saved, now, state.shapes, self._parameters))
+        elif options.masks is not None:
+            shapes = {name: self._shards.shape(name, p) for name, p in self._parameters.items()}
+            state.decision, self._has_changed = Decision.given(self._given_masks(), shapes, self._shards), True
+            around.inform(state.decision.sentence(state.steps))
+        else:
+            seed = torch.initial_seed() % 2**63 if options.seed is None else options.seed
+            state.seed = around.world.broadcast_object(seed)
+            state.observing = self.new_observing(reads_samples)
+            state.choice = SourceChoice.initial(options.gradients, self._parameters)
+        around.refuse(state.plan.start(around.planned_steps))
+
+    def check_masks(self, decision: Decision) -> None:
+        """Refuse a loaded decision that is not that of the given masks."""
+        if self._options.masks is not None and self._state.loaded_arguments is not None:
+            given = self._given_masks()
+            differing = [name for name, mask in decision.frozen.items() if not torch.equal(mask, given[name])]
+            by_rank = self._around.world.all_gather_object(differing)  # all processes refuse together
+            names = dict.fromkeys(name for found in by_rank for name in found)
+            self._around.refuse(refusals.other_masks(list(names)))
+
+    def _given_masks(self) -> dict[str, Tensor]:
+        assert self._options.masks is not None
+        return masks.resolve(self._options.masks, self._around.module, self._parameters, self._shards)
 
     def advance(self) -> bool:
         """Decide, grow or thaw, if it is time; return whether the masks changed. Right after each optimizer step."""
@@ -80,6 +113,7 @@ class Stages:
             if self._is_time(state.observing):
                 self._change(self._decide(state.observing))
         elif before:
+            self._learn_uses(before)
             self._judge(before)
         if state.observing and state.plan.has_next_decision and state.steps == state.plan.halfway:
             self._begin_movement(state.observing)
@@ -188,6 +222,15 @@ class Stages:
             around.warn(doubt)
         return decision
 
+    def _learn_uses(self, decision: Decision) -> None:
+        """Skip, from the next step on, what masks that were given before any step allow to skip."""
+        if self.learns_uses and self.holder:
+            self.learns_uses = False
+            decision.uses_per_step = self._uses.uses_per_step
+            self.holder.learn_uses(decision.frozen, decision.uses_per_step)
+            self._state.savings = self.holder.savings
+            self._tell_savings()
+
     def _judge(self, decision: Decision) -> None:
         """Freeze the next stage, or thaw the last, where k grows."""
         state = self._state
@@ -224,6 +267,7 @@ class Stages:
         """
         state, around = self._state, self._around
         self.release()
+        self.learns_uses = self._options.masks is not None and not decision.uses_per_step and not in_trial
         plan, sends_live_only = plan_holding(
             self._options,
             around,
@@ -241,6 +285,7 @@ class Stages:
             self._parameters,
             decision.frozen,
             decision.uses_per_step,
+            self._uses.names if self.learns_uses else (),
             resumed,
         )
         self.others_write, self._held_since = plan.puts_back, state.steps
@@ -293,6 +338,18 @@ class Stages:
                 f"{shortened(moved)}: code that was not found has written to frozen elements between steps. Use"
                 " `hold='restore'`, which puts them back after each step."
             )
+
+    def keep_gradients_for(self, readers: list[str]) -> None:
+        """Leave gradients in place from now on, if code was seen to look at them on any process. All must call it."""
+        decision = self._state.decision
+        if decision and self.holder and self.holder.takes_gradients and self._around.world.any(bool(readers)):
+            self._around.warn(
+                f"{shortened(readers) or 'code on another process'} looked at gradients, and found those of frozen"
+                " elements missing: nothing had told that it would. From now on all gradients are computed, and stay in"
+                " place until the optimizer steps. To have them from the first step on, pass"
+                " `skip_frozen_gradients=False` and `hold='restore'`."
+            )
+            self.hold(decision, resumed=True)
 
     def release(self) -> None:
         """Leave the module, its communication hook and the optimizer as they were, but for the values."""

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_gcfreeze import delta, reporting, selection
+from lightning_gcfreeze import delta, masks, reporting, selection
 from lightning_gcfreeze._names import shortened
 from lightning_gcfreeze._types import Named
 from lightning_gcfreeze.decision import Decision
@@ -84,8 +84,8 @@ class State:
     @property
     def frozen(self) -> dict[str, Tensor]:
         """Copies of the masks, ``{name: bool (*p.shape)}``, True = held constant; DTensors where sharded."""
-        masks = self.decision.frozen if self.decision else {}
-        return self.shards.wrapped({name: mask.clone() for name, mask in masks.items()})
+        frozen = self.decision.frozen if self.decision else {}
+        return self.shards.wrapped({name: mask.clone() for name, mask in frozen.items()})
 
     @property
     def frozen_fraction(self) -> float:
@@ -134,8 +134,7 @@ class State:
         Raises:
             RuntimeError: nothing is frozen yet, there is no module, or its frozen elements have moved.
         """
-        if self.decision is None:
-            raise RuntimeError(f"There is no delta before step t0={self._next_t0}: nothing is frozen yet.")
+        self._decided("delta")
         if module is None:
             raise RuntimeError(
                 "The module of the last run is not known here: this is a copy, or the run took place in other processes"
@@ -151,6 +150,36 @@ class State:
         if file is not None:
             delta.save(found, file)
         return found
+
+    def save_masks(self, file: str | Path) -> None:
+        """Write the masks, whole ones. If parameters are sharded, all processes must call it; rank 0 writes.
+
+        Raises:
+            RuntimeError: nothing is frozen yet.
+        """
+        decision = self._decided("masks")
+        found = decision.shards.whole(decision.frozen)
+        if decision.shards.world.rank == 0:
+            masks.save(found, file)
+
+    def save_order(self, file: str | Path) -> None:
+        """Write the scores that the elements are ordered by; as `save_masks` does.
+
+        Raises:
+            RuntimeError: nothing is frozen yet, or the masks were given, so there are no scores.
+        """
+        decision = self._decided("order")
+        if not decision.scores:
+            raise RuntimeError("There is no order: the masks were given. Save them with `save_masks`.")
+        found = decision.shards.whole(decision.scores)
+        if decision.shards.world.rank == 0:
+            masks.save_order(found, file)
+
+    def _decided(self, what: str) -> Decision:
+        if self.decision is None:
+            begins = f"step t0={self._next_t0}" if self.plan.has_next_decision else "training begins"
+            raise RuntimeError(f"There is no {what} before {begins}: nothing is frozen yet.")
+        return self.decision
 
     def unfinished(self) -> tuple[str | None, str | None]:
         """Return, at the end of training, a warning and a remark about decisions that did not come about."""
@@ -200,8 +229,8 @@ class State:
     def moved(self, module: nn.Module) -> list[str]:
         """Return the names of parameters whose frozen elements do not have the bits that they are held at."""
         parameters = dict(module.named_parameters())
-        masks = self.decision.frozen if self.decision else {}
-        now = fingerprints(parameters, {name: masks[name] for name in self.held_bits if name in parameters})
+        frozen = self.decision.frozen if self.decision else {}
+        now = fingerprints(parameters, {name: frozen[name] for name in self.held_bits if name in parameters})
         return [name for name, bits in now.items() if bits != self.held_bits[name]]
 
     # Checkpoints ---------------------------------------------------------------------------------------------------

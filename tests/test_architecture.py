@@ -19,6 +19,7 @@ LAYERS = (
     ("estimators",),  # the paper's recursion: tensors in, tensors out
     # stages of the method, which do not know each other
     ("gradients", "orderings", "selection", "freezing", "planning", "delta", "reporting"),
+    ("masks",),
     ("refusals", "shira", "options"),
     ("surroundings", "observing"),
     ("decision", "holding"),
@@ -48,6 +49,7 @@ INSIDE = {
         ("source",),
     ),
     "selection": (("radix", "units", "eligible"), ("lowest",)),
+    "masks": (("files",), ("selections",), ("resolving",)),
     "planning": (("losses", "schedule"), ("settling", "growing"), ("deprecated",), ("plan",)),
     "freezing": (
         ("optimizer_state", "fingerprints", "late"),

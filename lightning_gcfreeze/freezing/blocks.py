@@ -1,7 +1,7 @@
 """Which block of a weight's gradient has to be computed, and whether computing only that block is worth it."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -53,6 +53,11 @@ class WeightUses:
         more. The copied hook keeps this object instead, which does not know the copied layer and ignores it.
         """
         return self
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the weights that are counted."""
+        return list(dict.fromkeys(self._layers.values()))
 
     @property
     def uses_per_step(self) -> dict[str, int]:
@@ -151,31 +156,44 @@ class Block:
         return full
 
 
-def blocks_worth_it(
-    parameters: Mapping[str, Parameter], frozen: Named, uses_per_step: Mapping[str, int]
-) -> dict[str, Block]:
-    """Return the blocks of partly frozen weights that save enough; see `MAX_BLOCK_FRACTION` and `MIN_SAVED_MACS`.
+def small_blocks(parameters: Mapping[str, Parameter], frozen: Named, names: Collection[str]) -> dict[str, Block]:
+    """Return the blocks of partly frozen weights that are small enough; see `MAX_BLOCK_FRACTION`.
 
     Weights with hooks of their own have no block: the hooks expect the whole gradient.
 
     Args:
         parameters: the parameters, by name.
         frozen: ``{name: bool (*p.shape)}``, True = held constant.
-        uses_per_step: what `WeightUses` counted, by name of the weight; other weights have no block.
+        names: of the weights that `WeightUses` counts; others have no block.
     """
     partly = {
         name: mask
         for name, mask in frozen.items()
-        if name in uses_per_step and mask.any() and not mask.all() and not _torch.has_gradient_hooks(parameters[name])
+        if name in names and mask.any() and not mask.all() and not _torch.has_gradient_hooks(parameters[name])
     }
     blocks = {name: Block(mask) for name, mask in partly.items()}
-    numel = {name: mask.numel() for name, mask in partly.items()}
-    return {
-        name: block
-        for name, block in blocks.items()
-        if block.numel <= MAX_BLOCK_FRACTION * numel[name]
-        and uses_per_step[name] * (numel[name] - block.numel) >= MIN_SAVED_MACS
-    }
+    return {n: block for n, block in blocks.items() if block.numel <= MAX_BLOCK_FRACTION * partly[n].numel()}
+
+
+def worth_it(
+    blocks: Mapping[str, Block], parameters: Mapping[str, Parameter], uses_per_step: Mapping[str, int]
+) -> dict[str, Block]:
+    """Return the blocks that save enough; see `MIN_SAVED_MACS`.
+
+    Args:
+        blocks: by name of the weight.
+        parameters: by name.
+        uses_per_step: what `WeightUses` counted, by name of the weight; other weights have no block.
+    """
+    saved = {n: uses_per_step.get(n, 0) * (parameters[n].numel() - block.numel) for n, block in blocks.items()}
+    return {name: block for name, block in blocks.items() if saved[name] >= MIN_SAVED_MACS}
+
+
+def blocks_worth_it(
+    parameters: Mapping[str, Parameter], frozen: Named, uses_per_step: Mapping[str, int]
+) -> dict[str, Block]:
+    """Return the blocks that are small enough and save enough; see `small_blocks` and `worth_it`."""
+    return worth_it(small_blocks(parameters, frozen, uses_per_step), parameters, uses_per_step)
 
 
 def has_blocks(layer: nn.Module) -> bool:

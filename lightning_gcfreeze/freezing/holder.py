@@ -1,6 +1,6 @@
 """After the decision: hold frozen elements constant, skip the work they do not need, and count what that saves."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
@@ -10,11 +10,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_gcfreeze._types import Named
-from lightning_gcfreeze.freezing.blocks import blocks_worth_it
+from lightning_gcfreeze.freezing.blocks import Block, blocks_worth_it, small_blocks, worth_it
 from lightning_gcfreeze.freezing.compact import Compact
 from lightning_gcfreeze.freezing.optimizer_state import ELEMENTWISE
 from lightning_gcfreeze.freezing.restore import Restore
-from lightning_gcfreeze.freezing.savings import Footprint, count_savings
+from lightning_gcfreeze.freezing.savings import Footprint, Savings, count_savings
 from lightning_gcfreeze.freezing.skipping import GradientSkipper
 
 HoldMode: TypeAlias = Literal["compact", "restore"]
@@ -45,6 +45,7 @@ class Holder:
         parameters: the eligible parameters, by name.
         frozen: ``{name: bool (*p.shape)}``, True = held constant; for a sharded parameter, of its local part.
         uses_per_step: how often a step uses each weight, by name; see `WeightUses`.
+        unknown_uses: names of weights whose uses will be known after a first step; see `learn_uses`.
         resumed: the optimizer's state was saved with these elements frozen.
     """
 
@@ -57,16 +58,21 @@ class Holder:
         parameters: Mapping[str, Parameter],
         frozen: Named,
         uses_per_step: Mapping[str, int],
+        unknown_uses: Collection[str],
         resumed: bool,
     ) -> None:
         ddp = wrapper if isinstance(wrapper, DistributedDataParallel) else None
-        before = Footprint.of(optimizer)
+        self._optimizer, self._parameters, self._uses_ddp = optimizer, parameters, ddp is not None
+        self._before = Footprint.of(optimizer)
         on_device = {name: mask.to(parameters[name].device) for name, mask in frozen.items()}
         blocks = blocks_worth_it(parameters, on_device, uses_per_step) if plan.skips_gradients else {}
+        self._undecided = small_blocks(parameters, on_device, unknown_uses) if plan.skips_gradients else {}
         self._compact: Compact | None = None
         self._restore: Restore | None = None
         if plan.mode == "compact":
-            self._compact = Compact(optimizer, parameters, on_device, ddp is None, unbundled=blocks, late=plan.late)
+            self._compact = Compact(
+                optimizer, parameters, on_device, ddp is None, unbundled={*blocks, *self._undecided}, late=plan.late
+            )
         if plan.mode == "restore" or plan.puts_back:
             self._restore = Restore(parameters, on_device)
             if plan.mode == "restore" and not resumed:
@@ -82,16 +88,42 @@ class Holder:
             skip_whole = type(optimizer) in ELEMENTWISE and (plan.mode == "compact" or not stepped <= fully_frozen)
             waits = ddp is not None and not ddp.find_unused_parameters
             self._skipper = GradientSkipper(module, parameters, on_device, blocks, leaf, waits, skip_whole)
-        after = Footprint.of(optimizer)  # all gradients, if they are gathered late
-        self.savings = count_savings(
+        self.savings = self._count_savings(frozen, uses_per_step, blocks)
+
+    def learn_uses(self, frozen: Named, uses_per_step: Mapping[str, int]) -> None:
+        """Skip what is known to be worth it after a first step, and count the savings again.
+
+        Args:
+            frozen: the masks, as before.
+            uses_per_step: how often the step used each weight, by name.
+        """
+        blocks, self._undecided = worth_it(self._undecided, self._parameters, uses_per_step), {}
+        if self._skipper:
+            self._skipper.skip_outside_of(blocks)
+        if self._compact:
+            n_frozen = sum(int(mask.sum()) for mask in frozen.values())
+            state = Footprint.of(self._optimizer).if_live(self._optimizer, n_frozen)
+            self._before = replace(self._before, state=state)
+        else:
+            self._before = replace(self._before, state=Footprint.of(self._optimizer).state)
+        self.savings = self._count_savings(frozen, uses_per_step, blocks)
+
+    def _count_savings(self, frozen: Named, uses_per_step: Mapping[str, int], blocks: Mapping[str, Block]) -> Savings:
+        after = Footprint.of(self._optimizer)  # all gradients, if they are gathered late
+        return count_savings(
             frozen,
             uses_per_step,
             blocks,
             self._skipper.without_gradient if self._skipper else {},
-            before,
-            replace(after, gradients=before.gradients) if ddp else after,  # DDP's buckets stay
+            self._before,
+            replace(after, gradients=self._before.gradients) if self._uses_ddp else after,  # DDP's buckets stay
             sum(part.index_bytes for part in (self._compact, self._restore) if part),
         )
+
+    @property
+    def takes_gradients(self) -> bool:
+        """Whether gradients are taken away from the parameters, or some are not computed."""
+        return self._skipper is not None or (self._compact is not None and not self._late)
 
     @property
     def puts_back(self) -> bool:

@@ -10,6 +10,7 @@ from lightning_gcfreeze import _torch
 from lightning_gcfreeze._types import Named
 from lightning_gcfreeze.distributed import local
 from lightning_gcfreeze.freezing.blocks import Block
+from lightning_gcfreeze.freezing.optimizer_state import is_by_element
 
 _MAX_TABLE_ROWS = 30
 
@@ -32,6 +33,12 @@ class Footprint:
         state = [value for value in entries if isinstance(value, Tensor)]
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         return cls(sum(map(_nbytes, state)), sum(map(_nbytes, parameters)))
+
+    def if_live(self, optimizer: Optimizer, n_more: int) -> int:
+        """Return how many bytes the state would have with so many more elements, each as costly as those it has."""
+        known = {p: state for p, state in optimizer.state.items() if state}
+        nbytes = sum(_nbytes(v) for p, state in known.items() for v in state.values() if is_by_element(v, p))
+        return self.state + round(n_more * nbytes / max(1, sum(local(p).numel() for p in known)))
 
 
 @dataclass(frozen=True)

@@ -59,11 +59,16 @@ class GradientSkipper:
             p.requires_grad_(False)
             p.grad = None
         self._recompile()
-        layers = [layer for layer in _modules.uncompiled(module) if has_blocks(layer)]
+        self._parameters, self._leaf = parameters, leaf
         self._hooks: list[_BlockGradientHooks] = []
+        self.skip_outside_of(blocks)
+
+    def skip_outside_of(self, blocks: Mapping[str, Block]) -> None:
+        """Compute only these blocks of weights' gradients from now on, by name of the weight."""
+        layers = [layer for layer in _modules.uncompiled(self._module) if has_blocks(layer)]
         for name, block in blocks.items():
-            weight = parameters[name]
-            target = (lambda weight=weight: weight) if leaf is None else functools.partial(leaf, name)
+            weight = self._parameters[name]
+            target = (lambda weight=weight: weight) if self._leaf is None else functools.partial(self._leaf, name)
             own = [layer for layer in layers if _torch.own_parameter(layer, "weight") is weight]
             self._hooks += [_BlockGradientHooks(layer, weight, block, target) for layer in own]
 

@@ -68,8 +68,8 @@ class GradCovFreezeTrainerCallback(TrainerCallback):
                 "`skip_frozen_gradients=True` is not possible with the Trainer: it clips `model.parameters()`, and logs"
                 " their norm, so all gradients have to be there. Leave the argument out."
             )
-        growth = checked.decisions[-1][1]
-        self._monitor = growth.monitor if isinstance(growth, Growth) else None
+        monitors = [k.monitor for _, k in checked.decisions if isinstance(k, Growth)]
+        self._monitor = monitors[0] if monitors else None
         self._options, self._loss = {"t0": t0, "k": k, **options}, loss or _loss_of_model
         self.freezer: Freezer | None = None
         """The freezer of the last call of `train`, kept after its end for `frozen`, `savings`, `delta` and so on."""

@@ -39,7 +39,7 @@ def decisions_from_arguments(t0: Any, k: Any, schedule: Any) -> tuple[tuple[Plan
             raise ValueError(f"`schedule` says when and how much: leave out `t0` and `k`, got t0={t0!r} and k={k!r}.")
         return tuple(schedule.stages), schedule.monotone
     if t0 is None or k is None:
-        raise ValueError(f"Pass `t0` and `k`, or a `schedule`; got t0={t0!r} and k={k!r}.")
+        raise ValueError(f"Pass `t0` and `k`, a `schedule`, or `masks`; got t0={t0!r} and k={k!r}.")
     return ((_when(t0), _how_much(k)),), True
 
 
@@ -93,7 +93,8 @@ class Plan:
     """The decisions of a run, which of them have been made, and the losses that they depend on.
 
     Args:
-        decisions: in the order of their steps. Only a single decision may have a `Settled` or a `Growth`.
+        decisions: in the order of their steps. Only a single decision may have a `Settled` or a `Growth`. None where
+            masks are given.
         gain: of the recursion that the scores are computed by.
     """
 
@@ -116,7 +117,7 @@ class Plan:
     @property
     def growth(self) -> Growth | None:
         """How k grows, if it does."""
-        k = self.decisions[-1][1]
+        k = self.decisions[-1][1] if self.decisions else None
         return k if isinstance(k, Growth) else None
 
     @property
@@ -290,7 +291,7 @@ class Plan:
 
     @property
     def _settled(self) -> Settled | None:
-        t0 = self.decisions[0][0]
+        t0 = self.decisions[0][0] if self.decisions else None
         return t0 if isinstance(t0, Settled) else None
 
     def _averaged_steps(self, t0: int) -> int:

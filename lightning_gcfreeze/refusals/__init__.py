@@ -5,7 +5,7 @@ Strategies and callbacks are recognized by class names and attributes, so both o
 neither is imported.
 """
 
-from lightning_gcfreeze.refusals.checkpoints import not_resumable
+from lightning_gcfreeze.refusals.checkpoints import not_resumable, other_masks
 from lightning_gcfreeze.refusals.modules import (
     no_gradients,
     single_sample,
@@ -44,6 +44,7 @@ __all__ = [
     "not_monitored",
     "not_resumable",
     "optimizer_state_is_read",
+    "other_masks",
     "other_trainer",
     "several_evaluations",
     "single_sample",

@@ -1,11 +1,26 @@
 """States that a run cannot go on from."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from lightning_gcfreeze._names import shortened
 from lightning_gcfreeze._types import Named
+
+
+def other_masks(differing: Sequence[str]) -> str | None:
+    """A checkpoint of a run with other masks.
+
+    Args:
+        differing: names of the parameters whose masks differ.
+    """
+    if not differing:
+        return None
+    return (
+        f"`masks` are not those that the checkpoint was saved with: {shortened(differing)} differ. Resume with the"
+        " saved ones; to begin with others, load the weights into the module and fit without `ckpt_path`."
+    )
 
 
 def not_resumable(

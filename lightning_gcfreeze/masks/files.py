@@ -1,0 +1,103 @@
+"""Files of masks, a bit for each element, and of orders, a score for each.
+
+`torch.save` writes them; they hold tensors, numbers and strings, and load with ``weights_only=True``:
+
+    kind        "masks" or "order"
+    format      1
+    shapes      {name: list of int}, of whole parameters
+    tensors     {name: uint8 (ceil(n / 8),)}, the n bits of a mask, row by row; or {name: scores (*p.shape)}
+    digest      uint8 (32,), the SHA-256 of all of that
+"""
+
+import hashlib
+import pickle
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_gcfreeze._types import Named
+
+_FORMAT = 1
+_WRITERS = {"masks": "save_masks", "order": "save_order"}
+
+
+def save(masks: Named, file: str | PathLike[str]) -> None:
+    """Write masks, a bit for each element.
+
+    Args:
+        masks: ``{name: bool (*p.shape)}``, True = held constant; whole ones.
+        file: where to; an existing file is replaced.
+    """
+    packed = {name: torch.from_numpy(np.packbits(mask.cpu().numpy())) for name, mask in masks.items()}
+    _save("masks", {name: mask.shape for name, mask in masks.items()}, packed, file)
+
+
+def load(file: str | PathLike[str]) -> dict[str, Tensor]:
+    """Read masks, ``{name: bool (*p.shape)}``, True = held constant.
+
+    Raises:
+        ValueError: it is no file of masks, or it is damaged.
+        OSError: it cannot be read.
+    """
+    shapes, packed = _load("masks", file)
+    return {name: _unpacked(packed[name], shape) for name, shape in shapes.items()}
+
+
+def save_order(scores: Named, file: str | PathLike[str]) -> None:
+    """Write scores, by which elements are ordered, lowest first: ``{name: (*p.shape)}``, whole ones."""
+    kept = {name: score.detach().cpu().contiguous().clone() for name, score in scores.items()}
+    _save("order", {name: score.shape for name, score in kept.items()}, kept, file)
+
+
+def load_order(file: str | PathLike[str]) -> dict[str, Tensor]:
+    """Read scores; see `save_order`. Raises as `load` does."""
+    return _load("order", file)[1]
+
+
+def _save(
+    kind: Literal["masks", "order"], shapes: Mapping[str, torch.Size], tensors: Named, file: str | PathLike[str]
+) -> None:
+    content = {"kind": kind, "format": _FORMAT, "shapes": {n: list(s) for n, s in shapes.items()}, "tensors": tensors}
+    torch.save({**content, "digest": _digest(content)}, Path(file))
+
+
+def _load(kind: str, file: str | PathLike[str]) -> tuple[dict[str, torch.Size], dict[str, Tensor]]:
+    path = Path(file)
+    with path.open("rb"):  # a missing file, or one that may not be read, says so itself
+        pass
+    way_out = f"Write one with `{_WRITERS[kind]}`."
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{str(path)!r} cannot be read as a file of {kind}. {way_out}") from error
+    if not isinstance(content, dict) or content.get("kind") not in _WRITERS:
+        raise ValueError(f"{str(path)!r} is no file of {kind}. {way_out}")
+    if content["kind"] != kind:
+        raise ValueError(
+            f"{str(path)!r} holds {'an order' if kind == 'masks' else 'masks'}, not {kind}. An order becomes masks by"
+            " `lightning_gcfreeze.masks.lowest(file, k)`."
+        )
+    if content["format"] != _FORMAT:
+        raise ValueError(f"{str(path)!r} has the format {content['format']}, and this version reads {_FORMAT}.")
+    digest = content.pop("digest", None)
+    if digest is None or digest.tolist() != _digest(content).tolist():
+        raise ValueError(f"{str(path)!r} is damaged: its content is not what was written. {way_out}")
+    return {name: torch.Size(shape) for name, shape in content["shapes"].items()}, content["tensors"]
+
+
+def _digest(content: Mapping[str, Any]) -> Tensor:
+    found = hashlib.sha256(f"{content['kind']} {content['format']} {content['shapes']}".encode())
+    for name, tensor in content["tensors"].items():
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return torch.tensor(list(found.digest()), dtype=torch.uint8)
+
+
+def _unpacked(packed: Tensor, shape: torch.Size) -> Tensor:
+    bits = np.unpackbits(packed.numpy(), count=shape.numel())
+    return torch.from_numpy(bits.astype(bool)).reshape(shape)
