@@ -391,8 +391,8 @@ def test_resuming_with_another_schedule_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({}, ValueError, "Pass `t0` and `k`, or a `schedule`; got t0=None and k=None"),
-        ({"t0": 5}, ValueError, "Pass `t0` and `k`, or a `schedule`; got t0=5 and k=None"),
+        ({}, ValueError, "Pass `t0` and `k`, a `schedule`, or `masks`; got t0=None and k=None"),
+        ({"t0": 5}, ValueError, "Pass `t0` and `k`, a `schedule`, or `masks`; got t0=5 and k=None"),
         ({"t0": 5, "schedule": FreezeSchedule([(5, 1)])}, ValueError, "leave out `t0` and `k`, got t0=5"),
         (
             {"schedule": "auto"},

@@ -158,7 +158,7 @@ def test_arguments_become_decisions():
     ("t0", "k", "schedule", "error", "message"),
     [
         (None, None, None, ValueError, "Pass `t0` and `k`, a `schedule`, or `masks`; got t0=None and k=None"),
-        (5, None, None, ValueError, "Pass `t0` and `k`, or a `schedule`; got t0=5 and k=None"),
+        (5, None, None, ValueError, "Pass `t0` and `k`, a `schedule`, or `masks`; got t0=5 and k=None"),
         (5, None, [(5, 1)], ValueError, "leave out `t0` and `k`, got t0=5"),
         (None, None, "auto", TypeError, r"`schedule` must be a FreezeSchedule or a list of pairs \(t, k\), got 'auto'"),
         (None, None, 5, TypeError, r"must be a FreezeSchedule or a list of pairs \(t, k\), got 5"),
