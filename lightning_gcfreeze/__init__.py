@@ -10,6 +10,8 @@ from lightning_gcfreeze.orderings import Evidence, Ordering
 from lightning_gcfreeze.planning.growing import Growth
 from lightning_gcfreeze.planning.schedule import FreezeSchedule
 from lightning_gcfreeze.planning.settling import Settled
+from lightning_gcfreeze.probe import Probe
+from lightning_gcfreeze.probe_callback import ProbeCallback
 
 __all__ = [
     "PRESETS",
@@ -19,6 +21,8 @@ __all__ = [
     "GradCovFreezeCallback",
     "Growth",
     "Ordering",
+    "Probe",
+    "ProbeCallback",
     "Savings",
     "Settled",
     "apply_delta",

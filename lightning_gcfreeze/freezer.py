@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -101,7 +100,8 @@ class Freezer:
         shards = Shards(dict(self._module.named_parameters()))
         if data_parallel is None:
             data_parallel = wrapper is not None or shards.is_sharded
-        world = _world(inner) if data_parallel else SINGLE_PROCESS
+        device = next(p.device for group in inner.param_groups for p in group["params"])
+        world = World.current(device) if data_parallel else SINGLE_PROCESS
         all_reduce = LiveAllReduce() if wrapper is not None else None
         self._is_first_rank = world.rank == 0
         self._state = State(self._options)
@@ -327,13 +327,6 @@ class Freezer:
     def _warn(self, sentence: str) -> None:
         if self._is_first_rank:
             warnings.warn(f"Freezer: {sentence}", stacklevel=2)
-
-
-def _world(optimizer: Optimizer) -> World:
-    if not (dist.is_available() and dist.is_initialized()):
-        return SINGLE_PROCESS
-    device = next(p.device for group in optimizer.param_groups for p in group["params"])
-    return World(dist.get_world_size(), device if dist.get_backend() != "gloo" else "cpu")
 
 
 def _n_replicas(given: int | None, world: World, shards: Shards) -> int:

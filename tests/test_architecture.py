@@ -22,12 +22,12 @@ LAYERS = (
     ("masks",),
     ("refusals", "shira", "options"),
     ("surroundings", "observing"),
-    ("decision", "holding"),
+    ("decision", "holding", "probe"),
     ("state",),
     ("stages",),
     ("run",),
     ("_lightning",),
-    ("callback", "freezer"),
+    ("callback", "freezer", "probe_callback"),
     ("huggingface",),
     ("__init__",),  # public names
 )
@@ -121,8 +121,8 @@ def against_the_layers(root: Path) -> list[str]:
 
 
 def lightning_outside_its_files(root: Path) -> list[str]:
-    """Imports of either of Lightning's packages, or their parts, anywhere but in callback.py and _lightning.py."""
-    return imports_outside(root, LIGHTNING, ("callback.py", "_lightning.py"))
+    """Imports of either of Lightning's packages, or their parts, but in the callbacks and _lightning.py."""
+    return imports_outside(root, LIGHTNING, ("callback.py", "probe_callback.py", "_lightning.py"))
 
 
 def transformers_outside_its_folder(root: Path) -> list[str]:

@@ -23,6 +23,13 @@ class World:
     def __init__(self, size: int = 1, device: torch.device | str = "cpu") -> None:
         self.size, self._device = size, device
 
+    @classmethod
+    def current(cls, device: torch.device) -> "World":
+        """Return the processes of the default group, whose parameters are on `device`; one if there is no group."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return SINGLE_PROCESS
+        return cls(dist.get_world_size(), device if dist.get_backend() != "gloo" else "cpu")
+
     @property
     def rank(self) -> int:
         """Rank of this process, from 0."""

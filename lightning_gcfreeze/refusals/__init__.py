@@ -31,6 +31,7 @@ from lightning_gcfreeze.refusals.trainers import (
     unsupported_manual_optimization,
     unsupported_mesh,
     unsupported_optimizer_index,
+    unsupported_probe,
     unsupported_strategy,
     unsupported_with_shards,
 )
@@ -56,6 +57,7 @@ __all__ = [
     "unsupported_module",
     "unsupported_optimizer",
     "unsupported_optimizer_index",
+    "unsupported_probe",
     "unsupported_rates",
     "unsupported_samples",
     "unsupported_strategy",

@@ -117,6 +117,26 @@ def unsupported_manual_optimization(reads_samples: bool, needs_loss: bool) -> st
     return None
 
 
+def unsupported_probe(automatic: bool, precision: str) -> str | None:
+    """Fits whose gradients a probe cannot take in.
+
+    Args:
+        automatic: whether the module uses automatic optimization.
+        precision: the Trainer's.
+    """
+    if not automatic:
+        return (
+            "With manual optimization, which backward passes belong to a batch is unknown to the callback. Use"
+            " `lightning_gcfreeze.Probe` in a loop of your own."
+        )
+    if precision == "16-mixed":
+        return (
+            "`precision='16-mixed'` multiplies gradients by a loss scale that changes, and its scaler fails where no"
+            " gradients are left to step with. Probe with 'bf16-mixed' or '32-true'; the masks fit any precision."
+        )
+    return None
+
+
 def unsupported_optimizer_index(index: int | None, optimizers: Sequence[Any]) -> str | None:
     """Optimizers among which that of the callback cannot be told.
 

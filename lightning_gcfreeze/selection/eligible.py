@@ -11,13 +11,13 @@ from lightning_gcfreeze import _names
 
 
 def eligible(
-    module: nn.Module, optimizer: Optimizer, include: Sequence[str] | None, exclude: Sequence[str] | None
+    module: nn.Module, optimizer: Optimizer | None, include: Sequence[str] | None, exclude: Sequence[str] | None
 ) -> dict[str, Parameter]:
     """Return the parameters that require a gradient, that the optimizer has, and whose names match.
 
     Args:
         module: the module that is trained.
-        optimizer: the optimizer that steps it.
+        optimizer: the optimizer that steps it; None: there is none yet, and all parameters are its.
         include: fnmatch patterns, one of which a name must match; None: no condition.
         exclude: fnmatch patterns, none of which a name may match.
 
@@ -35,18 +35,21 @@ def eligible(
         names = _names.shortened(candidates) or "none that belongs to the module and requires a gradient"
         hint = f" Closest: {_names.closest(include[0], candidates)}." if include and candidates else ""
         raise ValueError(
-            f"No parameter is eligible with `include={include}` and `exclude={exclude}`. The optimizer trains"
-            f" {names}.{hint}"
+            f"No parameter is eligible with `include={include}` and `exclude={exclude}`."
+            f" {'The optimizer trains' if optimizer else 'There are'} {names}.{hint}"
         )
     if wrong := [name for name, p in chosen.items() if p.is_complex()]:
         raise ValueError(f"Complex parameters cannot be ordered: {', '.join(wrong)}. Leave them out by `exclude`.")
     return chosen
 
 
-def trained(module: nn.Module, optimizer: Optimizer) -> dict[str, Parameter]:
-    """Return the parameters of a module that require a gradient and that the optimizer has."""
+def trained(module: nn.Module, optimizer: Optimizer | None) -> dict[str, Parameter]:
+    """Return the parameters of a module that require a gradient and that the optimizer, if there is one, has."""
+    able = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if optimizer is None:
+        return able
     optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return {name: p for name, p in module.named_parameters() if p.requires_grad and id(p) in optimized}
+    return {name: p for name, p in able.items() if id(p) in optimized}
 
 
 def resolve_count(k: int | float, n_eligible: int) -> int:
