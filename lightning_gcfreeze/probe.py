@@ -90,7 +90,8 @@ class Probe:
         kept = {_STATISTICS[field] for field in orderings.needed_by(self._ordering)}
         self._reads_variance = orderings.reads_variance(self._ordering)
         kept |= {"mean", "squared_noise"} if self._reads_variance else set()
-        self._statistics = {statistic: {n: _zeros(p) for n, p in self._parameters.items()} for statistic in kept}
+        # Sorted: processes average one after the other, and the order of a set of strings is each process's own.
+        self._statistics = {each: {n: _zeros(p) for n, p in self._parameters.items()} for each in sorted(kept)}
         self._buffers = {name: buffer.clone() for name, buffer in self._module.named_buffers()}
         self.n_batches = 0
         """Batches that were taken in."""

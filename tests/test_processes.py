@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 SAVE, RESUME, RESUME_FROM_ONE = "checkpoints.save", "checkpoints.resume", "checkpoints.resume_from_one"
 FOR_TWO = [
-    "live_elements", "observing", "callback", "freezer", "comm_hook", "support", "shards", "huggingface",
+    "live_elements", "observing", "callback", "freezer", "comm_hook", "support", "shards", "huggingface", "probe",
     SAVE, RESUME, RESUME_FROM_ONE,
 ]  # fmt: skip
 FOR_FOUR = ["selection", "shards", RESUME]

@@ -10,6 +10,7 @@ Programs with a clean end, which `together.py` runs one after the other in one s
 - comm_hook: averaging the live elements only, without a callback
 - support: the precisions, holds and granularities of docs/cluster.md
 - shards: FSDP2 and tensor parallelism
+- probe: masks from a probe under DDP and FSDP2
 - selection: exact selection among shards
 - checkpoints.save, checkpoints.resume: on any number of ranks
 
