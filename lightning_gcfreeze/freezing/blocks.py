@@ -14,6 +14,8 @@ from lightning_gcfreeze._types import Named
 
 MIN_SAVED_MACS = 2**22
 """Multiply-adds that a block has to save in each step; if it saves fewer, its hooks cost more."""
+MIN_SAVED_ELEMENTS = 2**20
+"""Elements of an embedding's gradient that a block has to save: they are not multiplied, but zeroed, written, read."""
 MAX_BLOCK_FRACTION = 0.75
 """Largest fraction of a weight that a block may be: selecting rows and columns takes time, too."""
 
@@ -28,8 +30,8 @@ class WeightUses:
     """Counts how often a step applies each layer's weight, in forward passes between `listen` and `stop`.
 
     A weight is used once for each sample, token or pixel of the output. With n uses, the gradient of a weight of p
-    elements takes n·p multiply-adds. Only linear layers and convolutions are counted, if a block of their weight's
-    gradient can be computed on its own.
+    elements takes n·p multiply-adds. Only layers are counted whose weight's gradient can be computed in a block on its
+    own. An embedding looks rows up and multiplies nothing: 0 uses.
 
     Args:
         module: the module that is trained.
@@ -84,7 +86,8 @@ class WeightUses:
         name = self._layers.get(layer)  # None: a copy of the layer
         if name and isinstance(output, Tensor) and output.requires_grad:
             weight = layer.get_parameter("weight")
-            self._uses[name] = self._uses.get(name, 0) + output.numel() // len(weight)
+            uses = 0 if isinstance(layer, nn.Embedding) else output.numel() // len(weight)
+            self._uses[name] = self._uses.get(name, 0) + uses
             output.register_hook(self._notice_double_backward)
 
     def _notice_double_backward(self, gradient: Tensor) -> None:
@@ -94,7 +97,8 @@ class WeightUses:
 class Block:
     """The smallest block of rows and columns of a weight that contains all live elements.
 
-    Rows are outputs, columns inputs; those of a convolution are channels with their whole kernels.
+    Rows are outputs, columns inputs; those of a convolution are channels with their whole kernels. The rows of an
+    embedding are what it looks up.
 
     Args:
         frozen: bool (*weight.shape), True = held constant.
@@ -122,13 +126,15 @@ class Block:
         """Compute the block of the weight's gradient.
 
         Args:
-            layer: a linear layer or a convolution that `has_blocks`.
+            layer: one that `has_blocks`.
             x: the layer's input.
             delta: the gradient of the layer's output.
 
         Returns:
             The gradient, of shape `shape`.
         """
+        if isinstance(layer, nn.Embedding):
+            return self._gradient_of_table(layer, x, delta)
         x = x.to(delta.dtype)  # under autocast the layer has done so, too
         if self.rows is not None:
             delta = delta.index_select(self.axis, self.rows)
@@ -141,6 +147,17 @@ class Block:
             x, delta = x[None], delta[None]
         weight_gradient = _WEIGHT_GRADIENT[type(layer)]
         return weight_gradient(x, self.shape, delta, layer.stride, layer.padding, layer.dilation, 1)
+
+    def _gradient_of_table(self, layer: nn.Embedding, index: Tensor, delta: Tensor) -> Tensor:
+        row = index.flatten()
+        if self.rows is not None:
+            place = torch.full(self._weight_shape[:1], -1, device=row.device)
+            place[self.rows] = torch.arange(len(self.rows), device=row.device)
+            row = place[row]
+        is_live = row >= 0 if layer.padding_idx is None else (row >= 0) & (index.flatten() != layer.padding_idx)
+        delta = delta.reshape(-1, delta.shape[-1])[is_live]
+        delta = delta if self.columns is None else delta.index_select(1, self.columns)
+        return delta.new_zeros(self.shape).index_add_(0, row[is_live], delta)
 
     def live(self, gradient: Tensor) -> Tensor:
         """Return the live elements of the block's gradient, flat, in the order of the weight."""
@@ -178,15 +195,19 @@ def small_blocks(parameters: Mapping[str, Parameter], frozen: Named, names: Coll
 def worth_it(
     blocks: Mapping[str, Block], parameters: Mapping[str, Parameter], uses_per_step: Mapping[str, int]
 ) -> dict[str, Block]:
-    """Return the blocks that save enough; see `MIN_SAVED_MACS`.
+    """Return the blocks that save enough; see `MIN_SAVED_MACS` and `MIN_SAVED_ELEMENTS`.
 
     Args:
         blocks: by name of the weight.
         parameters: by name.
         uses_per_step: what `WeightUses` counted, by name of the weight; other weights have no block.
     """
-    saved = {n: uses_per_step.get(n, 0) * (parameters[n].numel() - block.numel) for n, block in blocks.items()}
-    return {name: block for name, block in blocks.items() if saved[name] >= MIN_SAVED_MACS}
+    found = {}
+    for name, block in blocks.items():
+        saved, uses = parameters[name].numel() - block.numel, uses_per_step.get(name)
+        if uses is not None and (uses * saved >= MIN_SAVED_MACS or (uses == 0 and saved >= MIN_SAVED_ELEMENTS)):
+            found[name] = block
+    return found
 
 
 def blocks_worth_it(
@@ -199,11 +220,13 @@ def blocks_worth_it(
 def has_blocks(layer: nn.Module) -> bool:
     """Return whether a block of the layer's weight gradient can be computed on its own.
 
-    True for linear layers and plain convolutions, by exact type: a subclass may compute something else.
+    True for linear layers, plain convolutions and embeddings, by exact type: a subclass may compute something else.
     """
     if "forward" in vars(layer):  # patched
         return False
     if type(layer) in _WEIGHT_GRADIENT:
         assert isinstance(layer, _modules.Convolution)
         return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    if type(layer) is nn.Embedding:
+        return layer.max_norm is None and not (layer.sparse or layer.scale_grad_by_freq)
     return type(layer) is nn.Linear

@@ -137,7 +137,7 @@ def count_savings(
     """
     parameters = {}
     for name, mask in frozen.items():
-        flops = 2 * uses_per_step[name] * mask.numel() if name in uses_per_step else None
+        flops = 2 * uses_per_step[name] * mask.numel() if uses_per_step.get(name) else None
         skipped = None
         if flops is not None:
             computed = 0 if name in without_backward else blocks[name].numel if name in blocks else mask.numel()

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import pickle
 
 import pytest
@@ -16,6 +17,7 @@ from lightning_gcfreeze.freezing import Compact, GradientSkipper, WeightUses, bl
 @pytest.fixture(autouse=True)
 def _every_block_is_worth_it(monkeypatch):
     monkeypatch.setattr(blocks, "MIN_SAVED_MACS", 1)
+    monkeypatch.setattr(blocks, "MIN_SAVED_ELEMENTS", 1)
     monkeypatch.setattr(blocks, "MAX_BLOCK_FRACTION", 1.0)
 
 
@@ -23,6 +25,8 @@ LAYERS = {
     "linear": (lambda: nn.Linear(6, 5), (4, 6)),
     "linear on sequences": (lambda: nn.Linear(6, 5, bias=False), (2, 3, 6)),
     "linear on one sample": (lambda: nn.Linear(6, 5), (6,)),
+    "embedding": (lambda: nn.Embedding(5, 6), (4, 3)),
+    "embedding with padding": (lambda: nn.Embedding(5, 6, padding_idx=2), (9,)),
     "conv1d": (lambda: nn.Conv1d(6, 5, 3, stride=2), (2, 6, 9)),
     "conv2d": (lambda: nn.Conv2d(6, 5, (3, 2), padding=(1, 0), dilation=(2, 1)), (2, 6, 7, 8)),
     "conv3d": (lambda: nn.Conv3d(6, 5, 2), (2, 6, 4, 4, 4)),
@@ -79,25 +83,36 @@ def test_live_elements_have_the_gradient_of_plain_autograd(name, kind, compact):
     torch.manual_seed(0)
     make, shape = LAYERS[name]
     layer = make().double()
-    module = nn.Sequential(nn.Tanh(), layer, nn.ReLU(inplace=True))
-    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    looks_up = isinstance(layer, nn.Embedding)
+    module = nn.Sequential(nn.Identity() if looks_up else nn.Tanh(), layer, nn.ReLU(inplace=True))
+    x = (
+        (torch.arange(12)[: math.prod(shape)] % 5).view(shape)
+        if looks_up
+        else torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    )
     frozen = {"1.weight": masks(layer.weight)[kind]}
     loss = lambda y: (y * torch.arange(y.numel(), dtype=y.dtype).view_as(y)).sum()  # noqa: E731
     expected = plain_gradients(module, x, loss)
-    by_x = torch.autograd.grad(loss(module(x)), x)[0]
+    by_x = None if looks_up else torch.autograd.grad(loss(module(x)), x)[0]
     holder, _ = skipped(module, frozen, x.detach(), compact)
     for _ in range(2):
         loss(module(x)).backward()
     live = ~frozen["1.weight"]
     if compact:
         holder.gather_gradients_()
-        (found,) = [p.grad for p in holder._optimizer.param_groups[0]["params"] if p.dim() == 1 and p is not layer.bias]
+        (found,) = [
+            p.grad
+            for p in holder._optimizer.param_groups[0]["params"]
+            if p.dim() == 1 and p is not getattr(layer, "bias", None)
+        ]
         assert layer.weight.grad is None
     else:
         found = layer.weight.grad[live]
     torch.testing.assert_close(found, 2 * expected["1.weight"][live], rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(x.grad, 2 * by_x, rtol=1e-10, atol=1e-12)
-    if layer.bias is not None:
+    assert found.any()
+    if by_x is not None:
+        torch.testing.assert_close(x.grad, 2 * by_x, rtol=1e-10, atol=1e-12)
+    if getattr(layer, "bias", None) is not None:
         torch.testing.assert_close(layer.bias.grad, 2 * expected["1.bias"], rtol=1e-10, atol=1e-12)
     assert layer._parameters["weight"] is dict(module.named_parameters())["1.weight"]
 
@@ -413,3 +428,22 @@ def test_compiled_code_is_compiled_again_after_requires_grad_changes(monkeypatch
     torch.compiler.reset()
     compiled(x).sum().backward()
     assert all(p.grad is not None for p in parameters.values())
+
+
+@pytest.mark.parametrize("options", [{"sparse": True}, {"max_norm": 1.0}, {"scale_grad_by_freq": True}], ids=str)
+def test_embeddings_whose_gradient_is_something_else_are_not_used(options):
+    module = nn.Embedding(5, 6, **options)
+    assert not uses_of(module, dict(module.named_parameters()), lambda: module(torch.arange(5)).sum().backward())
+
+
+def test_an_embedding_has_a_block_where_that_saves_enough_elements(monkeypatch):
+    """It multiplies nothing, so elements count; a layer that was not called has none."""
+    module = nn.ModuleList([nn.Embedding(5, 6), nn.Embedding(5, 6)])
+    parameters = dict(module.named_parameters())
+    uses = uses_of(module, parameters, lambda: module[0](torch.arange(5)).sum().backward())
+    assert uses == {"0.weight": 0}
+    frozen = {name: masks(p)["rows"] for name, p in parameters.items()}
+    monkeypatch.setattr(blocks, "MIN_SAVED_ELEMENTS", 12)
+    assert blocks_worth_it(parameters, frozen, uses).keys() == {"0.weight"}
+    monkeypatch.setattr(blocks, "MIN_SAVED_ELEMENTS", 13)
+    assert not blocks_worth_it(parameters, frozen, uses)
