@@ -1,6 +1,8 @@
 """Private names of torch that have no public counterpart, one helper each. Docstrings state what is assumed of them."""
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FrameType
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +102,20 @@ def sparse_nbytes(tensor: Tensor) -> int:
     Assumes that ``_values`` and ``_indices`` give uncoalesced tensors as they are stored.
     """
     return tensor._values().nbytes + tensor._indices().nbytes
+
+
+def is_step_for_checkpoint() -> bool:
+    """Return whether ``torch.distributed.checkpoint`` takes the optimizer step that is running.
+
+    To have a state to save or to load, it steps an optimizer without one, with gradients and learning rates of zero.
+    Assumes that it does so from its module ``state_dict``.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def queue_after_backward(callback: Callable[[], None]) -> None:

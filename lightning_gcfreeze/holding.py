@@ -38,7 +38,6 @@ def plan_holding(
     parameters: Mapping[str, Parameter],
     seen_reading: Sequence[str],
     whole_gradients: bool,
-    is_sharded: bool,
     in_trial: bool,
 ) -> Holding:
     """Decide how to hold frozen elements from now on.
@@ -49,7 +48,6 @@ def plan_holding(
         parameters: the eligible ones, by name.
         seen_reading: code that was seen to ask for gradients; counts where reading the code finds nothing.
         whole_gradients: gradients of frozen elements are needed too, since more is observed.
-        is_sharded: parameters are DTensors.
         in_trial: a tuner tries steps: nothing is changed that it could not take back, and nothing is sent.
     """
     owners = owners_of(around)
@@ -57,7 +55,7 @@ def plan_holding(
     looking = looking or [*seen_reading]
     if not in_trial:  # what is sent depends on it
         looking = list(dict.fromkeys(name for found in around.world.all_gather_object(looking) for name in found))
-    stays_simple = whole_gradients or is_sharded or in_trial
+    stays_simple = whole_gradients or in_trial
     compacts = False
     if options.hold != "restore" and not stays_simple:
         state_readers = readers.optimizer_state_readers(owners)

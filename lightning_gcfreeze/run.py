@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_gcfreeze import _modules, misconfiguration, refusals, selection
+from lightning_gcfreeze import _modules, _torch, misconfiguration, refusals, selection
 from lightning_gcfreeze.distributed import Shards
 from lightning_gcfreeze.estimators import FullCovariance
 from lightning_gcfreeze.freezing import WeightUses
@@ -33,12 +33,10 @@ from lightning_gcfreeze.stages import Stages
 from lightning_gcfreeze.state import State
 from lightning_gcfreeze.surroundings import Surroundings
 from lightning_gcfreeze.user_code import readers
-from lightning_gcfreeze.user_code.watch import GradientWatch
+from lightning_gcfreeze.user_code.watch import WATCHED_STEPS, GradientWatch
 
 _FOLLOWED: WeakKeyDictionary[Optimizer, None] = WeakKeyDictionary()
 """Optimizers that a run follows: two runs would hold elements against each other."""
-_WATCHED_STEPS = (1, 2, 8, 64, 512, 4096)
-"""Optimizer steps in which reads of ``p.grad`` are noted."""
 
 
 class Run:
@@ -76,7 +74,7 @@ class Run:
                 selection.resolve_count(k, self.stages.n_eligible)
         full = options.covariance == "full"
         if self.shards.is_sharded:
-            around.refuse(refusals.unsupported_with_shards(full, options.hold, options.may_thaw))
+            around.refuse(refusals.unsupported_with_shards(full))
         if full:
             FullCovariance({name: p.to("meta") for name, p in self.parameters.items()})  # refuses one that is too large
         self.source: SampleGradients | None = None
@@ -124,7 +122,7 @@ class Run:
             for known in (state.observing, state.decision):
                 if known is not None:
                     known.to(weights, self.shards)
-            state.thaw_states.to(self.parameters)
+            state.thaw_states.to(self.parameters, self.shards)
             if state.observing:
                 self._reads_samples = state.observing.reads_samples  # of version 0.1, it may differ from the options
         self._in_trial = False
@@ -344,8 +342,7 @@ class Run:
             self._watch = None
             self.stages.keep_gradients_for(seen)
         watches = self._around.watches_gradients and bool(state.observing or self._options.masks is not None)
-        is_due = watches and state.steps + 1 in _WATCHED_STEPS
-        if is_due and not (self.shards.is_sharded or self._is_compiled):
+        if watches and state.steps + 1 in WATCHED_STEPS and not self._is_compiled:
             self._watch = GradientWatch(self.parameters.values())
             self._watch.arm()
 
@@ -354,6 +351,8 @@ class Run:
     def _before_optimizer_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Prepare the optimizer's update, see `Stages`. Without a loss scaler, runs before the forward pass."""
         self._depth += 1
+        if _torch.is_step_for_checkpoint():
+            return None
         if not self._in_trial and self._around.in_trial():
             self._in_trial = True
             if self.source:
@@ -371,7 +370,7 @@ class Run:
         """
         state = self._state
         self._depth -= 1
-        if self._depth > 0:  # the step of a parent class, within that of its child
+        if self._depth > 0 or _torch.is_step_for_checkpoint():  # the step of a parent class within that of its child
             return
         self._n_evaluations = 0
         self.stages.after_update()

@@ -274,7 +274,6 @@ class Stages:
             self._parameters,
             self._seen_reading(),
             whole_gradients=state.observing is not None,
-            is_sharded=self._shards.is_sharded,
             in_trial=in_trial,
         )
         self.holder = Holder(
@@ -287,6 +286,7 @@ class Stages:
             decision.uses_per_step,
             self._uses.names if self.learns_uses else (),
             resumed,
+            decision.n_frozen,
         )
         self.others_write, self._held_since = plan.puts_back, state.steps
         state.remember_bits(self._parameters)
@@ -305,7 +305,7 @@ class Stages:
         Returns:
             What the hook has to return.
         """
-        changed = self.holder.before_late_step(args, kwargs) if self.holder else None
+        changed = self.holder.before_update(args, kwargs) if self.holder else None
         if self._rates is None or is_nested or (factor := self._state.lr_factor) is None:
             return changed
         self._around.refuse(refusals.unsupported_rates(self._around.optimizer))

@@ -268,7 +268,7 @@ class State:
             "observing": self.observing and self.observing.state_dict(),
             "decision": self.decision and self.decision.state_dict(),
             "plan": self.plan.state_dict(),
-            "thaw_states": self.thaw_states.state_dict(),
+            "thaw_states": self.thaw_states.state_dict(self.shards),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

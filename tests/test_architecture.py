@@ -53,7 +53,7 @@ INSIDE = {
     "planning": (("losses", "schedule"), ("settling", "growing"), ("deprecated",), ("plan",)),
     "freezing": (
         ("optimizer_state", "fingerprints", "late"),
-        ("restore", "live_vector", "thawing", "blocks", "learning_rate"),
+        ("restore", "live_vector", "state_dicts", "thawing", "blocks", "learning_rate"),
         ("compact", "savings", "skipping"),
         ("holder",),
     ),

@@ -7,7 +7,7 @@ depend on how the parameters are sharded.
 
 import functools
 import hashlib
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -42,6 +42,44 @@ def part(parameter: Tensor, tensor: Tensor) -> Tensor:
     if not isinstance(parameter, DTensor):
         return tensor
     return _Layout.of(parameter).select_local(tensor)
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Return whether this is a DTensor, of which a process may hold a part only."""
+    return isinstance(parameter, DTensor)
+
+
+def layout_of(parameter: Tensor) -> tuple[DeviceMesh, tuple[Placement, ...]] | None:
+    """Return the mesh and the placements of a DTensor; None for a plain tensor."""
+    return (parameter.device_mesh, tuple(parameter.placements)) if isinstance(parameter, DTensor) else None
+
+
+def in_layout_of(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """Return a tensor of the parameter's shape laid out as the parameter is; as it is if both are, or are plain.
+
+    Communicates only if it is laid out in another way: gradients may be sums that are still to be reduced, and so may
+    momenta that began as such a gradient.
+    """
+    if layout_of(parameter) in (None, layout_of(tensor)):
+        return tensor
+    return _Layout.of(cast("DTensor", parameter)).wrap(part(parameter, tensor))
+
+
+def flat_like(parameter: Tensor, values: Tensor, numel: int) -> Tensor:
+    """Return flat values as part of a vector that lies on the same processes as a parameter.
+
+    Args:
+        parameter: a plain tensor, for which `values` is returned as it is, or a DTensor.
+        values: those of this process, ``(n,)``. Processes may have different n, also none at all: nothing may
+            redistribute the vector. Operations by element and norms do not.
+        numel: of the vector, on all processes.
+    """
+    if not isinstance(parameter, DTensor):
+        return values
+    placements = [p if p.is_replicate() else Shard(0) for p in parameter.placements]
+    return DTensor.from_local(
+        values, parameter.device_mesh, placements, run_check=False, shape=torch.Size([numel]), stride=(1,)
+    )
 
 
 class _Layout(NamedTuple):

@@ -11,11 +11,15 @@ ordinary shapes, with zeros where frozen.
 
 Where other code may read gradients, all of this happens *late*: the optimizer has its ordinary parameters except during
 its own steps, and gradients stay where they are. That saves only state and work.
+
+Where parameters are sharded, each process's optimizer has the live elements of its own shards, and it has its ordinary
+parameters between the step and the next step's last backward pass: ``torch.distributed.checkpoint`` looks up their
+names then. What is decided here is the same on all processes, also on those without any of a parameter's elements.
 """
 
-import itertools
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,12 +28,20 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_gcfreeze._types import Named
+from lightning_gcfreeze.distributed import is_sharded, layout_of
 from lightning_gcfreeze.freezing.late import right_before_update
-from lightning_gcfreeze.freezing.live_vector import Bundle, LiveVector, join_states, slice_state
-from lightning_gcfreeze.freezing.optimizer_state import State, is_by_element, to_strided
+from lightning_gcfreeze.freezing.live_vector import Bundle, LiveVector
+from lightning_gcfreeze.freezing.optimizer_state import State, is_by_element
+from lightning_gcfreeze.freezing.state_dicts import ordinary_state_dict
 
 MAX_BUNDLED_NUMEL = 2**14
 """Parameters of at most so many elements are bundled: copying them costs less than one operation for each."""
+
+
+class _Zeros(NamedTuple):
+    """Stands for an entry by element of a fully frozen parameter's state, which is all zeros."""
+
+    dtype: torch.dtype
 
 
 class Compact:
@@ -38,11 +50,13 @@ class Compact:
     Args:
         optimizer: of a class in `ELEMENTWISE`; changed in place, and put back by `release`.
         parameters: the parameters, by name.
-        frozen: ``{name: bool (*p.shape)}``, True = held constant; the names are among those of `parameters`.
+        frozen: ``{name: bool (*p.shape)}``, True = held constant; the names are among those of `parameters`. For a
+            sharded parameter, the mask of its local part.
         free_grads_in_backward: gather each large parameter's gradient, and free it, as soon as a backward pass has
             computed it. Not with DDP, which averages gradients later; then `gather_gradients_` does it.
         unbundled: names of parameters that are not bundled, however small, because `leaf` is needed of them.
         late: give the optimizer the vectors only for the duration of each step, and gather gradients right before it.
+        n_frozen: by name, how many elements are frozen, on all processes; needed where parameters are sharded.
     """
 
     def __init__(
@@ -53,25 +67,31 @@ class Compact:
         free_grads_in_backward: bool = True,
         unbundled: Collection[str] = (),
         late: bool = False,
+        n_frozen: Mapping[str, int] | None = None,
     ) -> None:
         self._optimizer, self._late = optimizer, late
-        self._frozen = {parameters[name]: mask for name, mask in frozen.items() if mask.any()}
+        counts = n_frozen or {name: int(mask.sum()) for name, mask in frozen.items()}
+        self._n_live = {parameters[n]: parameters[n].numel() - counts[n] for n in frozen if counts[n]}
+        """The number of live elements of each parameter with frozen ones, on all processes."""
         self._names = {name: parameters[name] for name in frozen}
+        self._swaps = late or any(map(is_sharded, self._n_live))
+        """Whether the optimizer has its ordinary parameters at times."""
         self._has_vectors = False  # the optimizer, in place of its ordinary parameters
         self._swapped_out: tuple[list[list[Tensor]], list[Any]] = ([], [])  # its groups' "params", "param_names" then
         self._unbundled = {p for name, p in self._names.items() if name in unbundled or p.numel() > MAX_BUNDLED_NUMEL}
         self._fully_frozen_state: dict[Parameter, State] = {}
-        self._compact()
-        self._swap_out()
+        self._place: dict[Tensor, tuple[LiveVector, Bundle]] = {}  # of each partly frozen parameter
         if not late:
             self.drop_gradients_()
+        self._compact({parameters[name]: mask for name, mask in frozen.items()})
+        self._swap_out()
         own = {*self._unbundled, *self._fully_frozen_state} if free_grads_in_backward and not late else set()
-        freed = [p for p in self._frozen if p in own and p.requires_grad]
+        freed = [p for p in self._n_live if p in own and p.requires_grad]
         self._handles: list[RemovableHandle] = [
             optimizer.register_state_dict_post_hook(self._ordinary_state_dict),
             optimizer.register_load_state_dict_pre_hook(lambda optimizer, state_dict: self._expand()),
             optimizer.register_load_state_dict_post_hook(lambda optimizer: self._compact_again()),
-            *([optimizer.register_state_dict_pre_hook(lambda optimizer: self._swap_in())] if late else []),
+            *([optimizer.register_state_dict_pre_hook(lambda optimizer: self._swap_in())] if self._swaps else []),
             *(p.register_post_accumulate_grad_hook(self._free_gradient) for p in freed),
         ]
 
@@ -90,9 +110,30 @@ class Compact:
             bundle.leaf = vector.make_leaf(bundle)
         return bundle.leaf
 
+    @contextmanager
+    def vectors_in(self) -> Iterator[None]:
+        """Let the optimizer have the vectors, as during its steps."""
+        had_vectors = self._has_vectors
+        self._swap_in()
+        try:
+            yield
+        finally:
+            if not had_vectors:
+                self._swap_out()
+
+    def begin_step(self) -> None:
+        """Zero the gradients that ``optimizer.zero_grad`` does not reach: before the first backward pass of a step."""
+        if self._late:
+            return
+        self.drop_gradients_()
+        self._swap_out()  # a loss scaler has left the last step out
+        for vector in self._vectors if self._swaps else ():
+            vector.parameter.grad = None
+
     @torch.no_grad()
     def gather_gradients_(self) -> None:
         """Complete the gradients of the live elements: after the last backward pass of a step, before unscaling."""
+        self._swap_in()
         self._rebundle_if_needed()
         for vector, bundle in self._bundles():
             if bundle.parameters[0].grad is not None:
@@ -109,7 +150,7 @@ class Compact:
 
     def drop_gradients_(self) -> None:
         """Free gradients that were not gathered: `zero_grad` does not reach these parameters."""
-        _drop_gradients(self._frozen)
+        _drop_gradients(self._n_live)
 
     @torch.no_grad()
     def gather_values_(self) -> None:
@@ -127,10 +168,11 @@ class Compact:
     @torch.no_grad()
     def mask_gradients_(self) -> None:
         """Zero the frozen elements of gradients that still exist, NaN included, before gradients are clipped."""
-        for p, mask in self._frozen.items():
+        for _, bundle in self._bundles():
+            bundle.mask_gradients_()
+        for p in self._fully_frozen_state:
             if p.grad is not None:
-                p.grad = to_strided(p.grad)
-                p.grad.masked_fill_(mask, 0.0)
+                p.grad = p.grad.zero_()
 
     def release(self) -> None:
         """Give the optimizer its parameters back, with a state of the ordinary shapes."""
@@ -138,8 +180,8 @@ class Compact:
             handle.remove()
         self._expand()
 
-    def before_late_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Prepare a step: give the optimizer the vectors with gradients, after the closure if the step has one.
+    def before_update(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Give the optimizer the vectors for its step, after the closure if the step has one.
 
         Args:
             args: arguments that a pre-hook of the optimizer's step receives; the first is the optimizer.
@@ -148,7 +190,11 @@ class Compact:
         Returns:
             The arguments to call the step with instead, as the hook has to return them, or None.
         """
-        return right_before_update(args, kwargs, self._begin_late_step, self._swap_out)
+        if self._late:
+            return right_before_update(args, kwargs, self._begin_late_step, self._swap_out)
+        if self._swaps:  # they are there, unless somebody has asked for a `state_dict` since the backward pass
+            return right_before_update(args, kwargs, self._swap_in, lambda: None)
+        return None
 
     def _begin_late_step(self) -> None:
         self._swap_in()
@@ -165,8 +211,8 @@ class Compact:
             self._has_vectors = True
 
     def _swap_out(self) -> None:
-        """Give the optimizer its parameters back for the time between its steps, if this happens late."""
-        if self._late and self._has_vectors:
+        """Give the optimizer its parameters back for the time between its steps, where it has them then."""
+        if self._swaps and self._has_vectors:
             groups = self._optimizer.param_groups
             self._swapped_out = [list(g["params"]) for g in groups], [g.get("param_names") for g in groups]
             self._set_members()
@@ -188,48 +234,62 @@ class Compact:
         self._swap_out()
 
     @torch.no_grad()
-    def _compact(self) -> None:
-        """Replace partly frozen parameters by vectors, and take fully frozen ones out of the optimizer."""
+    def _compact(self, frozen: Mapping[Parameter, Tensor] | None = None) -> None:
+        """Replace partly frozen parameters by vectors, and take fully frozen ones out of the optimizer.
+
+        One parameter's state at a time is gathered and freed, then one entry of all of them joined.
+
+        Args:
+            frozen: the masks, the first time: from then on the vectors' indices tell what is live.
+        """
         self._has_vectors = True
         groups = self._optimizer.param_groups
         self._members: list[list[Tensor]] = [list(group["params"]) for group in groups]
         self._member_names: list[Any] = [group.get("param_names") for group in groups]
         self._vectors: list[LiveVector] = []
-        self._place: dict[Tensor, tuple[LiveVector, Bundle]] = {}  # of each partly frozen parameter
         for group in groups:
-            self._compact_group(group)
+            self._compact_group(group, frozen)
         self._placeholder: Parameter | None = None  # an optimizer without parameters is an error to some callers
         if not any(group["params"] for group in groups):
-            p = next(iter(self._frozen))
+            p = next(iter(self._n_live))
             self._placeholder = Parameter(torch.empty(0, dtype=p.dtype, device=p.device))
             self._replace(groups[0], [self._placeholder])
 
-    def _compact_group(self, group: dict[str, Any]) -> None:
+    def _compact_group(self, group: dict[str, Any], frozen: Mapping[Parameter, Tensor] | None) -> None:
         alike: dict[Any, list[Parameter]] = {}
         for p in group["params"]:
-            if p not in self._frozen:
+            if p not in self._n_live:
                 continue
-            if self._frozen[p].all():
-                # Its elements cost nothing: a single zero, expanded, stands for their state.
-                self._fully_frozen_state[p] = {
-                    key: value.new_zeros(()).expand_as(value) if is_by_element(value, p) else value
-                    for key, value in self._optimizer.state.pop(p, {}).items()
-                }
-            else:
+            if self._n_live[p]:
                 alike.setdefault(self._kind(p), []).append(p)
-        vectors = [self._vector_of(partly) for partly in alike.values()]
-        self._replace(group, [*(p for p in group["params"] if p not in self._frozen), *vectors])
+            elif (state := self._optimizer.state.pop(p, None)) or p not in self._fully_frozen_state:
+                self._fully_frozen_state[p] = {
+                    key: _Zeros(value.dtype) if is_by_element(value, p) else value
+                    for key, value in (state or {}).items()
+                }
+        made = [self._vector_of(partly, frozen) for partly in alike.values()]
+        self._replace(group, [*(p for p in group["params"] if p not in self._n_live), *made])
 
-    def _vector_of(self, partly: Sequence[Parameter]) -> Parameter:
+    def _vector_of(self, partly: Sequence[Parameter], frozen: Mapping[Parameter, Tensor] | None) -> Parameter:
         """Return the vector of partly frozen parameters that the optimizer treats alike."""
         small = [p for p in partly if p not in self._unbundled]
         members = [[p] for p in partly if p in self._unbundled] + ([small] if small else [])
-        bundles = [Bundle(ps, [self._frozen[p] for p in ps]) for ps in members]
-        bundles.sort(key=lambda bundle: len(bundle.index) % 16)  # multiples of 16 first: aligned slices of the vector
+        bundles = [self._bundle_of(ps, frozen) for ps in members]
+        if not is_sharded(partly[0]):  # of shards, all processes have the same order of bundles
+            bundles.sort(key=lambda bundle: len(bundle.index) % 16)  # multiples of 16 first: aligned slices
         states = [
             bundle.gather_state([self._optimizer.state.pop(p, {}) for p in bundle.parameters]) for bundle in bundles
         ]
         return self._make(bundles, states).parameter
+
+    def _bundle_of(self, parameters: Sequence[Parameter], frozen: Mapping[Parameter, Tensor] | None) -> Bundle:
+        n_live = [self._n_live[p] for p in parameters]
+        if frozen is not None:
+            return Bundle(parameters, [~frozen[p] for p in parameters], n_live)
+        known = [self._place[p][1] for p in parameters]
+        if len(known[0].parameters) == len(parameters) and all(bundle is known[0] for bundle in known):
+            return known[0]
+        return Bundle(parameters, [bundle.live_mask(p) for bundle, p in zip(known, parameters, strict=True)], n_live)
 
     def _kind(self, p: Parameter) -> tuple[Any, ...]:
         """Return what parameters of one vector agree in: Adam, for instance, counts the steps with a gradient."""
@@ -237,68 +297,53 @@ class Compact:
             (key, value.dtype if is_by_element(value, p) else None if value is None else float(value))
             for key, value in self._optimizer.state.get(p, {}).items()
         )
-        return (p.dtype, p.device, state)
+        return (p.dtype, p.device, layout_of(p), state)
 
     def _make(self, bundles: Sequence[Bundle], states: Sequence[State]) -> LiveVector:
         """Make a vector of bundles, with its state from their flat states."""
-        vector = LiveVector(bundles)
-        self._vectors.append(vector)
+        self._vectors.append(vector := LiveVector(bundles))
         self._place |= {p: (vector, bundle) for bundle in bundles for p in bundle.parameters}
         if states[0]:
-            self._optimizer.state[vector.parameter] = join_states(states)
+            self._optimizer.state[vector.parameter] = vector.join_states(states)
         return vector
 
     @torch.no_grad()
     def _expand(self) -> None:
-        """Undo `_compact`."""
-        full = self._full_states()
-        for vector in self._vectors:
-            self._optimizer.state.pop(vector.parameter, None)
+        """Undo `_compact`. The entries of a vector's state are expanded and freed one by one."""
+        full = self._full_states(frees=True)
         if self._placeholder is not None:
             self._optimizer.state.pop(self._placeholder, None)
         self._optimizer.state.update(full)
         self._set_members()
 
-    def _full_states(self) -> dict[Tensor, State]:
-        """Return the states, in their ordinary shapes, of all parameters that are not in the optimizer themselves."""
+    def _full_states(self, frees: bool = False) -> dict[Tensor, State]:
+        """Return the states, in their ordinary shapes, of all parameters that are not in the optimizer themselves.
+
+        Args:
+            frees: whether to take the vectors' states from the optimizer.
+        """
         full: dict[Tensor, State] = {
             p: {
-                key: torch.zeros_like(p, dtype=value.dtype, requires_grad=False) if is_by_element(value, p) else value
+                key: torch.zeros_like(p, dtype=value.dtype, requires_grad=False) if isinstance(value, _Zeros) else value
                 for key, value in state.items()
             }
             for p, state in self._fully_frozen_state.items()
         }
-        for vector, bundle in self._bundles():
+        for vector in self._vectors:
+            full |= {p: {} for bundle in vector.bundles for p in bundle.parameters}
             state = self._optimizer.state.get(vector.parameter, {})
-            full.update(zip(bundle.parameters, bundle.expand_state(state, vector.parameter), strict=True))
+            for key in [*state]:
+                value = state.pop(key) if frees else state[key]
+                for bundle in vector.bundles:
+                    for p, own in zip(bundle.parameters, bundle.expand(value, vector.parameter), strict=True):
+                        full[p][key] = own
+            if frees:
+                self._optimizer.state.pop(vector.parameter, None)
         return full
 
     def _ordinary_state_dict(self, optimizer: Optimizer, packed: dict[str, Any]) -> dict[str, Any]:
-        """Rewrite a `state_dict` of the vectors as one of the parameters, as it would be without `Compact`.
-
-        Returns:
-            ``{"state": {i: {key: value}}, "param_groups": [{"params": [i, ...], "lr": ..., ...}, ...]}``. The indices i
-            count the parameters of all groups, group by group, in the order they had before they were compacted; a
-            parameter without state has no entry. Entries by element have their parameter's shape and are zero where
-            frozen; all others, such as Adam's count of steps, are those of the vector. If the optimizer was given
-            names, each group has them as "param_names". Groups that were added since then follow unchanged.
-        """
         self._swap_out()
-        full = self._full_states()
-        added = [group["params"] for group in optimizer.param_groups[len(self._members) :]]
-        members, names = [*self._members, *added], itertools.chain(self._member_names, itertools.repeat(None))
-        state = {key: value for key, value in packed["state"].items() if not isinstance(key, int)}
-        groups, start = [], 0
-        for group, params, own_names in zip(packed["param_groups"], members, names, strict=False):
-            indices = range(start, start + len(params))
-            start = indices.stop
-            states = (full.get(p) or optimizer.state.get(p, {}) for p in params)
-            state |= {i: own for i, own in zip(indices, states, strict=True) if own}
-            own_params = (
-                {"params": [*indices]} if own_names is None else {"params": [*indices], "param_names": own_names}
-            )
-            groups.append(group | own_params)
-        return {**packed, "state": state, "param_groups": groups}
+        return ordinary_state_dict(optimizer, packed, self._members, self._member_names, self._full_states())
 
     def _bundles(self) -> list[tuple[LiveVector, Bundle]]:
         return [(vector, bundle) for vector in self._vectors for bundle in vector.bundles]
@@ -323,7 +368,7 @@ class Compact:
             # Gathered late, gradients are still in their places.
             for bundle in vector.arrived if vector.parameter.grad is not None and not self._late else ():
                 vector.return_gradients_(bundle)
-        self._unbundled = set(self._frozen)
+        self._unbundled = set(self._n_live)
         self._expand()
         self._compact()
 
@@ -331,7 +376,7 @@ class Compact:
         """Split a vector into bundles with and without a gradient: the optimizer passes the latter by in this step."""
         old = vector.parameter
         state = self._optimizer.state.pop(old, {})
-        states = {bundle: slice_state(state, vector, bundle) for bundle in vector.bundles}
+        states = {bundle: vector.slice_state(state, bundle) for bundle in vector.bundles}
         self._vectors.remove(vector)
         arrived = [bundle for bundle in vector.bundles if bundle in vector.arrived]
         absent = [bundle for bundle in vector.bundles if bundle not in vector.arrived]

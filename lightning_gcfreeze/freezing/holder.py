@@ -1,6 +1,7 @@
 """After the decision: hold frozen elements constant, skip the work they do not need, and count what that saves."""
 
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
@@ -10,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_gcfreeze._types import Named
+from lightning_gcfreeze.distributed import is_sharded
 from lightning_gcfreeze.freezing.blocks import Block, blocks_worth_it, small_blocks, worth_it
 from lightning_gcfreeze.freezing.compact import Compact
 from lightning_gcfreeze.freezing.optimizer_state import ELEMENTWISE
@@ -47,6 +49,7 @@ class Holder:
         uses_per_step: how often a step uses each weight, by name; see `WeightUses`.
         unknown_uses: names of weights whose uses will be known after a first step; see `learn_uses`.
         resumed: the optimizer's state was saved with these elements frozen.
+        n_frozen: by name, how many elements are frozen, on all processes; needed where parameters are sharded.
     """
 
     def __init__(
@@ -60,19 +63,22 @@ class Holder:
         uses_per_step: Mapping[str, int],
         unknown_uses: Collection[str],
         resumed: bool,
+        n_frozen: Mapping[str, int] | None = None,
     ) -> None:
         ddp = wrapper if isinstance(wrapper, DistributedDataParallel) else None
         self._optimizer, self._parameters, self._uses_ddp = optimizer, parameters, ddp is not None
         self._before = Footprint.of(optimizer)
         on_device = {name: mask.to(parameters[name].device) for name, mask in frozen.items()}
-        blocks = blocks_worth_it(parameters, on_device, uses_per_step) if plan.skips_gradients else {}
-        self._undecided = small_blocks(parameters, on_device, unknown_uses) if plan.skips_gradients else {}
+        n_frozen = n_frozen or {name: int(mask.sum()) for name, mask in frozen.items()}
+        fully_frozen = [name for name in frozen if n_frozen[name] == parameters[name].numel()]  # on all processes
+        whole = {name: mask for name, mask in on_device.items() if not is_sharded(parameters[name])}
+        blocks = blocks_worth_it(parameters, whole, uses_per_step) if plan.skips_gradients else {}
+        self._undecided = small_blocks(parameters, whole, unknown_uses) if plan.skips_gradients else {}
         self._compact: Compact | None = None
         self._restore: Restore | None = None
         if plan.mode == "compact":
-            self._compact = Compact(
-                optimizer, parameters, on_device, ddp is None, unbundled={*blocks, *self._undecided}, late=plan.late
-            )
+            unbundled = {*blocks, *self._undecided}
+            self._compact = Compact(optimizer, parameters, on_device, ddp is None, unbundled, plan.late, n_frozen)
         if plan.mode == "restore" or plan.puts_back:
             self._restore = Restore(parameters, on_device)
             if plan.mode == "restore" and not resumed:
@@ -83,11 +89,12 @@ class Holder:
         if plan.skips_gradients:
             leaf = self._compact.leaf if self._compact and not ddp else None
             stepped = {p for group in optimizer.param_groups for p in group["params"]}
-            fully_frozen = {parameters[name] for name, mask in on_device.items() if mask.all()}
             # Code that reads the gradients of all parameters, as clipping does, fails if there are none.
-            skip_whole = type(optimizer) in ELEMENTWISE and (plan.mode == "compact" or not stepped <= fully_frozen)
+            some_live = not stepped <= {parameters[name] for name in fully_frozen}
+            skip_whole = type(optimizer) in ELEMENTWISE and (plan.mode == "compact" or some_live)
             waits = ddp is not None and not ddp.find_unused_parameters
-            self._skipper = GradientSkipper(module, parameters, on_device, blocks, leaf, waits, skip_whole)
+            skipped = fully_frozen if skip_whole else []
+            self._skipper = GradientSkipper(module, parameters, skipped, blocks, leaf, waits)
         self.savings = self._count_savings(frozen, uses_per_step, blocks)
 
     def learn_uses(self, frozen: Named, uses_per_step: Mapping[str, int]) -> None:
@@ -109,7 +116,9 @@ class Holder:
         self.savings = self._count_savings(frozen, uses_per_step, blocks)
 
     def _count_savings(self, frozen: Named, uses_per_step: Mapping[str, int], blocks: Mapping[str, Block]) -> Savings:
-        after = Footprint.of(self._optimizer)  # all gradients, if they are gathered late
+        # All gradients, if they are gathered late.
+        with self._compact.vectors_in() if self._compact and not self._late else nullcontext():
+            after = Footprint.of(self._optimizer)
         return count_savings(
             frozen,
             uses_per_step,
@@ -133,7 +142,7 @@ class Holder:
     def begin_step(self) -> None:
         """Run when the optimizer's gradients are set to zero: before the first backward pass of a step."""
         if self._compact and not self._late:
-            self._compact.drop_gradients_()
+            self._compact.begin_step()
             self._gathered = False
 
     def begin_backward(self, loss: Tensor) -> None:
@@ -156,9 +165,9 @@ class Holder:
         elif masked := self._compact or self._restore:
             masked.mask_gradients_()
 
-    def before_late_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run in a pre-hook of the optimizer's step, after all other hooks; see `Compact.before_late_step`."""
-        return self._compact.before_late_step(args, kwargs) if self._compact and self._late else None
+    def before_update(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run in a pre-hook of the optimizer's step, after all other hooks; see `Compact.before_update`."""
+        return self._compact.before_update(args, kwargs) if self._compact else None
 
     def after_step(self) -> None:
         """Run right after the optimizer's step."""

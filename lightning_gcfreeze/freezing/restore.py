@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_gcfreeze._masks import MaskIndex
 from lightning_gcfreeze._types import Named
-from lightning_gcfreeze.distributed import local
+from lightning_gcfreeze.distributed import in_layout_of, is_sharded, local
 from lightning_gcfreeze.freezing.optimizer_state import state_by_element
 
 
@@ -32,7 +32,7 @@ class Restore:
         self._held: list[tuple[Parameter, MaskIndex, Tensor]] = []
         for name, mask in frozen.items():
             p, index = parameters[name], MaskIndex(mask.to(parameters[name].device))
-            if len(index):
+            if len(index) or is_sharded(p):
                 self._held.append((p, index, index.gather(local(p.detach()))))
 
     @property
@@ -49,6 +49,7 @@ class Restore:
             if p.grad.is_sparse:
                 p.grad = _mask_sparse(p.grad, index)
             else:
+                p.grad = in_layout_of(p, p.grad)
                 index.fill_(local(p.grad), 0.0)
 
     @torch.no_grad()
@@ -75,6 +76,7 @@ class Restore:
                 if value.is_sparse:
                     optimizer.state[p][key] = _mask_sparse(value, index)
                 else:
+                    value = optimizer.state[p][key] = in_layout_of(p, value)
                     index.fill_(local(value), 0)
 
 

@@ -9,7 +9,7 @@ rounding. `Compact` or `Restore` hold the frozen values, whatever is skipped her
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lightning_gcfreeze import _modules, _torch
-from lightning_gcfreeze._types import Named
 from lightning_gcfreeze.freezing.blocks import Block, has_blocks
 
 
@@ -27,32 +26,28 @@ class GradientSkipper:
     Args:
         module: the module that is trained.
         parameters: parameters of the module, by name.
-        frozen: ``{name: bool (*p.shape)}``, True = held constant.
+        fully_frozen: names of parameters that no gradient is computed for: all of their elements are frozen, of sharded
+            ones on all processes. Leave them out if the optimizer does not treat every element on its own: no gradient
+            may mean something else to it than a gradient of zeros.
         blocks: the block of the weight's gradient to compute, by name of the weight; see `blocks_worth_it`.
         leaf: returns, for the name of a weight, a flat leaf of its live elements that receives their gradient; None:
             the gradient goes to the weight's own ``grad``, zero outside of the block.
         announce_unused: announce parameters without a gradient to autograd before each backward pass, as
             DistributedDataParallel expects without ``find_unused_parameters``.
-        skip_whole: compute no gradient for fully frozen parameters. Pass False if the optimizer does not treat every
-            element on its own: no gradient may mean something else to it than a gradient of zeros.
     """
 
     def __init__(
         self,
         module: nn.Module,
         parameters: Mapping[str, Parameter],
-        frozen: Named,
+        fully_frozen: Collection[str],
         blocks: Mapping[str, Block],
         leaf: Callable[[str], Tensor] | None = None,
         announce_unused: bool = False,
-        skip_whole: bool = True,
     ) -> None:
         self._module = module
-        self.without_gradient: dict[str, Parameter] = {}
+        self.without_gradient = {n: parameters[n] for n in fully_frozen if parameters[n].requires_grad}
         """Fully frozen parameters that require no gradient until `release`, by name."""
-        if skip_whole:
-            fully_frozen = {name: parameters[name] for name, mask in frozen.items() if mask.all()}
-            self.without_gradient = {name: p for name, p in fully_frozen.items() if p.requires_grad}
         unused = self.without_gradient.values() if announce_unused else ()
         self._unused = _AnnounceUnused.apply(*unused) if unused else None
         for p in self.without_gradient.values():

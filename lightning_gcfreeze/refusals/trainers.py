@@ -54,26 +54,14 @@ def unsupported_mesh(strategy: Any, meshes: Iterable[DeviceMesh]) -> str | None:
     )
 
 
-def unsupported_with_shards(covariance: bool, hold: str, may_thaw: bool) -> str | None:
+def unsupported_with_shards(covariance: bool) -> str | None:
     """Options that need whole tensors, for a run with sharded parameters.
 
     Args:
         covariance: whether the full covariance matrix is requested.
-        hold: the argument `hold`.
-        may_thaw: whether frozen elements may thaw again.
     """
-    if may_thaw:
-        return (
-            "Thawing needs the optimizer's state of whole parameters, and these are sharded. Instead of `k='auto'` use"
-            " a number, or a `FreezeSchedule` that is monotone."
-        )
     if covariance:
         return "`covariance='full'` needs whole parameters, and these are sharded. Use `covariance='diagonal'`."
-    if hold == "compact":
-        return (
-            "`hold='compact'` needs whole parameters, and these are sharded. Use `hold='restore'` or 'auto', which"
-            " restores the frozen elements of each shard."
-        )
     return None
 
 

@@ -9,9 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from lightning_gcfreeze.user_code.reached import KNOWN_PACKAGES
+
+WATCHED_STEPS = (1, 2, 8, 64, 512, 4096)
+"""Optimizer steps in which reads of ``p.grad`` are noted."""
 
 
 class GradientWatch:
@@ -21,11 +25,13 @@ class GradientWatch:
     are ignored.
 
     Args:
-        parameters: the parameters to watch. Instances of subclasses of `Parameter` are left out.
+        parameters: the parameters to watch, plain or sharded. Instances of subclasses of `Parameter` are left out.
     """
 
     def __init__(self, parameters: Iterable[Parameter]) -> None:
-        self._parameters = [p for p in parameters if type(p) is Parameter]
+        given = [*parameters]
+        self._parameters = [p for p in given if type(p) is Parameter]
+        self._sharded = [p for p in given if isinstance(p, DTensor)]
         self.seen: dict[str, None] = {}
         """The functions that accessed a gradient, as ``name (file:line)``, in order of their first access."""
 
@@ -34,6 +40,11 @@ class GradientWatch:
         for p in self._parameters:
             _WATCHES[id(p)] = self.seen
             self._set_class(p, _Watched)
+        for p in self._sharded:
+            _WATCHES[id(p)] = self.seen
+            _WATCHED_SHARDS.add(id(p))
+        if self._sharded:  # DTensors are dispatched by their class, so that one gets the property for a while
+            DTensor.grad = _Watched.grad  # type: ignore[assignment]
 
     def disarm(self) -> None:
         """Stop watching and keep `seen`."""
@@ -41,6 +52,11 @@ class GradientWatch:
             if type(p) is _Watched:
                 self._set_class(p, Parameter)
                 _WATCHES.pop(id(p), None)
+        for p in self._sharded:
+            _WATCHES.pop(id(p), None)
+            _WATCHED_SHARDS.discard(id(p))
+        if not _WATCHED_SHARDS and "grad" in vars(DTensor):
+            del DTensor.grad
 
     @staticmethod
     def _set_class(p: Tensor, cls: type[Parameter]) -> None:
@@ -74,6 +90,7 @@ class _Watched(Parameter):
 
 _GRAD: Any = inspect.getattr_static(Tensor, "grad")
 _WATCHES: dict[int, dict[str, None]] = {}  # by id: comparing tensors gives no bool
+_WATCHED_SHARDS: set[int] = set()  # ids of the sharded ones
 
 
 def _record_access(p: Tensor) -> None:

@@ -70,7 +70,5 @@ def main() -> None:
         for (name, precision), hold, granularity in itertools.product(
             everywhere, ["compact", "restore"], granularities
         ):
-            if name == "ddp":
-                check(DDPStrategy(), precision, hold, granularity)
-            elif hold == "restore":  # "compact" is refused
-                check(ModelParallelStrategy(2, 1, process_group_backend="gloo"), precision, hold, granularity)
+            sharded = ModelParallelStrategy(2, 1, process_group_backend="gloo")
+            check(DDPStrategy() if name == "ddp" else sharded, precision, hold, granularity)
