@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from lightning_gcfreeze import GradCovFreezeCallback
-from lightning_gcfreeze.distributed import whole
+from lightning_gcfreeze import FreezeSchedule, GradCovFreezeCallback
+from lightning_gcfreeze.distributed import local, whole
 from tests import cases, insides
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -79,6 +79,13 @@ class Save(pl.Callback):
             trainer.save_checkpoint(self.directory / f"{trainer.global_step}.ckpt")
 
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    # Checkpoints after the freeze have the optimizer's state of what thaws.
+    "thaws": {"schedule": FreezeSchedule([(T0, 0.6), (9, 0.3)], monotone=False), "order": "random"},
+}
+"""Of the callback, by name of the strategy."""
+
+
 class Start(pl.Callback):
     """The weights with which elements froze, or a frozen run went on."""
 
@@ -100,7 +107,10 @@ def strategies() -> dict[str, tuple[Any, int, int]]:
     found = {
         "ddp": (DDPStrategy() if RANKS > 1 else SingleDeviceStrategy("cpu"), RANK, RANKS),
         "fsdp2 in parts": sharded(RANKS, 1),
+        "thaws": (SingleDeviceStrategy("cpu"), 0, 1),
     }
+    if RANKS > 1:  # FSDP2 and tensor parallelism on four
+        found["thaws"] = sharded(2, RANKS // 2, save_distributed_checkpoint=False)
     if RANKS == 2:
         found["fsdp2"] = sharded(2, 1, save_distributed_checkpoint=False)
         found["tensor"] = sharded(1, 2, save_distributed_checkpoint=False)
@@ -116,7 +126,8 @@ def run(name: str, directory: Path, resume: int | None = None) -> dict[str, Any]
     """Train to the end; what came out, whole."""
     strategy, rank, ranks = strategies()[name]
     folder = directory / (saved_by(name) if resume else name)
-    callback = GradCovFreezeCallback(t0=T0, k=0.6, seed=3)
+    callback = GradCovFreezeCallback(**OPTIONS.get(name, {"t0": T0, "k": 0.6}), seed=3)
+    count = round((0.3 if name == "thaws" else 0.6) * 97)
     start, module = Start(callback), Module()
     trainer = cases.trainer(
         callbacks=[callback, start, *([] if resume else [Save(folder)])], devices=RANKS,
@@ -127,11 +138,15 @@ def run(name: str, directory: Path, resume: int | None = None) -> dict[str, Any]
     frozen = {n: whole(mask) for n, mask in callback.frozen.items()}
     end = {n: whole(p.detach()).clone() for n, p in module.named_parameters()}
     live = sum(int((~mask).sum()) for mask in frozen.values())
-    assert live == sum(mask.numel() for mask in frozen.values()) - round(0.6 * 97), live
+    assert live == sum(mask.numel() for mask in frozen.values()) - count, live
+    assert callback.savings is not None
+    # Each rank's optimizer has two moments of its own live elements, and eight counts of steps.
+    own = sum(int((~local(mask)).sum()) for mask in callback.frozen.values())
+    assert 2 * 8 * own <= callback.savings.after.state <= 2 * 8 * own + 64 < callback.savings.before.state
     for n, mask in frozen.items():
         assert torch.equal(end[n][mask], start.weights[n][mask])
     assert sum(int((end[n] != start.weights[n]).sum()) for n in end) == live
-    assert insides.observed_steps_of(callback) == T0
+    assert name == "thaws" or insides.observed_steps_of(callback) == T0
     variance = {n: whole(v) for n, v in callback.variance.items()}
     return {"frozen": frozen, "weights": end, "variance": variance, "ranks": RANKS}
 
