@@ -1,28 +1,25 @@
 """The indices of the elements of a sharded parameter, as each process of a mesh sees them, one after the other."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from lightning_gcfreeze.distributed import SINGLE_PROCESS, UNSHARDED, Shards, World, local, part, whole
-
-
-@contextmanager
-def as_rank(rank: int, processes: int) -> Iterator[None]:
-    """Let this process be one of several that do not communicate."""
-    dist.init_process_group("fake", rank=rank, world_size=processes, store=FakeStore())
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+from lightning_gcfreeze.distributed import (
+    SINGLE_PROCESS,
+    UNSHARDED,
+    Shards,
+    World,
+    flat_like,
+    in_layout_of,
+    local,
+    part,
+    whole,
+)
+from tests.ranks import as_rank, own_mesh
 
 
 def numbered(shape: tuple[int, ...]) -> Tensor:
@@ -103,3 +100,32 @@ def test_unsharded_parameters_are_local_and_counted_here():
         assert same is w
     UNSHARDED.check_agreement({"w": w > 0})
     assert Shards({"w": w}, World(2)).element_world is SINGLE_PROCESS  # all processes hold all elements
+
+
+@pytest.mark.parametrize(("mesh_shape", "placements"), LAYOUTS, ids=str)
+def test_flat_values_lie_on_the_processes_of_a_parameter_whatever_their_number(mesh_shape, placements):
+    """Norms are over the mesh dimensions along which the parameter is sharded, and no value is moved."""
+    for rank in range(math.prod(mesh_shape)):
+        with as_rank(rank, math.prod(mesh_shape)):
+            p = distribute_tensor(numbered((8, 6)), own_mesh(*mesh_shape), placements, src_data_rank=None)
+            values = torch.arange(rank % 3, dtype=torch.float32)
+            flat = flat_like(p, values, 7)
+            assert flat.shape == (7,)
+            assert flat.device_mesh == p.device_mesh
+            assert [q.is_replicate() for q in flat.placements] == [q.is_replicate() for q in placements]
+            assert local(flat).data_ptr() == values.data_ptr()
+            assert torch.equal(local(flat * 2), values * 2)
+    assert flat_like(values, values, 7) is values
+
+
+def test_tensor_in_another_layout_is_laid_out_as_the_parameter_is():
+    """A gradient may be a sum that is still to be reduced; one that lies as the parameter does is not copied."""
+    with as_rank(1, 2):
+        mesh = own_mesh(2)
+        p = distribute_tensor(numbered((4, 2)), mesh, [Shard(0)], src_data_rank=None)
+        replicated = distribute_tensor(numbered((4, 2)), mesh, [Replicate()], src_data_rank=None)
+        again = in_layout_of(p, replicated)
+        assert again.placements == p.placements
+        assert torch.equal(local(again), local(p))
+        assert in_layout_of(p, again) is again
+        assert in_layout_of(local(p), local(p)).data_ptr() == local(p).data_ptr()
