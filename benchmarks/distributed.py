@@ -1,12 +1,17 @@
 """What a step of two processes sends and costs after the freeze, and what it costs to select what freezes.
 
     uv run python -m benchmarks.distributed [--models M2] [--fractions 0.5 0.9 0.99] [--rounds 60] [--selection 1e6]
+    uv run python -m benchmarks.distributed --models --selection --shards M2 [--fractions 0.5 0.9] [--rounds 60]
 
 Traffic: two gloo processes on this machine, which talk over the loopback device, each pinned to a core and with one
 thread. A step is forward, backward with DDP, the default Adam; each process has batches of its own, the masks are those
 of `benchmarks.frozen`. A round takes one step of every way, in turn, with a barrier before each, and a step takes as
 long as the slower process; figures are medians of the rounds' ratios to plain DDP. Bytes are what a process gives to be
 averaged in a step.
+
+Shards: the same with FSDP2, each layer with parameters sharded over the two processes. Bytes are those of the
+optimizer's state on a process, with the indices of the live elements, and of the gradients that it has between the
+backward pass and the step; of the process that has more. They are ratios to plain FSDP2.
 
 Selection: half of p positive float32 scores in 20 tensors is marked, by one thread; the scores are squared normal
 numbers, or all equal. The other ways find the k-th lowest score of the concatenation and mark what is not above it, so
@@ -36,6 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -46,7 +52,7 @@ from lightning_gcfreeze._types import Granularity, Named
 from lightning_gcfreeze.decision import scores_now
 from lightning_gcfreeze.distributed import Shards, World, local
 from lightning_gcfreeze.distributed.comm_hook import Hook, LiveAllReduce
-from lightning_gcfreeze.freezing import Holder, HoldPlan, WeightUses
+from lightning_gcfreeze.freezing import Holder, HoldMode, HoldPlan, WeightUses
 
 PROCESSES = 2
 
@@ -111,6 +117,96 @@ class Parallel(Plain):
         return self.trained * (2 if self.hook else 4)
 
 
+class Sharded(Plain):
+    """A training step with FSDP2; with `mode` as the callback has it at t0 and after it, without the Trainer."""
+
+    held: Holder | None = None
+
+    def __init__(self, model: nn.Module, batch: Batch, decision: Decision, mode: HoldMode | None = None) -> None:
+        self.mode: HoldMode | None = mode
+        super().__init__(model, batch, decision, fused=False)
+
+    def adapted(self, model: nn.Module) -> nn.Module:
+        for layer in model:  # type: ignore[attr-defined]
+            if next(layer.parameters(), None) is not None:
+                fully_shard(layer)
+        fully_shard(model)
+        return model
+
+    def __call__(self) -> None:
+        loss = F.cross_entropy(self.model(self.batch[0]), self.batch[1])
+        if self.held:
+            self.held.begin_step()
+            self.held.begin_backward(loss)
+        loss.backward()
+        if self.held:
+            self.held.after_backward()
+            self.held.before_step()
+        self.gradients = sum(local(p.grad).nbytes for p in self.stepped() if p.grad is not None)
+        self.optimizer.step()
+        if self.held:
+            self.held.after_step()
+        self.optimizer.zero_grad()
+
+    def stepped(self) -> list[Tensor]:
+        """What has a gradient: the optimizer's parameters now, and the module's."""
+        own = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return [*{id(p): p for p in (*own, *self.model.parameters())}.values()]
+
+    def freeze(self) -> None:
+        if self.mode is None:
+            return
+        shards = Shards(self.parameters, World(PROCESSES))
+        masks = shards.parts(self.decision.masks())
+        plan = HoldPlan(self.mode, late=False, puts_back=False, skips_gradients=True)
+        where = (self.parameters, masks, {})
+        n_frozen = shards.n_marked(masks)
+        self.held = Holder(plan, self.optimizer, self.model, None, *where, resumed=False, n_frozen=n_frozen)
+
+    def state_bytes(self) -> int:
+        """Bytes of the optimizer's state on this process, with indices."""
+        state = [v for entry in self.optimizer.state.values() for v in entry.values() if isinstance(v, Tensor)]
+        return sum(local(v).nbytes for v in state) + (self.held.savings.index_bytes if self.held else 0)
+
+
+def sharded(name: str, fractions: Sequence[float], rounds: int) -> dict[str, dict[str, float]]:
+    """In each of the processes: ratios to steps and bytes of plain FSDP2, by way; "plain" is in ms and bytes."""
+    torch.manual_seed(0)
+    _, make, data = MODELS[name]
+    model = make().train()
+    scores = {n: torch.rand(p.shape) for n, p in model.named_parameters()}
+    made = {"plain": partial(Sharded, decision=Decision(scores, 0.0))}
+    modes: tuple[HoldMode, ...] = ("compact", "restore")
+    made |= {
+        f"{mode}, f = {f:g}": partial(Sharded, decision=Decision(scores, f), mode=mode)
+        for mode in modes
+        for f in fractions
+    }
+    torch.manual_seed(1 + dist.get_rank())
+    steps: dict[str, Sharded] = built(made, model, data(), name)
+    times = in_turn(steps, rounds)
+    world = World(PROCESSES)
+    most = {w: world.all_reduce_max(torch.tensor([s.state_bytes(), s.gradients])).tolist() for w, s in steps.items()}
+    ratios, (state, gradients) = (times / times[0]).quantile(0.5, dim=1).tolist(), most["plain"]
+    found = {
+        way: {"step": r, "state": most[way][0] / state, "gradients": most[way][1] / gradients}
+        for r, way in zip(ratios, steps, strict=True)
+    }
+    return found | {"plain": {"step": 1000 * float(times[0].quantile(0.5)), "state": state, "gradients": gradients}}
+
+
+def in_turn(steps: Mapping[str, Callable[[], None]], rounds: int) -> Tensor:
+    """Return how long each way takes in each round, (ways, rounds), in the slower process."""
+    times = torch.empty(len(steps), rounds, dtype=torch.float64)
+    for i in range(rounds):
+        for of_way, step in zip(times, steps.values(), strict=True):
+            dist.barrier()
+            start = time.perf_counter()
+            step()
+            of_way[i] = time.perf_counter() - start
+    return World(PROCESSES).all_reduce_max(times)
+
+
 def ways(scores: Named, fractions: Sequence[float]) -> dict[str, Callable[..., Parallel]]:
     """For each way what makes a step of a model and a batch; of ours with the fp16 hook at f = 0.9 alone."""
     plain, most = partial(Parallel, decision=Decision(scores, 0.0)), Decision(scores, 0.9)
@@ -141,14 +237,7 @@ def traffic(name: str, fractions: Sequence[float], rounds: int) -> dict[str, dic
     scores = scores_now(step.statistics, orderings.variance, step.parameters, 0, "element")
     torch.manual_seed(1 + dist.get_rank())
     steps = built(ways(scores, fractions), step.model, data(), name)
-    times = torch.empty(len(steps), rounds, dtype=torch.float64)
-    for i in range(rounds):
-        for of_way, step in zip(times, steps.values(), strict=True):
-            dist.barrier()
-            start = time.perf_counter()
-            step()
-            of_way[i] = time.perf_counter() - start
-    times = World(PROCESSES).all_reduce_max(times)
+    times = in_turn(steps, rounds)
     ratios, one = (times / times[0]).quantile(0.5, dim=1).tolist(), steps["plain"].sent()
     found = {w: {"step": r, "bytes": s.sent() / one} for r, (w, s) in zip(ratios, steps.items(), strict=True)}
     return found | {"plain": {"step": 1000 * float(times[0].quantile(0.5)), "bytes": one}}
@@ -274,6 +363,7 @@ def table(title: str, results: Mapping[str, Mapping[str, Mapping[str, float]]], 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", default=["M2"], choices=MODELS, help="(M2)")
+    parser.add_argument("--shards", nargs="*", default=[], choices=MODELS, help="models under FSDP2 (none)")
     parser.add_argument("--fractions", nargs="+", type=float, default=[0.5, 0.9, 0.99], help="of frozen elements")
     parser.add_argument("--rounds", type=int, default=60, help="steps of every way; selections at most (%(default)s)")
     parser.add_argument("--selection", nargs="*", type=float, default=[1e6, 1e7, 1e8], help="numbers of scores")
@@ -285,6 +375,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if steps:
         print(table("Step, as a ratio to plain DDP", steps, "step", "plain DDP, ms"))
         print(table("Bytes sent in a step, as a ratio to plain DDP", steps, "bytes", "plain DDP, bytes"))
+    shards = {name: in_processes(sharded, name, args.fractions, args.rounds) for name in args.shards}
+    if shards:
+        print(table("Step, as a ratio to plain FSDP2", shards, "step", "plain FSDP2, ms"))
+        print(table("State with indices, as a ratio to plain FSDP2", shards, "state", "plain FSDP2, bytes"))
+        print(table("Gradients, as a ratio to plain FSDP2", shards, "gradients", "plain FSDP2, bytes"))
     cases = {f"p = {p:g}{', all equal' * equal}": (int(p), equal) for p in args.selection for equal in (False, True)}
     selections = {case: select(p, equal, args.rounds) for case, (p, equal) in cases.items()}
     if selections:
@@ -292,7 +387,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(table("Peak of the memory beyond the scores, as a ratio to them", selections, "memory", "torch.sort"))
         print(table("Bytes that a process sends", selections, "bytes", ""))
     if args.json:
-        args.json.write_text(json.dumps({"steps": steps, "selections": selections}, indent=1), encoding="utf-8")
+        args.json.write_text(
+            json.dumps({"steps": steps, "shards": shards, "selections": selections}, indent=1), encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

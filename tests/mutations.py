@@ -42,6 +42,8 @@ class Fault(NamedTuple):
 
 OBSERVING, STAGES, FREEZER = "callback/test_observing.py::", "callback/test_stages.py::", "test_freezer.py::"
 
+LIVE_SHARDS = "freezing/test_live_shards.py::"
+
 # fmt: off
 FAULTS = [
     # A run: steps, losses, stages ----------------------------------------------------------------------------------
@@ -304,6 +306,24 @@ FAULTS = [
     Fault("the index in a whole parameter is computed with the shape of its local part", "distributed/shards.py",
           "found * layout.shape[axis] +", "found * tensor.shape[axis] +",
           ["distributed/test_shards.py::test_every_element_of_a_sharded_parameter_is_counted_once_and_has_its_index"]),
+    Fault("a vector of shards is clipped by the norm of one process", "distributed/shards.py",
+          "[p if p.is_replicate() else Shard(0) for p in", "[Replicate() for p in",
+          ["distributed/test_shards.py::test_flat_values_lie_on_the_processes_of_a_parameter_whatever_their_number"]),
+    Fault("a parameter whose shard on this process is frozen leaves the optimizer", "freezing/compact.py",
+          "counts = n_frozen or {name", "counts = {name",
+          [LIVE_SHARDS + "test_each_process_steps_its_own_live_elements"]),
+    Fault("a parameter whose shard on this process is frozen gets no gradient", "freezing/holder.py",
+          "if n_frozen[name] == parameters[name].numel()]", "if frozen[name].all()]",
+          [LIVE_SHARDS + "test_savings_are_those_of_this_process"]),
+    Fault("gradients of a step that was left out are added to the next step's", "freezing/compact.py",
+          "for vector in self._vectors if self._swaps else ():", "for vector in ():",
+          [LIVE_SHARDS + "test_optimizer_has_its_parameters_until_the_last_backward_pass"]),
+    Fault("states of what thaws are cut a second time", "freezing/thawing.py",
+          "shards.parts(whole_masks) if self._is_loaded else whole_masks", "shards.parts(whole_masks)",
+          [LIVE_SHARDS + "test_states_of_thawing_shards_are_saved_whole_and_loaded_in_part"]),
+    Fault("a step that is taken for a checkpoint counts", "run.py",
+          "self._depth > 0 or _torch.is_step_for_checkpoint()", "self._depth > 0",
+          [FREEZER + "test_step_that_is_taken_to_have_a_state_to_save_does_not_count"]),
     # Who reads gradients, and what is refused ----------------------------------------------------------------------
     Fault("a parameter's hook is found only next to one of the other kind", "user_code/readers.py",
           "for name, p in parameters.items() if p._backward_hooks or p._post",

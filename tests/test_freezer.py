@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from lightning_gcfreeze import Freezer, FreezeSchedule, GradCovFreezeCallback, Growth, Settled, apply_delta
 from tests import cases
@@ -522,3 +523,21 @@ def test_loop_that_goes_on_after_a_step_that_raised_has_its_own_rates():
     cases.assert_identical(dict(network.state_dict()), dict(by_hand.state_dict()))
     assert rates == rates_by_hand
     assert len(rates) == STEPS - 1
+
+
+def test_step_that_is_taken_to_have_a_state_to_save_does_not_count():
+    """torch.distributed.checkpoint steps an optimizer that has neither state nor gradients, with a rate of 0."""
+    module, stepped = cases.mlp(), []
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    freezer = Freezer(module, optimizer, t0=6, k=0.5, order="random")
+    optimizer.register_step_post_hook(lambda *_: stepped.append(1))
+    for number, batch in enumerate(batches()[:8], start=1):
+        freezer.begin_batch(batch)
+        freezer.backward(loss_of(module, batch))
+        optimizer.step()
+        optimizer.zero_grad()
+        get_optimizer_state_dict(module, optimizer)
+        assert freezer.steps == number
+        assert (freezer.phase == "frozen") == (number >= 6)
+    assert len(stepped) == 16
+    freezer.close()
