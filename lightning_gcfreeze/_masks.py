@@ -1,9 +1,66 @@
-"""`MaskIndex`: gather the elements that a mask marks, and scatter values back to them."""
+"""`MaskIndex`: gather what a mask marks, and scatter values back to it. `PackedMasks`: masks in a bit an element."""
 
 import functools
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
+
+
+class PackedMasks(Mapping[str, Tensor]):
+    """Masks by name, in one bit an element; each is unpacked when it is asked for. They cannot be changed.
+
+    Args:
+        masks: bool tensors of any shape, with their names; each is let go of before the next one is asked for. Those
+            that repeat a few values, as masks of rows do, are kept as they are.
+    """
+
+    def __init__(self, masks: Iterable[tuple[str, Tensor]]) -> None:
+        self._masks: dict[str, Tensor] = {}
+        self._shapes: dict[str, torch.Size] = {}  # of those that are packed
+        for name, mask in masks:
+            if mask.untyped_storage().nbytes() < mask.numel():
+                self._masks[name] = mask
+            else:
+                self._masks[name], self._shapes[name] = _packed(mask), mask.shape
+            del mask
+
+    def __getitem__(self, name: str) -> Tensor:
+        mask = self._masks[name]
+        return _unpacked(mask, self._shapes[name]) if name in self._shapes else mask
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._masks)
+
+    def __len__(self) -> int:
+        """Return the number of masks."""
+        return len(self._masks)
+
+    def __contains__(self, name: object) -> bool:
+        """Return whether there is such a mask, without unpacking it."""
+        return name in self._masks
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        return sum(mask.untyped_storage().nbytes() for mask in self._masks.values())
+
+
+def _packed(mask: Tensor) -> Tensor:
+    """Return the elements of a mask row by row, eight in a byte, the first one in the lowest bit, uint8."""
+    flat = mask.reshape(-1)
+    packed = torch.zeros((len(flat) + 7) // 8, dtype=torch.uint8, device=mask.device)
+    for bit in range(8):
+        bits = flat[bit::8].view(torch.uint8)
+        packed[: len(bits)] |= bits << bit
+    return packed
+
+
+def _unpacked(packed: Tensor, shape: torch.Size) -> Tensor:
+    bits = torch.empty(len(packed), 8, dtype=torch.uint8, device=packed.device)
+    for bit in range(8):
+        torch.bitwise_and(packed >> bit, 1, out=bits[:, bit])
+    return bits.view(-1)[: shape.numel()].view(torch.bool).view(shape)
 
 
 class MaskIndex:

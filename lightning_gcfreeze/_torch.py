@@ -40,6 +40,34 @@ def version(tensor: Tensor) -> int:
     return tensor._version
 
 
+def lazy_copy(tensor: Tensor) -> Tensor:
+    """Return a copy, detached, that takes memory only once it or `tensor` is written to, by whomever.
+
+    Who writes then gets new memory. So this is for a CPU alone: graphs recorded on a GPU count on addresses. Elsewhere,
+    and of memory that is not torch's alone, as where processes share it, it is copied at once.
+
+    Assumes that ``torch._lazy_clone`` lets two tensors share memory until either of them, or a view of it, is written
+    to, also through ``.data``; and that it raises RuntimeError where it cannot.
+    """
+    tensor = tensor.detach()
+    if tensor.device.type == "cpu" and type(tensor) is Tensor and tensor.layout == torch.strided:
+        try:
+            return torch._lazy_clone(tensor)
+        except (RuntimeError, AttributeError):
+            pass
+    return tensor.clone()
+
+
+def has_same_memory(tensor: Tensor, copy: Tensor) -> bool:
+    """Return whether a `lazy_copy` still shares the memory of its tensor: neither was written to.
+
+    Assumes that ``torch._C._data_address`` only tells the address; ``data_ptr`` counts as a write.
+    """
+    if type(copy) is not Tensor or tensor.device.type != "cpu":
+        return False
+    return bool(torch._C._data_address(tensor) == torch._C._data_address(copy))  # type: ignore[attr-defined]
+
+
 def own_parameters(module: nn.Module) -> Iterator[tuple[str, Parameter]]:
     """Yield the parameters of a module itself, by own name; one that has two names comes twice.
 

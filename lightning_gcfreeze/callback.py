@@ -338,7 +338,7 @@ class GradCovFreezeCallback(_lightning.Callback):
         if is_due and self._logged_step != state.steps:
             self._logged_step = state.steps
             metrics = {self._tag(tag): value for tag, value in run.take_metrics().items()}
-            values = {self._tag(tag): value for tag, value in run.stages.take_histograms().items()}
+            values = ((self._tag(tag), value) for tag, value in run.stages.take_histograms())
             reporting.log(trainer.loggers, _lightning.log_step(trainer), metrics, values)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -4,14 +4,18 @@ Tensors and numbers in, tensors and numbers out: no module, optimizer or trainer
 """
 
 import math
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_gcfreeze import orderings, selection
+from lightning_gcfreeze import _torch, orderings, selection
+from lightning_gcfreeze._aside import put_aside
+from lightning_gcfreeze._computed import Computed, Cut, cuts, part
+from lightning_gcfreeze._masks import PackedMasks
 from lightning_gcfreeze._types import Granularity, Named
 from lightning_gcfreeze.distributed import UNSHARDED, Shards
 from lightning_gcfreeze.observing import Observing
@@ -21,12 +25,12 @@ from lightning_gcfreeze.observing import Observing
 class Decision:
     """The decision at t0, and what it was based on. Tensors go by parameter name and have its (local) shape."""
 
-    frozen: dict[str, Tensor]
-    """bool, True = held constant."""
-    scores: dict[str, Tensor]
-    """The order; the lowest scores are frozen."""
-    variance: dict[str, Tensor]
-    """The diagonal of C_t0: the very same mapping as `scores` where these are the variances."""
+    frozen: Named
+    """bool, True = held constant: packed, each is unpacked when it is asked for."""
+    scores: Named
+    """The order; the lowest scores are frozen. Large ones are in a file, see `_aside`."""
+    variance: Named
+    """The diagonal of C_t0: the very same mapping as `scores` where these are the variances. In a file, too."""
     matrix: Tensor | None
     """C_t0, (p, p), if it was kept."""
     observed: int
@@ -81,7 +85,7 @@ class Decision:
 
     def with_k(self, k: int, granularity: Granularity) -> "Decision":
         """Return the decision for another k along the same order."""
-        frozen = selection.lowest_k(self.scores, k, granularity, self.shards)
+        frozen = PackedMasks(selection.marks(self.scores, k, granularity, self.shards))
         return replace(self, frozen=frozen, n_frozen=self.shards.n_marked(frozen))
 
     def sentence(self, steps: int) -> str:
@@ -152,12 +156,15 @@ class Decision:
     def to(self, parameters: Named, shards: Shards) -> None:
         """Keep only the local parts of loaded tensors, on the devices of the parameters."""
 
-        def there(named: Named) -> dict[str, Tensor]:
-            return {name: t.to(parameters[name].device) for name, t in shards.parts(named).items()}
+        def there(named: Named) -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in named.items():
+                yield name, shards.parts({name: tensor})[name].to(parameters[name].device)
 
-        variance = None if self.variance is self.scores else there(self.variance)
-        self.shards, self.frozen, self.scores = shards, there(self.frozen), there(self.scores)
-        self.variance = self.scores if variance is None else variance
+        scores, nbytes = self.scores, _nbytes(self.scores)
+        self.shards, self.frozen = shards, PackedMasks(there(self.frozen))
+        self.scores = put_aside(there(scores), nbytes)
+        is_scores = self.variance is scores
+        self.variance = self.scores if is_scores else put_aside(there(self.variance), _nbytes(self.variance))
 
 
 def scores_now(
@@ -167,7 +174,7 @@ def scores_now(
     seed: int,
     granularity: Granularity,
     moments: Mapping[str, Named] | None = None,
-) -> dict[str, Tensor]:
+) -> Named:
     """Return the ordering's scores by the evidence so far, in the order of the parameters, which decides ties.
 
     Elements that freeze together have the same score: the mean of what the ordering gave them.
@@ -175,7 +182,8 @@ def scores_now(
     Raises:
         ValueError: the ordering did not score every element, or with NaN.
     """
-    return _scores(ordering, observing.evidence(weights, seed, granularity, moments))
+    with _open(observing.evidence(weights, seed, granularity, moments)) as evidence:
+        return _scores(ordering, evidence, weights)
 
 
 def decide(
@@ -208,17 +216,23 @@ def decide(
         ValueError: the ordering did not score every element, or with NaN.
         RuntimeError: processes would freeze different elements.
     """
-    shards, evidence = observing.shards, observing.evidence(weights, seed, granularity, moments)
-    scores = given = _scores(ordering, evidence)
-    if keep is not None:
-        scores = {name: score.double().masked_fill(keep[name], -math.inf) for name, score in given.items()}
-    frozen = selection.lowest_k(scores, k, granularity, shards)
-    shards.check_agreement(frozen)
-    scores_are_variance = ordering is orderings.variance and granularity == "element" and keep is None
+    shards = observing.shards
+    with _open(observing.evidence(weights, seed, granularity, moments)) as evidence:
+        scores = given = _scores(ordering, evidence, weights)
+        if keep is not None:
+            kept = ((name, score.double().masked_fill(keep[name], -math.inf)) for name, score in given.items())
+            scores = put_aside(kept, 8 * sum(w.numel() for w in weights.values()))
+        frozen = PackedMasks(selection.marks(scores, k, granularity, shards))
+        shards.check_agreement(frozen)
+        variance = scores
+        if ordering is not orderings.variance or granularity != "element" or keep is not None:
+            variance = put_aside(
+                evidence.variance.items(), _nbytes({name: weights[name] for name in evidence.variance})
+            )
     return Decision(
         frozen=frozen,
         scores=scores,
-        variance=scores if scores_are_variance else dict(evidence.variance),
+        variance=variance,
         matrix=observing.matrix,
         observed=observing.observed,
         skipped=observing.skipped,
@@ -230,21 +244,88 @@ def decide(
     )
 
 
-def _scores(ordering: orderings.Ordering, evidence: orderings.Evidence) -> dict[str, Tensor]:
-    failure = None
+@contextmanager
+def _open(evidence: orderings.Evidence) -> Iterator[orderings.Evidence]:
+    """Let evidence be read until the end of the context."""
     try:
-        scores = ordering(evidence)
-        selection.check_scores(scores, evidence.weights)
+        yield evidence
+    finally:
+        for field in fields(evidence):
+            if isinstance(named := getattr(evidence, field.name), Computed):
+                named.close()
+
+
+def _scores(ordering: orderings.Ordering, evidence: orderings.Evidence, weights: Named) -> Named:
+    """Return the scores of elements, or the mean scores of units, each put aside before the next is computed."""
+    failure, granularity, shards = None, evidence.granularity, evidence.shards
+    found: Mapping[str, Tensor] = {}
+    units = []
+    try:
+        given = _given(ordering, evidence, weights)
+        if granularity == "element":
+            found = put_aside(given, _nbytes(weights))
+        else:
+            units = [selection.unit_sums(name, score, granularity, shards) for name, score in given]
     except Exception as error:
         failure = error
-    if evidence.shards.world.any(failure is not None):  # else the other processes would wait
+    if shards.world.any(failure is not None):  # else the other processes would wait
         raise failure or RuntimeError("`order` failed on another process; see its error.")
-    by_element = {name: scores[name].detach() for name in evidence.weights}
-    return selection.pooled(by_element, evidence.granularity, evidence.shards)
+    return found if granularity == "element" else dict(selection.means(units))
+
+
+def _given(ordering: orderings.Ordering, evidence: orderings.Evidence, weights: Named) -> Iterator[tuple[str, Tensor]]:
+    """Yield what an ordering scores, checked, in the order of the parameters; the tensors are nobody else's."""
+    if any(ordering is known for known in orderings.BY_ELEMENT):
+        for name, w in weights.items():
+            score = _in_pieces(ordering, evidence, name, w)
+            selection.check_score(name, score, w.shape)
+            yield name, score
+            del score  # before the next one is computed
+        return
+    given = ordering(evidence)
+    selection.check_scores(given, weights)
+    scores = dict(given)
+    del given
+    for name, w in weights.items():
+        score = scores.pop(name).detach()
+        # A copy of a weight may share its memory until either of them is written to.
+        yield name, score.clone() if _torch.has_same_memory(w, score) else score
+
+
+def _in_pieces(ordering: orderings.Ordering, evidence: orderings.Evidence, name: str, w: Tensor) -> Tensor:
+    """Return an ordering's score of one parameter, a piece of it after the other."""
+    computed = {
+        field.name: named for field in fields(evidence) if isinstance(named := getattr(evidence, field.name), Computed)
+    }
+
+    def score(cut: Cut) -> Tensor:
+        pieces = {field: named.only(name, cut) for field, named in computed.items()}
+        return ordering(replace(evidence, **pieces))[name].detach()  # type: ignore[arg-type]
+
+    first, *others = cuts(w)
+    found = score(first)
+    if not others:
+        return found
+    whole = torch.empty_like(w, dtype=found.dtype)
+    first(whole).copy_(found)
+    for cut in others:
+        cut(whole).copy_(score(cut))
+    return whole
 
 
 def _n_without_gradient(frozen: Named, scores: Named, activity: Named, shards: Shards) -> int:
     own = min((float(score.min()) for score in scores.values() if score.numel()), default=math.inf)
     least = float(shards.element_world.all_reduce_min(torch.tensor(own, dtype=torch.float64)))
-    dead = {name: mask & (activity[name] == 0) & (scores[name] == least) for name, mask in frozen.items()}
-    return sum(shards.n_marked(dead).values())
+    count = 0
+    for name, mask in frozen.items():
+        if shards.is_counted_here(name):
+            score = scores[name]
+            for cut in cuts(mask):
+                dead = cut(mask) & (cut(score) == least)
+                count += int((dead & (part(activity, name, cut) == 0)).count_nonzero()) if dead.any() else 0
+    return int(shards.element_world.all_reduce_sum(torch.tensor(count)))
+
+
+def _nbytes(named: Named) -> int:
+    """Return the bytes of tensors of these shapes in float32, or wider."""
+    return sum(tensor.numel() * max(tensor.element_size(), 4) for tensor in named.values())

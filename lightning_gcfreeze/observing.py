@@ -5,12 +5,14 @@ Tensors and numbers in, tensors and numbers out: no module, optimizer or trainer
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_gcfreeze import orderings
+from lightning_gcfreeze import _torch, orderings
+from lightning_gcfreeze._computed import Computed, Cut, part
 from lightning_gcfreeze._types import Granularity, Named
 from lightning_gcfreeze.distributed import UNSHARDED, Shards
 from lightning_gcfreeze.estimators import (
@@ -78,7 +80,7 @@ class Observing:
     @property
     def variance(self) -> dict[str, Tensor]:
         """The diagonal of C_t, ``{name: (*p.shape)}``; empty while nothing has been observed."""
-        return self._variance() if self.observed else {}
+        return dict(self._variance()) if self.observed else {}
 
     @property
     def matrix(self) -> Tensor | None:
@@ -96,9 +98,7 @@ class Observing:
         """Whether any statistic of gradients is gathered."""
         return any(estimator.tensors for estimator in self._estimators)
 
-    def activity(
-        self, weights: Named, moments: Mapping[str, Named] | None = None, held: Named | None = None
-    ) -> dict[str, Tensor]:
+    def activity(self, weights: Named, moments: Mapping[str, Named] | None = None, held: Named | None = None) -> Named:
         """Return a tensor per parameter that is 0 where an element never had a gradient, as far as that is known.
 
         Args:
@@ -110,11 +110,15 @@ class Observing:
             return self._variance()
         for field in ("second_moment", "mean", "recent_mean"):
             if field in self.moments:
-                return {name: tensor.abs() for name, tensor in self._read(self.moments[field].tensors).items()}
-        active = {name: torch.ones_like(w) for name, w in weights.items()}
-        for moment in (moments or {}).values():
-            active = {name: torch.where(moment[name] == 0, 0.0, own) for name, own in active.items()}
-        return active if held is None else {name: own + held[name] for name, own in active.items()}
+                return self._read(self.moments[field].tensors, Tensor.abs)
+
+        def active(name: str, cut: Cut) -> Tensor:
+            found = torch.ones_like(cut(weights[name]))
+            for moment in (moments or {}).values():
+                found = torch.where(part(moment, name, cut) == 0, 0.0, found)
+            return found if held is None else found + cut(held[name])
+
+        return Computed(weights, active)
 
     def wants(self, step: int) -> bool:
         """Return whether an optimizer step was not observed yet: a loss scaler may let the same step come again."""
@@ -196,7 +200,8 @@ class Observing:
         if world.size == 1:
             return
         for estimator in self._estimators:
-            estimator.tensors = self._read(estimator.tensors)
+            for tensor in estimator.tensors.values():
+                tensor.mul_(self._scale)
             self.shards.mean_over_replicas_(estimator.tensors)
         self._scale = 1.0
         self._observed = int(world.all_reduce_min(torch.tensor(self._observed)))
@@ -205,7 +210,9 @@ class Observing:
     def evidence(
         self, weights: Named, seed: int, granularity: Granularity, moments: Mapping[str, Named] | None = None
     ) -> orderings.Evidence:
-        """Return what an ordering may look at now; weights are copied, since scores may outlive their values.
+        """Return what an ordering may look at now. Nothing is computed before it is asked for, nor kept after that.
+
+        Weights are copies, since scores may outlive their values.
 
         Args:
             weights: the parameters now.
@@ -214,11 +221,13 @@ class Observing:
             moments: fields of `orderings.Evidence` that are not gathered here, ``{field: {name: (*p.shape)}}``.
         """
         self.resolve_pending()
-        now = {name: w.detach().clone() for name, w in weights.items()}
+        now = Computed(weights, lambda name, cut: _torch.lazy_copy(cut(weights[name])))
         gathered = {name: self._read(estimator.tensors) for name, estimator in self.moments.items()}
-        fields = {**gathered, **(moments or {})}
+        read = {field: Computed(named, partial(part, named)) for field, named in (moments or {}).items()}
+        fields, first = {**gathered, **read}, self.start
+        start = None if first is None else Computed(first, lambda name, cut: cut(first[name]))
         return orderings.Evidence(
-            self._variance(), now, seed, start=self.start, granularity=granularity, shards=self.shards, **fields
+            self._variance(), now, seed, start=start, granularity=granularity, shards=self.shards, **fields
         )
 
     def begin_movement(self, weights: Named, rates: Mapping[str, float]) -> None:
@@ -230,19 +239,25 @@ class Observing:
                 self.halfway[name].copy_(w)
         self.halfway_rates = dict(rates)
 
-    def movement(self, weights: Named, rates: Mapping[str, float]) -> dict[str, Tensor]:
+    def movement(self, weights: Named, rates: Mapping[str, float]) -> Computed:
         """Return the way since `begin_movement`, divided by the mean of the learning rates then and now.
 
         Raises:
             RuntimeError: the state was loaded, and its order did not read "movement".
         """
-        if self.halfway is None:
+        if (halfway := self.halfway) is None:
             raise RuntimeError(
                 "The order reads the movement of the weights, but the checkpoint was saved by one that did not, and has"
                 " no weights to count it from. Load the weights into the module and fit without `ckpt_path`."
             )
         mean = {name: (rate + self.halfway_rates[name]) / 2 or 1.0 for name, rate in rates.items()}  # 0: no way either
-        return {name: (_wide(w) - _wide(self.halfway[name])) / mean[name] for name, w in weights.items()}
+        return Computed(weights, lambda name, cut: (_wide(cut(weights[name])) - _wide(cut(halfway[name]))) / mean[name])
+
+    def release(self) -> None:
+        """Free the memory of all statistics: they are not needed any more."""
+        for estimator in self._estimators:
+            estimator.tensors = {}
+        self.start = self.halfway = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint holds, whole tensors on the CPU of rank 0 where parameters are sharded.
@@ -301,13 +316,13 @@ class Observing:
     def _estimators(self) -> tuple[Estimator, ...]:
         return (self.covariance, *self.moments.values())
 
-    def _read(self, sums: Named) -> dict[str, Tensor]:
-        """Return the statistic from the estimator's running sum."""
-        return {name: tensor * self._scale for name, tensor in sums.items()}
+    def _read(self, sums: Named, function: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Computed:
+        """Return the statistic from the estimator's running sum, after a function."""
+        return Computed(sums, lambda name, cut: function(cut(sums[name]) * self._scale))
 
-    def _variance(self) -> dict[str, Tensor]:
+    def _variance(self) -> Computed:
         # Where there is no noise at all, rounding may leave a little less than none.
-        return {name: v.clamp_(min=0.0) for name, v in self._read(self.covariance.variance).items()}
+        return self._read(self.covariance.variance, lambda v: v.clamp_(min=0.0))
 
 
 def _is_free_to_read(value: Tensor) -> bool:
@@ -319,8 +334,8 @@ def _finiteness_probe(samples: Iterable[SquaredNoise], batch: Iterable[Tensor]) 
     """Return a 0-dim sum that is not finite if and only if some element of a gradient is not."""
     others = (tensor for g in samples if (tensor := g.finiteness_probe()) is not None)
     total, *more = (t.sum() if t.dtype.itemsize >= 4 else t.sum(dtype=torch.float32) for t in (*batch, *others))
-    for part in more:
-        total = total + part
+    for other in more:
+        total = total + other
     return total
 
 

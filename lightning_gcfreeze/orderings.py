@@ -36,7 +36,8 @@ class Evidence:
     """What an ordering may read.
 
     All tensors are ``{name: (*p.shape)}``, by parameter name; they must not be modified. For sharded parameters they
-    are plain tensors of the local elements; see `shards`.
+    are plain tensors of the local elements; see `shards`. In a run each is computed when it is asked for, and must not
+    be asked for once the ordering has returned: keep copies, as in ``copy.deepcopy(evidence)``.
     """
 
     variance: Named
@@ -206,6 +207,8 @@ ORDERINGS: dict[str, Ordering] = {
     "momentum": momentum,
     "movement": movement,
 }
+BY_ELEMENT: frozenset[Ordering] = frozenset(ORDERINGS.values()) - {random}
+"""Orderings whose score of an element depends on nothing but that element: they can be asked for it in pieces."""
 _REMOVED = ("variance_by_tensor", "variance_by_second_moment", "variance_by_magnitude")
 
 

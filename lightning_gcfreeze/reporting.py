@@ -1,7 +1,7 @@
 """Tags and values for loggers. Which loggers there are, and when to log, is the callback's business."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -39,33 +39,37 @@ def scalars(
     return values | {tag: value for tag, value in (planning or {}).items() if math.isfinite(value)}
 
 
-def histograms(frozen: Named, variance: Named) -> dict[str, Tensor]:
-    """Return the values of a decision's histograms, by tag.
+def histograms(frozen: Named, variance: Named) -> Iterator[tuple[str, Tensor]]:
+    """Yield tags and values of a decision's histograms, one after the other.
 
     Args:
         frozen: ``{name: bool (*p.shape)}``, logged as 0 and 1.
         variance: ``{name: (*p.shape)}``, logged as log10 of the positive values; may be empty.
     """
-    values = {}
     for name, mask in frozen.items():
-        values[f"gcfreeze/frozen/{name}"] = mask.float()
-        if name in variance and (positive := variance[name][variance[name] > 0]).numel():
-            values[f"gcfreeze/log10_variance/{name}"] = positive.log10()
-    return values
+        yield f"gcfreeze/frozen/{name}", mask.float()
+        if name in variance:
+            values = variance[name]
+            if (positive := values[values > 0]).numel():
+                yield f"gcfreeze/log10_variance/{name}", positive.log10()
 
 
-def log(loggers: Iterable[Any], step: int, metrics: dict[str, float], values: Named | None = None) -> None:
+def log(
+    loggers: Iterable[Any], step: int, metrics: dict[str, float], values: Iterable[tuple[str, Tensor]] = ()
+) -> None:
     """Write numbers to all loggers, and histograms to those that have them, as TensorBoard's does.
 
     Args:
         loggers: Lightning's loggers.
         step: the step on the loggers' axis.
         metrics: numbers by tag, see `scalars`.
-        values: the values of histograms by tag, see `histograms`; None: no histograms.
+        values: tags and values of histograms, see `histograms`.
     """
+    loggers = list(loggers)
     for logger in loggers:
         logger.log_metrics(metrics, step=step)
-        add_histogram = getattr(getattr(logger, "experiment", None), "add_histogram", None)
-        if add_histogram is not None:
-            for tag, tensor in (values or {}).items():
+    found = (getattr(getattr(logger, "experiment", None), "add_histogram", None) for logger in loggers)
+    if writers := [add_histogram for add_histogram in found if add_histogram is not None]:
+        for tag, tensor in values:
+            for add_histogram in writers:
                 add_histogram(tag, tensor, step)

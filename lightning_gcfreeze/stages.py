@@ -1,6 +1,6 @@
 """`Stages`: from statistics to held elements, stage by stage. No trainer is known here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lightning_gcfreeze import masks, misconfiguration, orderings, refusals, reporting, selection
+from lightning_gcfreeze._computed import Computed
 from lightning_gcfreeze._names import shortened
 from lightning_gcfreeze._types import Named
 from lightning_gcfreeze.decision import Decision, decide, scores_now
@@ -137,7 +138,7 @@ class Stages:
         """Return the eligible parameters themselves, of sharded ones the local parts."""
         return {name: local(p.detach()) for name, p in self._parameters.items()}
 
-    def scores(self) -> dict[str, Tensor]:
+    def scores(self) -> Named:
         """Return the scores by what was observed so far; empty before the first observed step."""
         state, options = self._state, self._options
         if (observing := state.observing) is None or not observing.observed:
@@ -215,9 +216,11 @@ class Stages:
         decision = decide(
             observing, options.ordering, self.weights(), state.seed, k, granularity, uses, keep, moments, held
         )
-        state.observing = self.new_observing(observing.reads_samples) if state.plan.has_next_decision else None
-        around.inform(decision.sentence(state.steps))
         read = () if observing.reads_gradients else self._from_optimizer
+        reads_samples = observing.reads_samples
+        observing.release()
+        state.observing = self.new_observing(reads_samples) if state.plan.has_next_decision else None
+        around.inform(decision.sentence(state.steps))
         for doubt in decision.doubts(k, state.plan.k, granularity, read):
             around.warn(doubt)
         return decision
@@ -250,10 +253,10 @@ class Stages:
         if self._state.savings and not self._state.plan.masks_may_change:
             self._around.inform(self._state.savings.table())
 
-    def take_histograms(self) -> dict[str, Tensor]:
-        """Return the values of histograms, by tag, if the masks have changed since the last call."""
+    def take_histograms(self) -> Iterator[tuple[str, Tensor]]:
+        """Return tags and values of histograms, to go through once, if the masks have changed since the last call."""
         decision, changed, self._has_changed = self._state.decision, self._has_changed, False
-        return reporting.histograms(decision.frozen, decision.variance) if decision and changed else {}
+        return reporting.histograms(decision.frozen, decision.variance) if decision and changed else iter(())
 
     # Holding -------------------------------------------------------------------------------------------------------
 
@@ -276,6 +279,10 @@ class Stages:
             whole_gradients=state.observing is not None,
             in_trial=in_trial,
         )
+        if plan.mode == "compact" and not plan.late:  # which takes them away; the states are yet to be gathered
+            for name, mask in decision.frozen.items():
+                if mask.any():
+                    self._parameters[name].grad = None
         self.holder = Holder(
             plan,
             around.optimizer,
@@ -368,7 +375,7 @@ class Stages:
     def _change(self, decision: Decision) -> None:
         """Hold what a new decision says, and nothing else."""
         state, optimizer = self._state, self._around.optimizer
-        nothing = {name: torch.zeros_like(mask) for name, mask in decision.frozen.items()}
+        nothing = Computed(decision.frozen, lambda name, cut: torch.zeros_like(cut(decision.frozen[name])))
         before = state.decision.frozen if state.decision else nothing
         self.release()
         state.decision = decision

@@ -118,6 +118,32 @@ def version_counts_changes_in_place() -> None:
     assert tensor._version == before + 2
 
 
+def lazy_clone_shares_memory_until_either_is_written() -> None:
+    address = torch._C._data_address  # type: ignore[attr-defined]
+    for write in (
+        lambda tensor: tensor.add_(1),
+        lambda tensor: tensor.data.mul_(2),
+        lambda tensor: tensor[1:].zero_(),
+        lambda tensor: tensor.numpy().__setitem__(0, 7.0),
+        lambda tensor: torch._foreach_add_([tensor], 1.0),
+    ):
+        for first in (True, False):
+            tensor = torch.arange(3.0)
+            kept = torch._lazy_clone(tensor)
+            assert address(tensor) == address(kept)
+            assert (tensor + kept).tolist() == [0, 2, 4]  # reading is no write
+            assert address(tensor) == address(kept)
+            write(tensor if first else kept)
+            assert address(tensor) != address(kept)
+            assert (kept if first else tensor).tolist() == [0, 1, 2]
+            assert (tensor if first else kept).tolist() != [0, 1, 2]
+    try:
+        torch._lazy_clone(torch.zeros(2).share_memory_())
+    except RuntimeError:
+        return
+    raise AssertionError("shared memory is cloned lazily")
+
+
 def own_parameters_are_in_a_dictionary_that_attributes_read() -> None:
     layer = nn.Linear(2, 3, bias=False)
     assert layer._parameters == {"weight": layer.weight, "bias": None}

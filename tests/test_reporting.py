@@ -62,14 +62,14 @@ def test_log_gives_histograms_to_loggers_that_have_them_and_numbers_to_all():
     plain, tensorboard = Logger(), Logger(Experiment())
     reporting.log([plain, tensorboard], 4, {"x": 1.0})
     assert tensorboard.experiment.histograms == []
-    reporting.log([plain, tensorboard], 5, {"x": 2.0}, {"h": FROZEN["a"]})
+    reporting.log([plain, tensorboard], 5, {"x": 2.0}, [("h", FROZEN["a"])])
     assert plain.metrics == tensorboard.metrics == [(4, {"x": 1.0}), (5, {"x": 2.0})]
     assert tensorboard.experiment.histograms == [("h", FROZEN["a"], 5)]
 
 
 def test_histograms_are_of_masks_and_of_log10_of_variances():
     """Masks as 0 and 1; log10 of the variances that have one, for each parameter."""
-    values = reporting.histograms(FROZEN, VARIANCE)
+    values = dict(reporting.histograms(FROZEN, VARIANCE))
     assert set(values) == {f"gcfreeze/{kind}/{name}" for kind in ("frozen", "log10_variance") for name in "ab"}
     assert values["gcfreeze/frozen/a"].tolist() == [[1.0, 0.0], [1.0, 1.0]]
     assert values["gcfreeze/frozen/b"].tolist() == 0.0
@@ -82,14 +82,14 @@ def test_histograms_are_of_masks_and_of_log10_of_variances():
 
 def test_parameter_without_variance_has_no_histogram_of_variance():
     """log10 of 0 is no number, and an empty histogram is an error for TensorBoard."""
-    values = reporting.histograms({"a": FROZEN["a"]}, {"a": torch.zeros(2, 2)})
+    values = dict(reporting.histograms({"a": FROZEN["a"]}, {"a": torch.zeros(2, 2)}))
     assert set(values) == {"gcfreeze/frozen/a"}
 
 
 def test_histograms_do_not_share_memory_with_masks_and_variances():
     """Masks and variances are read only."""
     before = [{n: t.clone() for n, t in named.items()} for named in (FROZEN, VARIANCE)]
-    for tensor in reporting.histograms(FROZEN, VARIANCE).values():
+    for _, tensor in reporting.histograms(FROZEN, VARIANCE):
         tensor.add_(1.0)
     for named, was in zip((FROZEN, VARIANCE), before, strict=True):
         assert all(torch.equal(named[n], was[n]) for n in named)

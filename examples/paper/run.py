@@ -109,7 +109,7 @@ class Recorder:
     evidence: Evidence
 
     def __call__(self, evidence: Evidence) -> Named:
-        self.evidence = evidence
+        self.evidence = deepcopy(evidence)
         return evidence.variance
 
 

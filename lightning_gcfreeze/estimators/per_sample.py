@@ -165,7 +165,14 @@ def one_by_one(
     if keep_each:
         kept = list(samples)
         names = [name for name in (kept[0] if kept else ()) if all(name in sample for sample in kept)]
-        return {name: Stacked(torch.stack([sample[name] for sample in kept]), in_batch=False) for name in names}
+        return {
+            name: Stacked(
+                # A single one is not copied.
+                kept[0][name][None] if len(kept) == 1 else torch.stack([sample[name] for sample in kept]),
+                in_batch=False,
+            )
+            for name in names
+        }
     count, sums = 0, dict[str, Tensor]()
     for sample in samples:
         if count == 0:

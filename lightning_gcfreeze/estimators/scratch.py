@@ -42,6 +42,11 @@ def scratch(use: str, shape: Sequence[int], like: Tensor) -> Tensor:
     return known[:size].view(shape)
 
 
+def release() -> None:
+    """Free the buffers of this thread."""
+    _buffers.known.clear()
+
+
 def gated(tensor: Tensor, valid: Tensor | None) -> Tensor:
     """Return zeros if `valid` (0-dim bool) is False, whatever `tensor` holds; with None, or True, `tensor`."""
     return tensor if valid is None else torch.where(valid, tensor, 0.0)

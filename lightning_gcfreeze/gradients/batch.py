@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from lightning_gcfreeze._computed import Computed
+from lightning_gcfreeze._types import Named
 from lightning_gcfreeze.distributed import local, part
 
 
-def batch_gradients(parameters: Mapping[str, Parameter], scale: float = 1.0) -> dict[str, Tensor]:
+def batch_gradients(parameters: Mapping[str, Parameter], scale: float = 1.0) -> Named:
     """Return g_S, the gradient that the optimizer will use.
 
     Args:
@@ -18,9 +20,12 @@ def batch_gradients(parameters: Mapping[str, Parameter], scale: float = 1.0) -> 
 
     Returns:
         ``{name: (*p.shape)}``, of sharded parameters the local parts. ``p.grad`` itself where it is dense and unscaled:
-        do not write to it. Zeros for a parameter without a gradient, which took no part in the loss.
+        do not write to it; with a scale, each is computed when it is asked for. Zeros for a parameter without a
+        gradient, which took no part in the loss.
     """
-    return {name: dense(p, p.grad, scale) for name, p in parameters.items()}
+    if scale == 1.0:
+        return {name: dense(p, p.grad) for name, p in parameters.items()}
+    return Computed(parameters, lambda name, cut: cut(dense(parameters[name], parameters[name].grad, scale)))
 
 
 def dense(parameter: Parameter, grad: Tensor | None, scale: float = 1.0) -> Tensor:

@@ -137,19 +137,24 @@ class Capture:
         self._squares.clear()
         self._without_grad = {name for name in self._sum_in_backward if self._parameters[name].grad is None}
 
-    def first_shares(self) -> Iterator[tuple[str, Tensor, float]]:
-        """Compute the first sample's share of the batch's gradient, for one captured parameter after the other.
+    def first_shares(self) -> dict[str, tuple[Callable[[], Tensor], float]]:
+        """Return how to compute the first sample's share of the batch's gradient, by name of the captured parameters.
 
-        Yields:
-            Its name; the share, shaped like the local part of the parameter; and the relative distance that rounding
-            may put between the share and the same gradient computed otherwise. What was captured stays.
+        Returns:
+            A function that returns the share, shaped like the local part of the parameter; and the relative distance
+            that rounding may put between the share and the same gradient computed otherwise. What was captured stays.
         """
+        found: dict[str, tuple[Callable[[], Tensor], float]] = {}
         for layer, call in self._complete():
             narrowest = max(torch.finfo(delta.dtype).eps for delta in call.deltas if delta is not None)
             for own, g in self._apply_rule(layer, call, slice(0, 1)).items():
                 name = self._layers[layer][own]
-                p = self._parameters[name]
-                yield name, part(p, g.dense(1)[0].to(p.dtype)), min(0.1, 3 * narrowest**0.5)
+                found[name] = partial(self._first_share, self._parameters[name], g), min(0.1, 3 * narrowest**0.5)
+        return found
+
+    @staticmethod
+    def _first_share(p: Parameter, g: PerSample) -> Tensor:
+        return part(p, g.dense(1)[0].to(p.dtype))
 
     def gradients(
         self, factors: Mapping[str, float], g_batch: Named, keep_each: bool, sum_factor: float = 1.0

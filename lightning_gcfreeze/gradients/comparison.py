@@ -9,7 +9,7 @@ comparison is between two extra passes, with BatchNorm's running statistics and 
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import get_args
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lightning_gcfreeze import _modules
+from lightning_gcfreeze._computed import cuts
 from lightning_gcfreeze._names import shortened
 from lightning_gcfreeze.distributed import World
 from lightning_gcfreeze.gradients.capture import Capture
@@ -90,6 +91,7 @@ class Comparison:
                     window.batch_idx,
                     prepare_module=prepare_module,
                     before_backward=capture.begin_backward,
+                    take=lambda name, gradient: None,
                 )
         except Exception as error:  # a replay is correct in any case
             choice.captured.clear()
@@ -101,29 +103,39 @@ class Comparison:
             return
         finally:
             capture.remove_hooks()
-        expected = self._replay.gradient(window, prepare_module=prepare_module) or {}
-        squares, tolerances = self._distances(capture, expected, {"mean": size / scale, "sum": 1 / scale})
+        shares = capture.first_shares()
+        squares = self._distances(shares, window, prepare_module, {"mean": size / scale, "sum": 1 / scale})
         if squares[:, -1].isfinite().all():
-            self._update(choice, squares.sqrt().tolist(), tolerances)
+            self._update(choice, squares.sqrt().tolist(), {name: tolerance for name, (_, tolerance) in shares.items()})
 
     def _distances(
-        self, capture: Capture, expected: Mapping[str, Tensor], factors: Mapping[Reduction, float]
-    ) -> tuple[Tensor, dict[str, float]]:
-        """Compare shares with replayed gradients.
+        self,
+        shares: Mapping[str, tuple[Callable[[], Tensor], float]],
+        window: StepWindow,
+        prepare_module: Callable[[], None] | None,
+        factors: Mapping[Reduction, float],
+    ) -> Tensor:
+        """Compare shares with replayed gradients, each as soon as it is replayed: no two of them need be in memory.
 
         Returns:
             Squared norms, float64, (parameters, 4): the distance for a mean and for a sum, the share, the expected
-            gradient; infinite where something is missing. And the relative tolerance, by name of the captured ones.
+            gradient; infinite where something is missing.
         """
-        rows, tolerances = [[math.inf] * (len(REDUCTIONS) + 2) for _ in self._parameters], dict[str, float]()
-        for row, g in zip(rows, expected.values(), strict=False):
-            row[-1] = float(g.norm()) ** 2
-        index = {name: i for i, name in enumerate(self._parameters)}
-        for name, share, tolerances[name] in capture.first_shares() if expected else ():
-            distances = [float((share * factors[by] - expected[name]).norm()) ** 2 for by in REDUCTIONS]
-            rows[index[name]][:-1] = [*distances, float(share.norm()) ** 2]
-        squares = torch.tensor(rows, dtype=torch.float64)
-        return squares if self._world is None else self._world.all_reduce_sum(squares), tolerances
+        rows = {name: [math.inf] * (len(REDUCTIONS) + 2) for name in self._parameters}
+
+        def compare(name: str, expected: Tensor) -> None:
+            rows[name][-1] = _squared_norm(cut(expected) for cut in cuts(expected))
+            if name in shares:
+                share = shares[name][0]()
+                pieces = list(cuts(expected))
+                rows[name][:-1] = [
+                    *(_squared_norm(cut(share) * factors[by] - cut(expected) for cut in pieces) for by in REDUCTIONS),
+                    _squared_norm(cut(share) for cut in pieces),
+                ]
+
+        self._replay.gradient(window, prepare_module=prepare_module, take=compare)
+        squares = torch.tensor(list(rows.values()), dtype=torch.float64)
+        return squares if self._world is None else self._world.all_reduce_sum(squares)
 
     def _update(self, choice: SourceChoice, norms: list[list[float]], tolerances: Mapping[str, float]) -> None:
         """Capture where the nearest reduction, or the one known from before, is within the tolerance; else replay."""
@@ -165,3 +177,7 @@ class Comparison:
                 layer.training = False
             elif isinstance(layer, nn.RNNBase | nn.MultiheadAttention):
                 layer.dropout = 0.0
+
+
+def _squared_norm(pieces: Iterable[Tensor]) -> float:
+    return sum(float(piece.norm()) ** 2 for piece in pieces)

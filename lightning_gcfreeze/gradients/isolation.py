@@ -34,7 +34,7 @@ def no_trace(module: nn.Module) -> Iterator[None]:
     before = [dict(m.__dict__) for m in modules]
     # Parameters are restored rather than replaced by copies: recurrent layers need them where they are in memory.
     parameters = {p for m in modules for _, p in _torch.own_parameters(m)}
-    kept = [(p, p.requires_grad, p.detach().clone()) for p in parameters]
+    kept = [(p, p.requires_grad, _torch.lazy_copy(p)) for p in parameters]
     copies: dict[int, Any] = {}
     with _same_random_numbers(module):
         try:
@@ -51,7 +51,8 @@ def no_trace(module: nn.Module) -> Iterator[None]:
                 m.__dict__.clear()
                 m.__dict__.update(attributes)
             for p, requires_grad, values in kept:
-                p.data.copy_(values)
+                if not _torch.has_same_memory(p, values):
+                    p.data.copy_(values)
                 p.requires_grad_(requires_grad)
 
 

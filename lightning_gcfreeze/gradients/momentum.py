@@ -22,6 +22,7 @@ the optimizer was given is what it has the mean of: clipped gradients, with the 
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from lightning_gcfreeze._computed import Computed, Cut
 from lightning_gcfreeze._names import shortened
 from lightning_gcfreeze.distributed import local, part
 
@@ -41,13 +43,13 @@ _KNOWN = {*_MEANS, *_DIVISORS, "max_exp_avg_sq", "grad_avg"}
 
 
 class Moments(NamedTuple):
-    """What was read, ``{name: (*p.shape)}``, float32 or wider: copies, of sharded parameters the local parts."""
+    """What can be read, ``{name: (*p.shape)}``, float32 or wider: copies, of sharded parameters the local parts."""
 
-    momentum: dict[str, Tensor]
+    momentum: Computed
     """m."""
-    update: dict[str, Tensor]
+    update: Computed
     """The optimizer's step at unit learning rate, but for its sign and its weight decay."""
-    divisor: dict[str, Tensor]
+    divisor: Computed
     """m / update."""
 
 
@@ -83,24 +85,26 @@ def why_unreadable(optimizer: Optimizer, parameters: Mapping[str, Parameter], me
     return None
 
 
-@torch.no_grad()
 def moments(
     optimizer: Optimizer, parameters: Mapping[str, Parameter], fields: Collection[str] = Moments._fields
 ) -> Moments:
-    """Read m, the update and the divisor, where `why_unreadable` knows no reason against it; what is not there is 0.
+    """Let m, the update and the divisor be read, where `why_unreadable` knows no reason against it; else they are 0.
 
     Args:
-        optimizer: after its step.
+        optimizer: after its step. What is read is its state at that time.
         parameters: by name. One that never had a gradient gets zeros.
-        fields: of `Moments` that are wanted; the others are empty, and take no memory.
+        fields: of `Moments` that are wanted; the others are empty.
     """
-    found: dict[str, dict[str, Tensor]] = {field: {} for field in Moments._fields}
-    for (name, p), group in zip(parameters.items(), _groups(optimizer, parameters).values(), strict=True):
-        read = _moments(p, optimizer.state.get(p) or {}, group, isinstance(optimizer, optim.SGD))
-        for field, tensor in zip(Moments._fields, read, strict=True):
-            if field in fields:
-                found[field][name] = tensor
-    return Moments(**found)
+    groups, is_sgd = _groups(optimizer, parameters), isinstance(optimizer, optim.SGD)
+
+    @torch.no_grad()
+    def read(i: int, name: str, cut: Cut) -> Tensor:
+        p = parameters[name]
+        return _moments(p, optimizer.state.get(p) or {}, groups[name], is_sgd, cut)[i]
+
+    return Moments(
+        *(Computed(parameters if field in fields else (), partial(read, i)) for i, field in enumerate(Moments._fields))
+    )
 
 
 def learning_rates(optimizer: Optimizer, parameters: Mapping[str, Parameter]) -> dict[str, float]:
@@ -149,12 +153,12 @@ def _is_by_element(value: Any, p: Parameter) -> bool:
 
 
 def _moments(
-    p: Parameter, state: Mapping[str, Any], group: Mapping[str, Any], may_be_stateless: bool
+    p: Parameter, state: Mapping[str, Any], group: Mapping[str, Any], may_be_stateless: bool, cut: Cut
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return m, the update and the divisor of one parameter."""
-    found = {key: _wide(p, state[key]) for key in _KNOWN if isinstance(state.get(key), Tensor)}
+    """Return m, the update and the divisor of the elements of one parameter that `cut` selects."""
+    found = {key: _wide(p, state[key], cut) for key in _KNOWN if isinstance(state.get(key), Tensor)}
     corrections = _bias_corrections(state, group)
-    zeros = torch.zeros_like(local(p), dtype=torch.promote_types(p.dtype, torch.float32), requires_grad=False)
+    zeros = torch.zeros_like(cut(local(p)), dtype=torch.promote_types(p.dtype, torch.float32), requires_grad=False)
     if 0.0 in corrections or not (found or may_be_stateless):  # a fused step that did not count leaves a state of 0
         return zeros, zeros.clone(), zeros.clone()
     eps = float(group.get("eps", 0.0))
@@ -200,8 +204,8 @@ def _bias_corrections(state: Mapping[str, Any], group: Mapping[str, Any]) -> tup
     return first, second
 
 
-def _wide(p: Parameter, value: Tensor) -> Tensor:
-    """Return a copy of a state entry, dense, like the local part of its parameter, float32 or wider."""
+def _wide(p: Parameter, value: Tensor, cut: Cut) -> Tensor:
+    """Return a copy of the elements of a state entry, dense, like the local part of its parameter, float32 or wider."""
     value = part(p, value.detach())
-    value = value.to_dense() if value.layout != torch.strided else value
+    value = cut(value.to_dense() if value.layout != torch.strided else value)
     return value.to(torch.promote_types(value.dtype, torch.float32), copy=True)

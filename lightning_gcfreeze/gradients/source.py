@@ -15,6 +15,7 @@ from torch.nn import Parameter
 
 from lightning_gcfreeze._types import Named
 from lightning_gcfreeze.distributed import World
+from lightning_gcfreeze.estimators import scratch
 from lightning_gcfreeze.estimators.base import finite_batch_correction
 from lightning_gcfreeze.estimators.per_sample import SquaredNoise, Stacked, one_by_one
 from lightning_gcfreeze.gradients.capture import Capture
@@ -187,6 +188,7 @@ class SampleGradients:
         self.reset()
         if self._capture is not None:
             self._capture.close()
+        scratch.release()
 
     def _count(self, size: int | None) -> int:
         """Return m for a batch of `size` samples."""

@@ -6,17 +6,22 @@ the choice for k + 1. With sharded parameters each process marks its local eleme
 This is α(k) of the paper, Eq. (2.7), read as: rank <= k is frozen.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial, reduce
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_gcfreeze._computed import PIECE_NUMEL, cuts
 from lightning_gcfreeze._types import Granularity, Named
 from lightning_gcfreeze.distributed import UNSHARDED, Shards
 from lightning_gcfreeze.selection import radix
 from lightning_gcfreeze.selection.units import by_unit, expanded, local_units, n_units
+
+MIN_ROWS = 64
+"""At least so many rows are added up at once, or all of them."""
 
 
 def check_scores(scores: Named, parameters: Named) -> None:
@@ -34,13 +39,22 @@ def check_scores(scores: Named, parameters: Named) -> None:
             f" {sorted(scores.keys() - parameters.keys())} unknown."
         )
     for name, score in scores.items():
-        if score.shape != parameters[name].shape:
-            raise ValueError(
-                f"`order` must return one score per element: {name!r} has the shape {tuple(parameters[name].shape)},"
-                f" its scores {tuple(score.shape)}."
-            )
-        if score.isnan().any():
-            raise ValueError(f"`order` returned NaN for {int(score.isnan().sum())} elements of {name!r}.")
+        check_score(name, score, parameters[name].shape)
+
+
+def check_score(name: str, score: Tensor, shape: torch.Size) -> None:
+    """Check the scores of one parameter.
+
+    Raises:
+        ValueError: they have another shape than the parameter, or one of them is NaN.
+    """
+    if score.shape != shape:
+        raise ValueError(
+            f"`order` must return one score per element: {name!r} has the shape {tuple(shape)},"
+            f" its scores {tuple(score.shape)}."
+        )
+    if n := sum(int(cut(score).isnan().count_nonzero()) for cut in cuts(score)):
+        raise ValueError(f"`order` returned NaN for {n} elements of {name!r}.")
 
 
 def pooled(scores: Named, granularity: Granularity, shards: Shards = UNSHARDED) -> dict[str, Tensor]:
@@ -57,16 +71,47 @@ def pooled(scores: Named, granularity: Granularity, shards: Shards = UNSHARDED) 
     """
     if granularity == "element":
         return dict(scores)
-    means = {}
-    for name, score in scores.items():
-        shape = shards.shape(name, score)
-        sums = torch.zeros(n_units(shape, granularity), dtype=torch.float64, device=score.device)
-        here = local_units(name, score, granularity, shards)
-        if shards.is_counted_here(name):
-            sums[here] = by_unit(score, granularity).sum(1, dtype=torch.float64)
-        of_units = shards.element_world.all_reduce_sum(sums) / (shape.numel() // max(len(sums), 1))
-        means[name] = expanded(of_units[here], score)
-    return means
+    return dict(means(unit_sums(name, score, granularity, shards) for name, score in scores.items()))
+
+
+class UnitSums(NamedTuple):
+    """Sums of scores over the units of one parameter, of those elements that are counted on this process."""
+
+    name: str
+    sums: Tensor
+    """float64, (units of the whole parameter,)."""
+    here: Tensor
+    """The units that have local elements; see `local_units`."""
+    numel: int
+    """Elements of a unit."""
+    shape: torch.Size
+    """Of the local elements."""
+    shards: Shards
+
+
+def unit_sums(name: str, score: Tensor, granularity: Granularity, shards: Shards = UNSHARDED) -> UnitSums:
+    """Add up the scores of each unit, "row" or "tensor". No communication."""
+    shape = shards.shape(name, score)
+    sums = torch.zeros(n_units(shape, granularity), dtype=torch.float64, device=score.device)
+    here = local_units(name, score, granularity, shards)
+    if shards.is_counted_here(name):
+        sums[here] = _sum_of_each(by_unit(score, granularity))
+    return UnitSums(name, sums, here, shape.numel() // max(len(sums), 1), score.shape, shards)
+
+
+def means(units: Iterable[UnitSums]) -> Iterator[tuple[str, Tensor]]:
+    """Give every element the mean of its unit, over all processes: a view of one number for each unit."""
+    for name, sums, here, numel, shape, shards in units:
+        of_units = shards.element_world.all_reduce_sum(sums) / numel
+        yield name, expanded(of_units[here], shape)
+
+
+def _sum_of_each(rows: Tensor) -> Tensor:
+    """Return the sum of each row in float64, to which torch copies what it adds up: some rows at a time."""
+    height = PIECE_NUMEL // max(rows.shape[1], 1)
+    if height < MIN_ROWS or rows.numel() <= PIECE_NUMEL:  # of few rows, torch has several threads for one
+        return rows.sum(1, dtype=torch.float64)
+    return torch.cat([piece.sum(1, dtype=torch.float64) for piece in rows.split(height)])
 
 
 def lowest_k(
@@ -88,36 +133,50 @@ def lowest_k(
     Returns:
         ``{name: bool (*p.shape)}``, True for exactly k elements with "element", else for at most k.
     """
+    return dict(marks(scores, k, granularity, shards))
+
+
+def marks(
+    scores: Named, k: int, granularity: Granularity = "element", shards: Shards = UNSHARDED
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the masks of `lowest_k` one after the other, with their names; scores are read one after the other, too."""
     if granularity != "element":
-        return _lowest_units(scores, k, granularity, shards)
-    marked = {name: torch.zeros(score.shape, dtype=torch.bool, device=score.device) for name, score in scores.items()}
-    if k == 0:
-        return marked
-    all_reduce_sum, dtype = shards.element_world.all_reduce_sum, _comparable_dtype(scores)
-    n_elements = sum(shards.shape(name, score).numel() for name, score in scores.items())
+        yield from _lowest_units(scores, k, granularity, shards).items()
+        return
+    shapes, dtypes = dict[str, torch.Size](), set[torch.dtype]()
+    for name, score in scores.items():
+        shapes[name] = shards.shape(name, score)
+        dtypes.add(score.dtype)
+    all_reduce_sum, dtype = shards.element_world.all_reduce_sum, _comparable_dtype(dtypes)
+    n_elements = sum(shape.numel() for shape in shapes.values())
     chunks = partial(radix.chunks, dtype=dtype, n_numbers=n_elements)
     counted = [name for name in scores if shards.is_counted_here(name)]
+    if k == 0:
+        for name, score in scores.items():
+            yield name, torch.zeros(score.shape, dtype=torch.bool, device=score.device)
+        return
     kth = radix.kth_smallest(
         lambda: (chunk for name in counted for _, chunk in chunks(scores[name])), k, dtype, n_elements, all_reduce_sum
     )
     n_left = k - kth.n_lower  # elements to choose among those whose score equals the k-th lowest
     take_all_ties = n_left == kth.n_equal
-    compare = torch.le if take_all_ties else torch.lt
     n_ties = torch.zeros(len(scores), dtype=torch.int64)
-    for i, (name, score) in enumerate(scores.items()):
+    if not take_all_ties:
+        for i, name in enumerate(scores):
+            if name in counted:
+                n_ties[i] = sum(int((chunk == kth.value).count_nonzero()) for _, chunk in chunks(scores[name]))
+        n_ties = all_reduce_sum(n_ties)
+    compare = torch.le if take_all_ties else torch.lt
+    for (name, score), n_tied in zip(scores.items(), n_ties.tolist(), strict=True):
+        marked = torch.empty(score.shape, dtype=torch.bool, device=score.device)
         for start, chunk in chunks(score):
-            compare(chunk, kth.value, out=marked[name].view(-1)[start : start + len(chunk)])
-            if not take_all_ties and name in counted:
-                n_ties[i] += int((chunk == kth.value).count_nonzero())
-    if take_all_ties:
-        return marked
-    for (name, score), n_tied in zip(scores.items(), all_reduce_sum(n_ties).tolist(), strict=True):
+            compare(chunk, kth.value, out=marked.view(-1)[start : start + len(chunk)])
         n_chosen = min(n_left, n_tied)
-        n_left -= n_chosen
-        if n_chosen:
+        if not take_all_ties and n_chosen:
+            n_left -= n_chosen
             ties = _Ties(name, score, kth.value, n_tied, chunks, shards)
-            ties.mark_first_(marked[name], n_chosen)
-    return marked
+            ties.mark_first_(marked, n_chosen)
+        yield name, marked
 
 
 def ranks(scores: Named) -> dict[str, Tensor]:
@@ -136,9 +195,9 @@ def ranks(scores: Named) -> dict[str, Tensor]:
 
 
 def _lowest_units(scores: Named, k: int, granularity: Granularity, shards: Shards) -> dict[str, Tensor]:
-    here = {name: local_units(name, score, granularity, shards) for name, score in scores.items()}
-    unit_scores, sizes = [], []
+    here, shapes, unit_scores, sizes = dict[str, Tensor](), dict[str, torch.Size](), [], []
     for name, score in scores.items():
+        here[name], shapes[name] = local_units(name, score, granularity, shards), score.shape
         shape = shards.shape(name, score)
         values = score.new_full((n_units(shape, granularity),), -torch.inf, dtype=torch.float64)
         values[here[name]] = by_unit(score, granularity)[:, 0].to(torch.float64)
@@ -148,7 +207,7 @@ def _lowest_units(scores: Named, k: int, granularity: Granularity, shards: Shard
     fits = torch.empty_like(order, dtype=torch.bool)
     fits[order] = torch.cat(sizes)[order].cumsum(0) <= k
     by_parameter = fits.split([len(values) for values in unit_scores])
-    return {name: expanded(f[here[name]], scores[name]) for name, f in zip(scores, by_parameter, strict=True)}
+    return {name: expanded(f[here[name]], shapes[name]) for name, f in zip(scores, by_parameter, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -193,9 +252,9 @@ class _Ties:
         return torch.int32 if self._size < 2**31 else torch.int64
 
 
-def _comparable_dtype(scores: Named) -> torch.dtype:
+def _comparable_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     """Return the dtype in which all scores are compared: float32, float64 or int64."""
-    dtype = reduce(torch.promote_types, (score.dtype for score in scores.values()))
+    dtype = reduce(torch.promote_types, dtypes)
     if not dtype.is_floating_point:
         return torch.int64
     return torch.float64 if dtype == torch.float64 else torch.float32

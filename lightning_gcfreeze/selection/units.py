@@ -41,14 +41,14 @@ def by_unit(tensor: Tensor, granularity: Granularity) -> Tensor:
     return tensor.reshape(len(tensor) if granularity == "row" and tensor.dim() else 1, -1)
 
 
-def expanded(values: Tensor, like: Tensor) -> Tensor:
-    """Give every element the value of its unit.
+def expanded(values: Tensor, shape: torch.Size) -> Tensor:
+    """Give every element the value of its unit: a view.
 
     Args:
         values: ``(local units,)``.
-        like: the local elements, for their shape.
+        shape: of the local elements.
     """
-    if not like.numel():
-        return values.new_empty(like.shape)
-    column = values.reshape(len(values), *[1] * max(0, like.dim() - 1))
-    return column.expand(like.shape or (1,)).reshape(like.shape)
+    if not shape.numel():
+        return values.new_empty(shape)
+    column = values.reshape(len(values), *[1] * max(0, len(shape) - 1))
+    return column.expand(shape or (1,)).reshape(shape)
