@@ -6,7 +6,8 @@
 Lightning's Trainer, one thread, each way in a process of its own, in which a small fit has loaded all code before.
 Figures count from there: of `linears`, M2 and M4 in units of the parameters' bytes, with the model; of `minilm` in MiB
 beyond the loaded model. Peaks are the system's own: Linux sets the mark of the most resident memory back where "5" is
-written to /proc/self/clear_refs. On a GPU they are those of torch's allocator.
+written to /proc/self/clear_refs. Pages of libraries, which come and go, are not counted. On a GPU they are those of
+torch's allocator.
 """
 
 import argparse
@@ -134,13 +135,13 @@ class Meter:
     def now(self) -> int:
         if self.device.type == "cuda":
             return torch.cuda.memory_allocated()
-        return _status("VmRSS")
+        return _status("RssAnon")
 
     def peak(self) -> int:
         """The most since the last call of `restart`."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated()
-        return _status("VmHWM")
+        return max(_status("VmHWM") - _status("RssFile"), self.now())
 
     def restart(self) -> None:
         if self.device.type == "cuda":

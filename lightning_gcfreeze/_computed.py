@@ -7,8 +7,9 @@ from torch import Tensor
 
 from lightning_gcfreeze._types import Named
 
-PIECE_NUMEL = 2**20
-"""Elements that are computed at once where a tensor is computed in pieces, but for a longer row."""
+PIECE_NUMEL = 2**16
+"""Elements that are computed at once where a tensor is computed in pieces, but for a longer row: a score takes a dozen
+intermediate results of that size, which stay in a cache."""
 
 Cut: TypeAlias = Callable[[Tensor], Tensor]
 """Returns a part of a tensor: the same elements of each tensor of a parameter's shape."""

@@ -9,6 +9,7 @@ from torch.nn import Parameter
 
 from lightning_gcfreeze import masks, misconfiguration, orderings, refusals, reporting, selection
 from lightning_gcfreeze._computed import Computed
+from lightning_gcfreeze._memory import give_back
 from lightning_gcfreeze._names import shortened
 from lightning_gcfreeze._types import Named
 from lightning_gcfreeze.decision import Decision, decide, scores_now
@@ -300,6 +301,7 @@ class Stages:
         state.savings = self.holder.savings
         if around.all_reduce and sends_live_only:
             around.all_reduce.leave_out({self._parameters[name]: mask for name, mask in decision.frozen.items()})
+        give_back()
 
     def before_update(self, args: tuple[Any, ...], kwargs: dict[str, Any], is_nested: bool) -> Any:
         """Hand the live elements over, where that is done late, and multiply the learning rates.

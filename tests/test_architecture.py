@@ -14,7 +14,16 @@ SOURCE = TESTS.parent / PACKAGE
 # A module imports from layers above it in this table, and from nothing next to it or below. A folder has one layer for
 # all of its modules, whose order is in `INSIDE`; names without a file are of modules to come.
 LAYERS = (
-    ("_types", "_checks", "_names", "_modules", "_torch", "_wrappers", "_aside"),  # no knowledge of the method
+    (
+        "_types",
+        "_checks",
+        "_names",
+        "_modules",
+        "_torch",
+        "_wrappers",
+        "_aside",
+        "_memory",
+    ),  # no knowledge of the method
     ("_computed", "_masks"),
     ("distributed", "user_code", "misconfiguration"),  # which elements a process has; which code a run has
     ("estimators",),  # the paper's recursion: tensors in, tensors out

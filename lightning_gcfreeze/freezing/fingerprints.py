@@ -9,7 +9,7 @@ from lightning_gcfreeze._types import Named
 from lightning_gcfreeze.distributed import local
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_CHUNK_NUMEL = 2**20
+_CHUNK_NUMEL = 2**16
 
 
 @torch.no_grad()

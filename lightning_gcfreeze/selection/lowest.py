@@ -14,14 +14,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_gcfreeze._computed import PIECE_NUMEL, cuts
+from lightning_gcfreeze._computed import cuts
 from lightning_gcfreeze._types import Granularity, Named
 from lightning_gcfreeze.distributed import UNSHARDED, Shards
 from lightning_gcfreeze.selection import radix
 from lightning_gcfreeze.selection.units import by_unit, expanded, local_units, n_units
 
-MIN_ROWS = 64
-"""At least so many rows are added up at once, or all of them."""
+MIN_ROWS, SUMMED_NUMEL = 64, 2**18
+"""At least so many rows, and about so many elements, are added up at once, or all of them."""
 
 
 def check_scores(scores: Named, parameters: Named) -> None:
@@ -108,8 +108,8 @@ def means(units: Iterable[UnitSums]) -> Iterator[tuple[str, Tensor]]:
 
 def _sum_of_each(rows: Tensor) -> Tensor:
     """Return the sum of each row in float64, to which torch copies what it adds up: some rows at a time."""
-    height = PIECE_NUMEL // max(rows.shape[1], 1)
-    if height < MIN_ROWS or rows.numel() <= PIECE_NUMEL:  # of few rows, torch has several threads for one
+    height = max(MIN_ROWS, SUMMED_NUMEL // max(rows.shape[1], 1))
+    if rows.shape[1] > SUMMED_NUMEL:  # of few long rows, torch has several threads for one
         return rows.sum(1, dtype=torch.float64)
     return torch.cat([piece.sum(1, dtype=torch.float64) for piece in rows.split(height)])
 
