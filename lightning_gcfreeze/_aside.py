@@ -6,9 +6,10 @@ The file is temporary and has no name: it is gone with the process, however that
 import os
 import tempfile
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,22 @@ class _Entry(NamedTuple):
     device: torch.device
 
 
+class _File:
+    """A file without a name, closed when nobody needs it any more.
+
+    Raises:
+        OSError: there is no folder for it.
+    """
+
+    def __init__(self) -> None:
+        with tempfile.TemporaryFile(buffering=0) as file:
+            self.number = os.dup(file.fileno())
+        weakref.finalize(self, os.close, self.number)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_File":
+        return self
+
+
 class Aside(Mapping[str, Tensor]):
     """Tensors by name, each read from a file when it is asked for, onto the device that it came from.
 
@@ -33,11 +50,11 @@ class Aside(Mapping[str, Tensor]):
     tensors.
 
     Args:
-        file: opened for reading and writing, unbuffered.
+        file: with the tensors; it does not change any more.
         entries: what is in the file, and tensors that are not.
     """
 
-    def __init__(self, file: IO[bytes], entries: dict[str, _Entry | Tensor]) -> None:
+    def __init__(self, file: _File, entries: dict[str, _Entry | Tensor]) -> None:
         self._file, self._entries = file, entries
 
     def __getitem__(self, name: str) -> Tensor:
@@ -47,7 +64,7 @@ class Aside(Mapping[str, Tensor]):
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
         left, offset = _bytes(tensor), entry.offset
         while left:
-            if not (n := os.preadv(self._file.fileno(), [left], offset)):
+            if not (n := os.preadv(self._file.number, [left], offset)):
                 raise RuntimeError(f"The temporary file with {name!r} has been cut short.")
             left, offset = left[n:], offset + n
         return tensor.to(entry.device)
@@ -84,7 +101,7 @@ def put_aside(tensors: Iterable[tuple[str, Tensor]], nbytes: int) -> Mapping[str
         return dict(tensors)
     entries: dict[str, _Entry | Tensor] = {}
     try:
-        file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  # open for as long as the tensors are asked for
+        file = _File()
     except OSError as error:
         _warn(error)
         return dict(tensors)
@@ -104,10 +121,10 @@ def put_aside(tensors: Iterable[tuple[str, Tensor]], nbytes: int) -> Mapping[str
     return Aside(file, entries)
 
 
-def _write(file: IO[bytes], tensor: Tensor, offset: int) -> None:
+def _write(file: _File, tensor: Tensor, offset: int) -> None:
     left = _bytes(tensor.detach().cpu().contiguous())
     while left:
-        n = os.pwritev(file.fileno(), [left], offset)
+        n = os.pwritev(file.number, [left], offset)
         left, offset = left[n:], offset + n
 
 

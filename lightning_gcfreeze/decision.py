@@ -314,7 +314,7 @@ def _in_pieces(ordering: orderings.Ordering, evidence: orderings.Evidence, name:
 
 
 def _n_without_gradient(frozen: Named, scores: Named, activity: Named, shards: Shards) -> int:
-    own = min((float(score.min()) for score in scores.values() if score.numel()), default=math.inf)
+    own = min((float(scores[name].min()) for name, mask in frozen.items() if mask.numel()), default=math.inf)
     least = float(shards.element_world.all_reduce_min(torch.tensor(own, dtype=torch.float64)))
     count = 0
     for name, mask in frozen.items():
@@ -323,6 +323,7 @@ def _n_without_gradient(frozen: Named, scores: Named, activity: Named, shards: S
             for cut in cuts(mask):
                 dead = cut(mask) & (cut(score) == least)
                 count += int((dead & (part(activity, name, cut) == 0)).count_nonzero()) if dead.any() else 0
+            del score
     return int(shards.element_world.all_reduce_sum(torch.tensor(count)))
 
 

@@ -6,6 +6,7 @@ Tensors and numbers in, tensors and numbers out: no module, optimizer or trainer
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -333,7 +334,7 @@ def _is_free_to_read(value: Tensor) -> bool:
 def _finiteness_probe(samples: Iterable[SquaredNoise], batch: Iterable[Tensor]) -> Tensor:
     """Return a 0-dim sum that is not finite if and only if some element of a gradient is not."""
     others = (tensor for g in samples if (tensor := g.finiteness_probe()) is not None)
-    total, *more = (t.sum() if t.dtype.itemsize >= 4 else t.sum(dtype=torch.float32) for t in (*batch, *others))
+    total, *more = (t.sum() if t.dtype.itemsize >= 4 else t.sum(dtype=torch.float32) for t in chain(batch, others))
     for other in more:
         total = total + other
     return total

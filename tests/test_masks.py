@@ -1,4 +1,7 @@
-"""`MaskIndex` gathers and scatters in row-major order, whatever the shape, dtype and memory format."""
+"""`MaskIndex` gathers and scatters in row-major order, in any memory format; `PackedMasks` take a bit an element."""
+
+import copy
+import pickle
 
 import numpy as np
 import torch
@@ -6,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_gcfreeze import _masks
-from lightning_gcfreeze._masks import MaskIndex
+from lightning_gcfreeze._masks import MaskIndex, PackedMasks
 
 SHAPES = [(7,), (), (0, 2), (1, 6), (5, 4), (3, 16), (4, 3, 2), (2, 3, 3, 3)]
 
@@ -88,3 +91,30 @@ def test_index_is_int64_where_torch_does_not_scatter_by_int32(monkeypatch):
     assert index.index.dtype == torch.int64
     index.scatter_(tensor, torch.tensor([1.0, 2.0]))
     assert tensor.tolist() == [[0, 1], [2, 0], [0, 0]]
+
+
+@given(st.sampled_from([*SHAPES, (9,), (17, 5)]), st.integers(0, 2**31), st.sampled_from(["rows", "few", "half"]))
+def test_packed_masks_come_back_from_the_bytes_of_numpy(shape, seed, kind):
+    """Eight elements are one byte, the first in the lowest bit, as `numpy.packbits` has them in its little order."""
+    mask = mask_of(shape, seed, kind)
+    packed = PackedMasks([("a", mask), ("b", ~mask)])
+    assert packed["a"].dtype == torch.bool
+    assert torch.equal(packed["a"], mask)
+    assert torch.equal(packed["b"], ~mask)
+    assert packed["a"].is_contiguous()
+    assert (list(packed), len(packed), "a" in packed, "c" in packed) == (["a", "b"], 2, True, False)
+    bits = np.packbits(mask.numpy().reshape(-1), bitorder="little")
+    np.testing.assert_array_equal(packed._masks["a"].numpy(), bits)
+    assert packed.nbytes == 2 * len(bits)
+    packed["a"].zero_()
+    assert torch.equal(packed["a"], mask)
+
+
+def test_packed_masks_keep_masks_of_rows_as_they_are_and_copy_as_they_are():
+    rows = torch.tensor([True, False, True])[:, None].expand(3, 100)
+    packed = PackedMasks([("w", rows), ("v", torch.ones(80, dtype=torch.bool))])
+    assert packed["w"] is rows
+    assert packed.nbytes == 3 + 10
+    for copied in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+        assert torch.equal(copied["w"], rows)
+        assert copied["v"].tolist() == [True] * 80

@@ -147,6 +147,7 @@ def marks(
     for name, score in scores.items():
         shapes[name] = shards.shape(name, score)
         dtypes.add(score.dtype)
+        del score  # here and below: before the next one is read
     all_reduce_sum, dtype = shards.element_world.all_reduce_sum, _comparable_dtype(dtypes)
     n_elements = sum(shape.numel() for shape in shapes.values())
     chunks = partial(radix.chunks, dtype=dtype, n_numbers=n_elements)
@@ -176,7 +177,10 @@ def marks(
             n_left -= n_chosen
             ties = _Ties(name, score, kth.value, n_tied, chunks, shards)
             ties.mark_first_(marked, n_chosen)
+            del ties
+        del score
         yield name, marked
+        del marked
 
 
 def ranks(scores: Named) -> dict[str, Tensor]:
