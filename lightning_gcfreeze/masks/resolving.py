@@ -4,12 +4,14 @@ from collections.abc import Mapping
 from os import PathLike
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_gcfreeze._names import closest
 from lightning_gcfreeze._types import Named
-from lightning_gcfreeze.distributed import Shards, part
+from lightning_gcfreeze.distributed import Shards, part, whole
 from lightning_gcfreeze.masks.files import load
 from lightning_gcfreeze.masks.selections import Names, Selection, constant
 
@@ -49,11 +51,11 @@ def resolve(masks: Masks, module: nn.Module, parameters: Named, shards: Shards) 
     found, failure = dict[str, Tensor](), None
     try:
         found = _resolved(masks, module, parameters, shards)
-    except (OSError, TypeError, ValueError) as error:
+    except Exception as error:
         failure = error
     if shards.world.any(failure is not None):  # else the other processes would wait for this one
         raise failure or ValueError("`masks` do not fit on another process; see its error.")
-    if not sum(shards.n_marked(found).values()):
+    if shards.world.any(not sum(shards.n_marked(found).values())):
         raise ValueError(
             "`masks` mark nothing: no element would be frozen. True means held constant; masks of what is to be trained"
             " are inverted by `~`."
@@ -70,16 +72,34 @@ def _resolved(masks: Masks, module: nn.Module, parameters: Named, shards: Shards
         try:
             given: Mapping[str, Any] = masks.of(names)
         except ValueError as error:
-            raise ValueError(f"`masks={masks!r}`: {error}.") from error
+            raise ValueError(f"`masks={masks!r}`: {str(error).removesuffix('.')}.") from error
     else:
         given = load(masks) if isinstance(masks, str | PathLike) else masks
-    found = {name: part(p, constant(False, names.shapes[name])) for name, p in parameters.items()}
+    found = dict[str, Tensor]()
     for name, mask in given.items():
         if name not in names.all:
             raise ValueError(_stranger(name, names, every))
         own = names.all[name]
-        found[own] = part(parameters[own], _checked(name, mask, names.shapes[own]))
-    return {name: mask.to(parameters[name].device) for name, mask in found.items()}
+        p, checked = parameters[own], _checked(name, mask, names.shapes[own])
+        local_mask = part(p, checked if _lies_alike(checked, p) else whole(checked))
+        is_theirs = isinstance(masks, Mapping) and not isinstance(mask, bool | np.bool_)
+        local_mask = local_mask.to(p.device, copy=is_theirs)  # whoever gave it may change it later
+        if not torch.equal(found.setdefault(own, local_mask), local_mask):
+            raise ValueError(f"`masks` have {name!r} and another name of the same parameter, with different masks.")
+    return {
+        name: found[name] if name in found else part(p, constant(False, names.shapes[name])).to(p.device)
+        for name, p in parameters.items()
+    }
+
+
+def _lies_alike(mask: Tensor, parameter: Tensor) -> bool:
+    """Return whether the local elements of a mask are those of its parameter."""
+    if not isinstance(mask, DTensor):
+        return True  # every process has all of it
+    return isinstance(parameter, DTensor) and (mask.device_mesh, mask.placements) == (
+        parameter.device_mesh,
+        parameter.placements,
+    )
 
 
 def _stranger(name: str, names: Names, every: Mapping[str, Tensor]) -> str:
@@ -95,9 +115,14 @@ def _stranger(name: str, names: Names, every: Mapping[str, Tensor]) -> str:
 
 
 def _checked(name: str, mask: Any, shape: torch.Size) -> Tensor:
-    if isinstance(mask, bool):
-        return constant(mask, shape)
-    tensor = mask if isinstance(mask, Tensor) else torch.as_tensor(mask)
+    if isinstance(mask, bool | np.bool_):
+        return constant(bool(mask), shape)
+    try:
+        tensor = (mask if isinstance(mask, Tensor) else torch.as_tensor(mask)).detach()
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise TypeError(
+            f"The mask of {name!r} must be a bool tensor, or True or False, got {mask!r:.80} ({type(mask).__name__})."
+        ) from error
     if tensor.dtype != torch.bool:
         raise TypeError(f"The mask of {name!r} must be bool, True = held constant, got {tensor.dtype}.")
     if tensor.shape != shape:
@@ -105,4 +130,4 @@ def _checked(name: str, mask: Any, shape: torch.Size) -> Tensor:
             f"The mask of {name!r} must have its parameter's shape, {tuple(shape)}, got {tuple(tensor.shape)}. Is it of"
             " another model?"
         )
-    return tensor.detach()
+    return tensor

@@ -1,11 +1,12 @@
 """`Selection`: elements by a wish, such as some rows of an embedding, that is applied to a module when it trains."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from os import PathLike
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,7 +43,7 @@ class Names:
         return self.all[name]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Selection:
     """Elements of parameters, by a rule that is applied to a module later; made by the functions of this file.
 
@@ -64,13 +65,17 @@ class Selection:
         return {name: found[name] if name in found else constant(False, s) for name, s in names.shapes.items()}
 
     def __or__(self, other: "Selection") -> "Selection":
+        if not isinstance(other, Selection):
+            return NotImplemented
         return Selection(_combined, ("logical_or", self, other))
 
     def __and__(self, other: "Selection") -> "Selection":
+        if not isinstance(other, Selection):
+            return NotImplemented
         return Selection(_combined, ("logical_and", self, other))
 
     def __sub__(self, other: "Selection") -> "Selection":
-        return self & ~other
+        return self & ~other if isinstance(other, Selection) else NotImplemented
 
     def __invert__(self) -> "Selection":
         return Selection(_inverted, (self,))
@@ -82,8 +87,14 @@ class Selection:
             return f"({a!r} {_SIGNS[operation]} {b!r})"
         if self.rule is _inverted:
             return f"~{self.arguments[0]!r}"
-        shown = [f"<{a.numel()} rows>" if isinstance(a, Tensor) else f"{a!r:.80}" for a in self.arguments]
-        return f"{self.rule.__name__.lstrip('_')}({', '.join(shown)})"
+        return f"{self.rule.__name__.lstrip('_')}({', '.join(map(_shown, self.arguments))})"
+
+
+def _shown(argument: Any) -> str:
+    if isinstance(argument, Tensor):
+        n_rows = int(argument.sum()) if argument.dtype == torch.bool else argument.numel()
+        return f"<{n_rows} rows>"
+    return f"<of {len(argument)} parameters>" if isinstance(argument, Mapping) else f"{argument!r:.80}"
 
 
 def everything() -> Selection:
@@ -91,24 +102,27 @@ def everything() -> Selection:
     return Selection(_everything)
 
 
-def rows(name: str, indices: Sequence[int] | range | Tensor) -> Selection:
+def rows(name: str, indices: Iterable[int] | Tensor) -> Selection:
     """Select rows of a parameter, what has the same first index: words of an embedding, output neurons, filters.
 
     Args:
         name: of the parameter.
         indices: of the rows, negative ones from the end; or a bool for each row.
+
+    Raises:
+        TypeError: they are neither.
     """
-    return Selection(_rows, (name, torch.as_tensor(indices if isinstance(indices, Tensor) else list(indices))))
+    return Selection(_rows, (*_names("rows", name), _as_indices(indices)))
 
 
 def pattern(*patterns: str) -> Selection:
     """Select whole parameters whose names match one of the patterns (fnmatch): ``pattern("*.bias", "encoder.*")``."""
-    return Selection(_pattern, patterns)
+    return Selection(_pattern, _names("pattern", *patterns))
 
 
 def layer(*layers: str) -> Selection:
     """Select all parameters of layers, by the names of these in the module: ``layer("encoder.layer.0")``."""
-    return Selection(_layer, layers)
+    return Selection(_layer, _names("layer", *layers))
 
 
 def lowest(order: str | PathLike[str] | Named, k: int | float, granularity: Granularity = "element") -> Selection:
@@ -121,6 +135,31 @@ def lowest(order: str | PathLike[str] | Named, k: int | float, granularity: Gran
     """
     _checks.one_of("granularity", granularity, ["element", "row", "tensor"])
     return Selection(_lowest, (order, _checks.count_or_fraction("k", k), granularity))
+
+
+def _names(function: str, *names: Any) -> tuple[str, ...]:
+    """Return names that are given one by one."""
+    if not names or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"`{function}` takes names, one by one, got {names!r:.80}. A list is passed as `*names`.")
+    return names
+
+
+def _as_indices(indices: Any) -> Tensor:
+    """Return indices, or a bool for each row, in memory of their own."""
+    try:
+        values = indices if hasattr(indices, "__array__") else list(indices)
+        found = values.detach().clone() if isinstance(values, Tensor) else torch.tensor(np.array(values))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"`indices` must be a list of ints, or a bool for each row, got {indices!r:.80}.") from error
+    if not found.numel():
+        return found.reshape(-1).long() if found.dtype != torch.bool else found
+    if found.is_floating_point() or found.is_complex() or found.dtype == torch.uint8 or found.dim() != 1:
+        way_out = " Of uint8, nobody knows which of both is meant." if found.dtype == torch.uint8 else ""
+        raise TypeError(
+            "`indices` must be a list of ints, or a bool for each row, got"
+            f" {found.dtype} of {tuple(found.shape)}.{way_out}"
+        )
+    return found
 
 
 def _everything(names: Names) -> dict[str, Tensor]:
@@ -137,8 +176,6 @@ def _rows(names: Names, name: str, indices: Tensor) -> dict[str, Tensor]:
             raise ValueError(f"{name!r} has {shape[0]} rows, and there are {indices.numel()} bools")
         marked = indices.cpu()
     else:
-        if indices.numel() and (indices.is_floating_point() or indices.dim() != 1):
-            raise ValueError(f"rows of {name!r} are a list of ints, got {indices.dtype} of {tuple(indices.shape)}")
         if outside := [i for i in indices.tolist() if not -shape[0] <= i < shape[0]]:
             raise ValueError(f"{name!r} has the rows 0 to {shape[0] - 1}, and no {shortened(map(str, outside))}")
         marked = torch.zeros(shape[0], dtype=torch.bool)
