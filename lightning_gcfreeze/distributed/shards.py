@@ -283,7 +283,7 @@ class Shards:
                 " ranks differ from that of the first rank with the same elements:"
                 f" {', '.join(listing[:5])}. Weights or gradients may differ that should be equal on all ranks. A"
                 " custom `order` must return the same scores on all ranks: draw random numbers from `evidence.seed`,"
-                " and use nothing that only one rank has. Given `masks` must be the same on all ranks."
+                " and use nothing that only one rank has."
             )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Shards":

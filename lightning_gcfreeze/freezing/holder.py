@@ -108,11 +108,11 @@ class Holder:
         if self._skipper:
             self._skipper.skip_outside_of(blocks)
         if self._compact:
-            n_frozen = sum(int(mask.sum()) for mask in frozen.values())
-            state = Footprint.of(self._optimizer).if_live(self._optimizer, n_frozen)
-            self._before = replace(self._before, state=state)
+            n_without_state = sum(int(mask.sum()) for mask in frozen.values())
         else:
-            self._before = replace(self._before, state=Footprint.of(self._optimizer).state)
+            n_without_state = sum(p.numel() for p in self._skipper.without_gradient.values()) if self._skipper else 0
+        state = Footprint.of(self._optimizer).if_live(self._optimizer, n_without_state)
+        self._before = replace(self._before, state=state)
         self.savings = self._count_savings(frozen, uses_per_step, blocks)
 
     def _count_savings(self, frozen: Named, uses_per_step: Mapping[str, int], blocks: Mapping[str, Block]) -> Savings:

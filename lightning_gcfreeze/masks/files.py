@@ -72,9 +72,7 @@ def _load(kind: str, file: str | PathLike[str]) -> tuple[dict[str, torch.Size], 
     way_out = f"Write one with `{_WRITERS[kind]}`."
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # damaged data can make the unpickler raise anything
+    except Exception as error:  # damaged data can make torch raise anything, OSError included
         raise ValueError(f"{str(path)!r} cannot be read as a file of {kind}. {way_out}") from error
     if not isinstance(content, dict) or content.get("kind") not in [*_WRITERS]:
         raise ValueError(f"{str(path)!r} is no file of {kind}. {way_out}")

@@ -1,5 +1,6 @@
 """From what a user gave as `masks` to the masks of a module, the same on all processes."""
 
+import hashlib
 from collections.abc import Mapping
 from os import PathLike
 from typing import Any, TypeAlias
@@ -9,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_gcfreeze._names import closest
+from lightning_gcfreeze._names import closest, shortened
 from lightning_gcfreeze._types import Named
-from lightning_gcfreeze.distributed import Shards, part, whole
+from lightning_gcfreeze.distributed import Shards, local, part, whole
 from lightning_gcfreeze.masks.files import load
 from lightning_gcfreeze.masks.selections import Names, Selection, constant
 
@@ -44,17 +45,29 @@ def resolve(masks: Masks, module: nn.Module, parameters: Named, shards: Shards) 
         shards: their layout.
 
     Raises:
-        ValueError: the masks do not fit the module, mark nothing, or come from a file that is none or is damaged.
+        ValueError: the masks do not fit the module, differ between processes or mark nothing, or the file is damaged or
+            no file of masks.
         TypeError: a mask is no bool.
         OSError: a file cannot be read.
     """
-    found, failure = dict[str, Tensor](), None
+    whole_masks, failure = dict[str, Tensor](), None
     try:
-        found = _resolved(masks, module, parameters, shards)
+        whole_masks = _by_name(masks, module, parameters, shards)
     except Exception as error:
         failure = error
     if shards.world.any(failure is not None):  # else the other processes would wait for this one
         raise failure or ValueError("`masks` do not fit on another process; see its error.")
+    if differing := _differing(whole_masks, shards):
+        raise ValueError(
+            f"`masks` differ between processes, of {shortened(differing)}: the processes would freeze different"
+            " elements. Give the same masks to all of them."
+        )
+    found = {}
+    for name, p in parameters.items():
+        mask = whole_masks.get(name, constant(False, shards.shape(name, p)))
+        found[name] = part(p, mask if _lies_alike(mask, p) else whole(mask)).to(p.device)
+        if isinstance(masks, Mapping):
+            found[name] = found[name].clone()  # whoever gave it may change it later
     if shards.world.any(not sum(shards.n_marked(found).values())):
         raise ValueError(
             "`masks` mark nothing: no element would be frozen. True means held constant; masks of what is to be trained"
@@ -63,7 +76,8 @@ def resolve(masks: Masks, module: nn.Module, parameters: Named, shards: Shards) 
     return found
 
 
-def _resolved(masks: Masks, module: nn.Module, parameters: Named, shards: Shards) -> dict[str, Tensor]:
+def _by_name(masks: Masks, module: nn.Module, parameters: Named, shards: Shards) -> dict[str, Tensor]:
+    """Return the given masks, as whole as they came, by the names of the eligible parameters. Without communication."""
     first = {id(p): name for name, p in parameters.items()}
     every = dict(module.named_parameters(remove_duplicate=False))
     aliases = {name: first[id(p)] for name, p in every.items() if id(p) in first and name not in parameters}
@@ -80,16 +94,23 @@ def _resolved(masks: Masks, module: nn.Module, parameters: Named, shards: Shards
         if name not in names.all:
             raise ValueError(_stranger(name, names, every))
         own = names.all[name]
-        p, checked = parameters[own], _checked(name, mask, names.shapes[own])
-        local_mask = part(p, checked if _lies_alike(checked, p) else whole(checked))
-        is_theirs = isinstance(masks, Mapping) and not isinstance(mask, bool | np.bool_)
-        local_mask = local_mask.to(p.device, copy=is_theirs)  # whoever gave it may change it later
-        if not torch.equal(found.setdefault(own, local_mask), local_mask):
+        checked = _checked(name, mask, names.shapes[own])
+        if not torch.equal(local(found.setdefault(own, checked)), local(checked)):
             raise ValueError(f"`masks` have {name!r} and another name of the same parameter, with different masks.")
-    return {
-        name: found[name] if name in found else part(p, constant(False, names.shapes[name])).to(p.device)
-        for name, p in parameters.items()
+    return found
+
+
+def _differing(masks: Named, shards: Shards) -> list[str]:
+    """Return the names of which not all processes were given the same. Only whole masks can be compared."""
+    if shards.world.size == 1:
+        return []
+    digests = {
+        name: None if isinstance(mask, DTensor) else hashlib.sha256(mask.contiguous().cpu().numpy().data).hexdigest()
+        for name, mask in masks.items()
     }
+    first, *others = shards.world.all_gather_object(digests)
+    names = dict.fromkeys(name for known in (first, *others) for name in known)
+    return [name for name in names if any(name not in known or known[name] != first.get(name) for known in others)]
 
 
 def _lies_alike(mask: Tensor, parameter: Tensor) -> bool:
@@ -109,8 +130,8 @@ def _stranger(name: str, names: Names, every: Mapping[str, Tensor]) -> str:
             " `include` or `exclude` leaves it out. What does not train needs no mask."
         )
     return (
-        f"`masks` have {name!r}, no parameter of the module: {closest(name, names.all)}. Are they of another model?"
-        " Names are exact, so a prefix must be neither added nor left out."
+        f"`masks` have {name!r}, no parameter of the module: {closest(str(name), names.all)}. Are they of another"
+        " model? Names are exact, so a prefix must be neither added nor left out."
     )
 
 

@@ -15,13 +15,19 @@ class PlainFreeze(pl.Callback):
     """After `t0` optimizer steps, hold the elements that the masks mark at the values that they have then.
 
     Args:
-        t0: optimizer steps before the freeze.
+        t0: optimizer steps before the freeze; 0: from the first step on.
         frozen: ``{name: bool (*p.shape)}``, True = held constant; names of ``named_parameters()``.
     """
 
     def __init__(self, t0: int, frozen: Mapping[str, Tensor]) -> None:
         self.t0, self.frozen = t0, frozen
         self.values: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.t0 == 0:
+            parameters = dict(pl_module.named_parameters())
+            self.values = {name: parameters[name].clone() for name in self.frozen}
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
