@@ -69,6 +69,10 @@ def surroundings(
     strategy: Any = trainer.strategy
     data = getattr(strategy, "distributed_sampler_kwargs", None) or {}
     known: Sequence[Any] = [*trainer.callbacks]  # type: ignore[attr-defined]
+    # BaseFinetuning names what is in the optimizer's groups by the module's parameters, each time that it adds a group.
+    readers = [type(c).__name__ for c in known if "BaseFinetuning" in {cls.__name__ for cls in type(c).__mro__}]
+    if not module.automatic_optimization:
+        readers.append("manual optimization")
 
     def in_trial() -> bool:
         """Lightning's tuners swap the Trainer's callbacks while they try."""
@@ -86,7 +90,7 @@ def surroundings(
         world=World(trainer.world_size, strategy.root_device),
         n_replicas=data.get("num_replicas", 1),
         all_reduce=all_reduce,
-        readers=[] if module.automatic_optimization else ["manual optimization"],
+        readers=readers,
         owners=lambda: owners(trainer),
         loss_scale=lambda: loss_scale(trainer),
         publish=publish,

@@ -287,8 +287,8 @@ class GradCovFreezeCallback(_lightning.Callback):
         """Begin, or go on where the checkpoint stopped: by now all of it is loaded under every strategy."""
         self._running.begin()
         self._logged_step = self._state.steps
-        averages = misconfiguration.averaged_weights(trainer.callbacks)  # type: ignore[attr-defined]
-        for sentence in filter(None, [*self._running.warnings(), averages]):
+        callbacks: Any = () if self._options.masks else trainer.callbacks  # type: ignore[attr-defined]
+        for sentence in filter(None, [*self._running.warnings(), misconfiguration.averaged_weights(callbacks)]):
             rank_zero_warn(f"{type(self).__name__}: {sentence}")
 
     def on_train_batch_start(

@@ -313,7 +313,7 @@ class Compact:
         full = self._full_states(frees=True)
         if self._placeholder is not None:
             self._optimizer.state.pop(self._placeholder, None)
-        self._optimizer.state.update(full)
+        self._optimizer.state.update({p: state for p, state in full.items() if state})
         self._set_members()
 
     def _full_states(self, frees: bool = False) -> dict[Tensor, State]:

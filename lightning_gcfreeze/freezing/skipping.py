@@ -158,8 +158,9 @@ class _BlockGradient(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError(
                 f"Gradients of gradients are not available for the weight of this {type(ctx.layer).__name__} layer:"
-                " only a block of its gradient is computed, because the step before the freeze took no gradients of"
-                " gradients. Use GradCovFreezeCallback(..., skip_frozen_gradients=False)."
+                " only a block of its gradient is computed, because the step before the freeze or, with given masks,"
+                " the first step took no gradients of gradients. Use"
+                " GradCovFreezeCallback(..., skip_frozen_gradients=False)."
             )
         target_grad = bias_grad = None
         if ctx.needs_input_grad[2]:

@@ -16,7 +16,7 @@ from lightning_gcfreeze.distributed import Shards, local, part, whole
 from lightning_gcfreeze.masks.files import load
 from lightning_gcfreeze.masks.selections import Names, Selection, constant
 
-Masks: TypeAlias = str | PathLike[str] | Mapping[str, Any] | Selection
+Masks: TypeAlias = Mapping[str, Any] | Selection | str | PathLike[str]  # a mapping first: a YAML file may have one
 """A file of masks; ``{name: bool (*p.shape), or True or False for all of it}``; or a `Selection`."""
 
 
