@@ -271,7 +271,7 @@ class Stages:
         """
         state, around = self._state, self._around
         self.release()
-        self.learns_uses = self._options.masks is not None and not decision.uses_per_step and not in_trial
+        self.learns_uses = self._options.masks is not None and not state.steps and not in_trial
         plan, sends_live_only = plan_holding(
             self._options,
             around,

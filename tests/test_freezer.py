@@ -131,6 +131,96 @@ def test_freezer_in_a_plain_loop_gives_the_callbacks_bits(name, skips):
     assert loop.freezer.frozen_fraction > 0
 
 
+def given_masks(prefix: str = "") -> dict[str, Tensor]:
+    """Masks of half the elements of each parameter but the last, which has none."""
+    generator = torch.Generator().manual_seed(8)
+    drawn = {
+        f"{prefix}{n}": torch.rand(p.shape, generator=generator) < 0.5 for n, p in cases.convnet().named_parameters()
+    }
+    drawn.popitem()
+    return drawn
+
+
+@pytest.mark.parametrize("skips", [False, True], ids=["gradients stay", "gradients skipped"])
+@pytest.mark.parametrize(("accumulate", "clip"), [(1, None), (2, 0.5)])
+def test_freezer_with_masks_gives_the_callbacks_bits(skips, accumulate, clip):
+    """Frozen from the first step on; no loss has to be given, since nothing is observed."""
+    loop = Loop({"masks": given_masks()}, accumulate, clip, skip_frozen_gradients=skips)
+    start = {name: p.detach().clone() for name, p in loop.network.named_parameters()}
+    assert loop.freezer.phase == "observing"
+    loop.train()
+    expected = by_the_callback({"masks": given_masks("network.")}, accumulate, clip, skips)
+    cases.assert_identical(loop.results(), expected)
+    for name, mask in given_masks().items():
+        moved = loop.network.get_parameter(name) != start[name]
+        assert not moved[mask].any()
+        assert moved[~mask].all() or name == "1.bias"  # whose gradient is rounding: BatchNorm takes the mean off
+
+
+def test_freezer_with_masks_is_resumed_and_saves_them(tmp_path):
+    """By its own state and the optimizer's; without a function for the loss."""
+    loop = Loop({"masks": given_masks()})
+    loop.train()
+    loop.freezer.save_masks(tmp_path / "masks.pt")
+    broken = Loop({"masks": tmp_path / "masks.pt"})
+    broken.train(0, 5)
+    saved = io.BytesIO()
+    torch.save(
+        {"f": broken.freezer.state_dict(), "m": broken.network.state_dict(), "o": broken.optimizer.state_dict()}, saved
+    )
+    saved.seek(0)
+    state = torch.load(saved, weights_only=True)
+    resumed = Loop({"masks": given_masks()})
+    resumed.network.load_state_dict(state["m"])
+    resumed.optimizer.load_state_dict(state["o"])
+    resumed.freezer.load_state_dict(state["f"])
+    resumed.train(5)
+    cases.assert_identical(resumed.results(), loop.results())
+    network = cases.convnet()
+    optimizer = adamw(network.parameters())
+    freezer = Freezer(network, optimizer, masks=tmp_path / "masks.pt")
+    before = network[1].weight.detach().clone()
+    for batch in batches()[:3]:
+        freezer.begin_batch(batch)
+        freezer.backward(loss_of(network, batch))
+        optimizer.step()
+        optimizer.zero_grad()
+    freezer.close()
+    mask = given_masks()["1.weight"]
+    assert torch.equal(network[1].weight[mask], before[mask])
+    assert not torch.equal(network[1].weight, before)
+
+
+def test_masks_work_with_a_loss_scaler_and_with_fabric():
+    """Steps that overflow are left out; a wrapped module's names are those of the module inside."""
+    from lightning.fabric import Fabric
+
+    mask = given_masks()["1.weight"]
+    for uses_fabric in (False, True):
+        network = cases.convnet()
+        optimizer = adamw(network.parameters())
+        before = network[1].weight.detach().clone()
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126, growth_interval=100)
+        fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
+        model, stepped = fabric.setup(network, optimizer) if uses_fabric else (network, optimizer)
+        freezer = Freezer(model, stepped, masks=given_masks(), scaler=None if uses_fabric else scaler)
+        for batch in batches():
+            freezer.begin_batch(batch)
+            loss = loss_of(model, batch)
+            if uses_fabric:
+                freezer.backward(loss, backward=fabric.backward)
+                stepped.step()
+            else:
+                freezer.backward(scaler.scale(loss))
+                scaler.step(optimizer)
+                scaler.update()
+            stepped.zero_grad()
+        assert freezer.steps == STEPS if uses_fabric else 0 < freezer.steps < STEPS
+        freezer.close()
+        assert torch.equal(network[1].weight[mask], before[mask])
+        assert (network[1].weight != before)[~mask].all()
+
+
 @pytest.mark.parametrize("skips", [False, True], ids=["gradients stay", "gradients skipped"])
 @pytest.mark.parametrize("name", ["variance", "progress", "rows, restored", "tensors, compact"])
 def test_freezer_with_accumulation_and_clipping_gives_the_callbacks_bits(name, skips):

@@ -265,8 +265,8 @@ def test_nothing_is_observed(monkeypatch):
 # The optimizer's state ---------------------------------------------------------------------------------------------
 
 
-class StateWitness(pl.Callback):
-    """At every hook of a fit, and in those of the optimizer's step: how many elements the optimizer keeps state of."""
+class QuietWitness(pl.Callback):
+    """Around every batch: how many elements the optimizer keeps state of. It overrides no hook that sees gradients."""
 
     def __init__(self) -> None:
         self.counts: set[int] = set()
@@ -277,31 +277,41 @@ class StateWitness(pl.Callback):
         self.counts.add(sum(v.numel() for v in held))
         self.largest = max(self.largest, sum(v.untyped_storage().nbytes() for v in held))
 
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.look(trainer.optimizers[0])
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.look(trainer.optimizers[0])
+
+
+class StateWitness(QuietWitness):
+    """At every hook of a fit, and in those of the optimizer's step."""
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for optimizer in trainer.optimizers:
             optimizer.register_step_post_hook(lambda optimizer, *_: self.look(optimizer))
             optimizer.register_step_pre_hook(lambda optimizer, *_: self.look(optimizer))
 
-    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        self.look(trainer.optimizers[0])
-
-    on_before_zero_grad = on_before_backward = on_after_backward = on_before_optimizer_step = on_train_batch_start
-    on_train_batch_end = on_train_epoch_end = on_train_batch_start
+    on_before_zero_grad = on_before_backward = on_after_backward = QuietWitness.on_train_batch_end
+    on_before_optimizer_step = on_train_epoch_end = QuietWitness.on_train_batch_end
 
 
+@pytest.mark.parametrize("make_witness", [QuietWitness, StateWitness])
 @pytest.mark.parametrize(
     ("optimizer", "per_element", "at_once"), [("AdamW", 2, False), ("SGD momentum", 1, False), ("Adagrad", 1, True)]
 )
 @pytest.mark.parametrize("granularity", ["element", "row"])
-def test_optimizer_never_holds_state_for_frozen_elements(optimizer, per_element, at_once, granularity):
-    """In no hook of any step, the first one included; Adagrad, which makes its state itself, has live elements' too."""
-    given, witness = drawn(granularity), StateWitness()
+def test_optimizer_never_holds_state_for_frozen_elements(optimizer, per_element, at_once, granularity, make_witness):
+    """In no hook of any step, the first one included, whether gradients stay or not; Adagrad begins with a state."""
+    given, witness = drawn(granularity), make_witness()
     trained = module(optimizer)
     live = sum(p.numel() for p in trained.parameters()) - sum(int(mask.sum()) for mask in given.values())
-    fit(trained, GradCovFreezeCallback(masks=given, hold="compact"), witness)
+    callback = GradCovFreezeCallback(masks=given, hold="compact")
+    fit(trained, callback, witness)
+    assert bool(callback.savings.without_backward) == (make_witness is QuietWitness)
     assert witness.counts == ({live * per_element} if at_once else {0, live * per_element})
     assert witness.largest == 4 * live * per_element
-    plain = StateWitness()
+    plain = make_witness()
     fit(module(optimizer), PlainFreeze(0, given), plain)
     assert plain.largest > 2 * witness.largest
 

@@ -20,6 +20,7 @@ from tests import cases, insides
 from tests.callback.test_finders import FindsBatchSize, FindsRate, Tuned
 from tests.callback.test_integrations import YAML, CliData, CliModule, standalone_cases
 from tests.callback.test_masks import assert_trained_as_plainly, drawn, fit, module, network, weights
+from tests.interruptions import Interrupted, SaveAndStop
 from tests.oracles.freezing import PlainFreeze
 
 GIVEN = drawn(make=cases.mlp)
@@ -168,6 +169,25 @@ def test_gradients_of_gradients_in_the_first_step_leave_rows_unskipped(hold, mon
     without = module("SGD momentum")
     fit(without, PlainFreeze(0, given))
     assert not torch.allclose(without.network[2].weight, plain.network[2].weight, rtol=1e-3)
+
+
+def test_run_with_gradients_of_gradients_in_its_first_step_is_resumed_to_the_bit(tmp_path, monkeypatch):
+    """What the first step told holds for the whole run: rows are not skipped after a resume either."""
+    insides.skip_blocks_of_any_size(monkeypatch)
+
+    class Once(Penalized):
+        every = 10**6
+
+    def run(*more: Any, ckpt: Any = None) -> Any:
+        trained, callback = Once(network(), cases.OPTIMIZERS["AdamW"]), GradCovFreezeCallback(masks=drawn("row"))
+        trainer = cases.trainer(callbacks=[callback, *more], max_epochs=1)
+        trainer.fit(trained, cases.ResumableLoader(batches=6), ckpt_path=ckpt, weights_only=True if ckpt else None)
+        return weights(trained), callback.savings.weight_gradient_flops_skipped
+
+    unbroken = run()
+    with pytest.raises(Interrupted):
+        run(SaveAndStop(tmp_path / "run.ckpt", 3))
+    cases.assert_identical(run(ckpt=tmp_path / "run.ckpt"), unbroken)
 
 
 def test_gradients_of_gradients_that_begin_later_are_refused_with_the_way_out(monkeypatch):
