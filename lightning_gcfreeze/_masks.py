@@ -22,12 +22,12 @@ class PackedMasks(Mapping[str, Tensor]):
             if mask.untyped_storage().nbytes() < mask.numel():
                 self._masks[name] = mask
             else:
-                self._masks[name], self._shapes[name] = _packed(mask), mask.shape
+                self._masks[name], self._shapes[name] = packed(mask), mask.shape
             del mask
 
     def __getitem__(self, name: str) -> Tensor:
         mask = self._masks[name]
-        return _unpacked(mask, self._shapes[name]) if name in self._shapes else mask
+        return unpacked(mask, self._shapes[name]) if name in self._shapes else mask
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._masks)
@@ -46,7 +46,7 @@ class PackedMasks(Mapping[str, Tensor]):
         return sum(mask.untyped_storage().nbytes() for mask in self._masks.values())
 
 
-def _packed(mask: Tensor) -> Tensor:
+def packed(mask: Tensor) -> Tensor:
     """Return the elements of a mask row by row, eight in a byte, the first one in the lowest bit, uint8."""
     flat = mask.reshape(-1)
     packed = torch.zeros((len(flat) + 7) // 8, dtype=torch.uint8, device=mask.device)
@@ -56,7 +56,8 @@ def _packed(mask: Tensor) -> Tensor:
     return packed
 
 
-def _unpacked(packed: Tensor, shape: torch.Size) -> Tensor:
+def unpacked(packed: Tensor, shape: torch.Size) -> Tensor:
+    """Return the mask of a shape, bool, from what `packed` returned."""
     bits = torch.empty(len(packed), 8, dtype=torch.uint8, device=packed.device)
     for bit in range(8):
         torch.bitwise_and(packed >> bit, 1, out=bits[:, bit])

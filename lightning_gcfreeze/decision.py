@@ -59,8 +59,9 @@ class Decision:
             shards: how the parameters lie on the processes.
         """
         return cls(
-            frozen=dict(frozen), scores={}, variance={}, matrix=None, observed=0, skipped=0, uses_per_step={},
-            n_frozen=shards.n_marked(frozen), n_without_gradient=0, shapes=dict(shapes), shards=shards,
+            frozen=PackedMasks(frozen.items()), scores={}, variance={}, matrix=None, observed=0, skipped=0,
+            uses_per_step={}, n_frozen=shards.n_marked(frozen), n_without_gradient=0, shapes=dict(shapes),
+            shards=shards,
         )  # fmt: skip
 
     @property

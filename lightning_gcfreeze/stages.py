@@ -292,9 +292,9 @@ class Stages:
             self._parameters,
             decision.frozen,
             decision.uses_per_step,
-            self._uses.names if self.learns_uses else (),
             resumed,
             decision.n_frozen,
+            self._uses.names if self.learns_uses else (),
         )
         self.others_write, self._held_since = plan.puts_back, state.steps
         state.remember_bits(self._parameters)

@@ -47,9 +47,9 @@ class Holder:
         parameters: the eligible parameters, by name.
         frozen: ``{name: bool (*p.shape)}``, True = held constant; for a sharded parameter, of its local part.
         uses_per_step: how often a step uses each weight, by name; see `WeightUses`.
-        unknown_uses: names of weights whose uses will be known after a first step; see `learn_uses`.
         resumed: the optimizer's state was saved with these elements frozen.
         n_frozen: by name, how many elements are frozen, on all processes; needed where parameters are sharded.
+        unknown_uses: names of weights whose uses will be known after a first step; see `learn_uses`.
     """
 
     def __init__(
@@ -61,9 +61,9 @@ class Holder:
         parameters: Mapping[str, Parameter],
         frozen: Named,
         uses_per_step: Mapping[str, int],
-        unknown_uses: Collection[str],
         resumed: bool,
         n_frozen: Mapping[str, int] | None = None,
+        unknown_uses: Collection[str] = (),
     ) -> None:
         ddp = wrapper if isinstance(wrapper, DistributedDataParallel) else None
         self._optimizer, self._parameters, self._uses_ddp = optimizer, parameters, ddp is not None

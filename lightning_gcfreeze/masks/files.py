@@ -5,7 +5,8 @@
     kind        "masks" or "order"
     format      1
     shapes      {name: list of int}, of whole parameters
-    tensors     {name: uint8 (ceil(n / 8),)}, the n bits of a mask, row by row; or {name: scores (*p.shape)}
+    tensors     {name: uint8 (ceil(n / 8),)}, the n bits of a mask, row by row, the first in the lowest bit of a byte;
+                or {name: scores (*p.shape)}
     digest      uint8 (32,), the SHA-256 of all of that
 """
 
@@ -15,10 +16,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_gcfreeze._masks import packed, unpacked
 from lightning_gcfreeze._types import Named
 
 _FORMAT = 1
@@ -32,8 +33,8 @@ def save(masks: Named, file: str | PathLike[str]) -> None:
         masks: ``{name: bool (*p.shape)}``, True = held constant; whole ones.
         file: where to; an existing file is replaced.
     """
-    packed = {name: torch.from_numpy(np.packbits(mask.cpu().numpy())) for name, mask in masks.items()}
-    _save("masks", {name: mask.shape for name, mask in masks.items()}, packed, file)
+    bits = {name: packed(mask.cpu()) for name, mask in masks.items()}
+    _save("masks", {name: mask.shape for name, mask in masks.items()}, bits, file)
 
 
 def load(file: str | PathLike[str]) -> dict[str, Tensor]:
@@ -43,8 +44,8 @@ def load(file: str | PathLike[str]) -> dict[str, Tensor]:
         ValueError: it is no file of masks, or it is damaged.
         OSError: it cannot be read.
     """
-    shapes, packed = _load("masks", file)
-    return {name: _unpacked(packed[name], shape) for name, shape in shapes.items()}
+    shapes, bits = _load("masks", file)
+    return {name: unpacked(bits[name], shape) for name, shape in shapes.items()}
 
 
 def save_order(scores: Named, file: str | PathLike[str]) -> None:
@@ -107,8 +108,3 @@ def _digest(content: Mapping[str, Any]) -> Tensor:
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return torch.tensor(list(found.digest()), dtype=torch.uint8)
-
-
-def _unpacked(packed: Tensor, shape: torch.Size) -> Tensor:
-    bits = np.unpackbits(packed.numpy(), count=shape.numel())
-    return torch.from_numpy(bits.astype(bool)).reshape(shape)

@@ -636,7 +636,7 @@ def test_files_of_other_models_and_damaged_files_are_refused(tmp_path):
     masks.save(drawn(), tmp_path / "good.pt")
     data = (tmp_path / "good.pt").read_bytes()
     (tmp_path / "cut.pt").write_bytes(data[:-100])
-    at = data.index(np.packbits(drawn()["network.4.weight"].numpy()).tobytes())
+    at = data.index(np.packbits(drawn()["network.4.weight"].numpy(), bitorder="little").tobytes())
     (tmp_path / "bit.pt").write_bytes(data[: at + 9] + bytes([data[at + 9] ^ 4]) + data[at + 10 :])
     torch.save(module().state_dict(), tmp_path / "weights.pt")
     for name, message in (
