@@ -1,10 +1,13 @@
 """`Decision`: from evidence to masks on bare tensors, and what a decision can tell."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 
-from lightning_gcfreeze import orderings
+from lightning_gcfreeze import _computed, decision, orderings
+from lightning_gcfreeze._computed import Computed
 from lightning_gcfreeze.decision import Decision, decide, scores_now
 from lightning_gcfreeze.observing import Observing
 from tests.conformance import pairs, vector
@@ -185,3 +188,64 @@ def test_parameter_without_elements_changes_nothing_for_the_others():
     frozen = decide(Observing(v), lambda e: v, v, 0, 1)
     assert frozen.fraction == 0.5
     assert frozen.n_without_gradient == 1
+
+
+def test_scores_that_are_the_weights_stay_as_they_were_when_the_weights_move():
+    """An ordering may return what it was given."""
+    w = {"w": torch.tensor([3.0, 1.0, 2.0])}
+    frozen = decide(Observing(w, reads_samples=False), lambda e: e.weights, w, 0, 2)
+    w["w"].mul_(-10)
+    assert frozen.scores["w"].tolist() == [3.0, 1.0, 2.0]
+    assert frozen.frozen["w"].tolist() == [False, True, True]
+    assert w["w"].tolist() == [-30.0, -10.0, -20.0]
+
+
+def test_ordering_that_writes_to_its_evidence_changes_neither_weights_nor_statistics():
+    """It must not, but training must not suffer from it."""
+    observing, w = observed(pairs(2)), weights()
+
+    def order(evidence):
+        return {name: evidence.weights[name].zero_() + evidence.variance[name].zero_() for name in w}
+
+    before = vector(observing.variance).copy()
+    decide(observing, order, w, 0, 3)
+    assert vector(w).tolist() == [-2.0] * 8
+    assert vector(observing.variance).tolist() == before.tolist()
+    assert before.any()
+
+
+def test_evidence_that_was_kept_is_an_error_and_a_copy_is_not():
+    """Later its weights would be those of a later step."""
+    kept = []
+
+    def order(evidence):
+        kept.extend([evidence, copy.deepcopy(evidence)])
+        return evidence.variance
+
+    scores = scores_now(observed(pairs(2)), order, weights(), 0, "element")
+    with pytest.raises(RuntimeError, match=r"evidence of 'w0' is read after its ordering has returned"):
+        kept[0].weights["w0"]
+    assert vector(kept[1].variance).tolist() == vector(scores).tolist()
+
+
+@pytest.mark.parametrize(
+    "order", sorted(orderings.BY_ELEMENT, key=lambda order: order.__name__), ids=lambda o: o.__name__
+)
+def test_scores_in_pieces_are_those_of_the_whole(order, monkeypatch):
+    """A piece is two rows; NumPy joins what the ordering says of evidence that is plain tensors."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn():
+        return {name: torch.rand(shape, generator=generator) + 0.1 for name, shape in {"a": (9, 4), "b": (7,)}.items()}
+
+    fields = ("variance", "weights", "mean", "recent_mean", "second_moment", "start", "momentum", "update", "divisor")
+    plain = {field: drawn() for field in (*fields, "movement")}
+    expected = order(orderings.Evidence(seed=0, **plain))
+    evidence = orderings.Evidence(
+        seed=0,
+        **{f: Computed(named, lambda name, cut, named=named: cut(named[name])) for f, named in plain.items()},
+    )
+    monkeypatch.setattr(_computed, "PIECE_NUMEL", 8)
+    found = decision._scores(order, evidence, plain["weights"])
+    for name, score in expected.items():
+        np.testing.assert_array_equal(found[name].numpy(), score.numpy())
