@@ -1,12 +1,13 @@
 """What a run keeps in memory, phase by phase: the peak of the steps before, at and after the freeze, and what stays.
 
     uv run --group bench python -m benchmarks.memory [--models linears,minilm] [--ways plain,variance] [--fraction 0.9]
-        [--device cuda] [--json FILE]
+        [--ranks 2] [--device cuda] [--json FILE]
 
 Lightning's Trainer, one thread, each way in a process of its own, in which a small fit has loaded all code before.
 Figures count from there: of `linears`, M2 and M4 in units of the parameters' bytes, with the model; of `minilm` in MiB
-beyond the loaded model. Peaks are the system's own: Linux sets the mark of the most resident memory back where "5" is
-written to /proc/self/clear_refs. Pages of libraries, which come and go, are not counted. On a GPU they are those of
+beyond the loaded model. With several ranks, FSDP2 shards the model over gloo processes; figures are then with the model,
+in the same units, of the rank that has most. Masks from step 1 are drawn at random. Peaks are the system's own: Linux
+sets the mark of the most resident memory back where "5" is written to /proc/self/clear_refs. On a GPU they are those of
 torch's allocator.
 """
 
@@ -16,7 +17,9 @@ import gc
 import json
 import logging
 import multiprocessing
+import os
 import platform
+import socket
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -28,12 +31,16 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from peft import LoraConfig, ShiraConfig, inject_adapter_in_model
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
 from benchmarks.observe import MODELS, Batch, Empty, Watched
-from lightning_gcfreeze import GradCovFreezeCallback
+from lightning_gcfreeze import Evidence, GradCovFreezeCallback, ProbeCallback, orderings
+from lightning_gcfreeze._types import Named
+from lightning_gcfreeze.masks import Selection
 
 T0, AFTER = 8, 5
 """Steps before and after the freeze. Capture is compared with replay at the steps 1, 2, 4 and 8."""
@@ -86,7 +93,7 @@ BY_NAME: dict[str, Model] = {
 
 @dataclass(frozen=True)
 class Way:
-    """How a model is trained: with which callbacks, once it was changed."""
+    """How a model is trained: with which callbacks, for a fraction to freeze, once it was changed."""
 
     callbacks: Callable[[float], list[pl.Callback]] = lambda fraction: []
     adapted: Callable[[nn.Module], nn.Module] = lambda model: model
@@ -95,6 +102,30 @@ class Way:
 
 def ours(**options: Any) -> Way:
     return Way(lambda fraction: [GradCovFreezeCallback(T0, fraction, **options)], has_t0=True)
+
+
+def drawn(names: Any, granularity: str, fraction: float) -> Named:
+    """Return random masks, as the rule of a `Selection` does."""
+    return {
+        name: (torch.rand(shape[:1] if granularity == "row" else shape) < fraction)
+        .view(*shape[:1], *[1] * (len(shape) - 1) if granularity == "row" else shape[1:])
+        .expand(shape)
+        for name, shape in names.shapes.items()
+    }
+
+
+def masked(granularity: str, fraction: float) -> list[pl.Callback]:
+    return [GradCovFreezeCallback(masks=Selection(drawn, (granularity, fraction)))]
+
+
+@orderings.needs("mean", variance=False)
+def mean_gradient(evidence: Evidence) -> Named:
+    """Score by |E g_S|, for which a probe keeps one statistic."""
+    return {name: mean.abs() for name, mean in (evidence.mean or {}).items()}
+
+
+def probing(fraction: float, order: Any) -> list[pl.Callback]:
+    return [ProbeCallback(os.devnull, fraction, order=order)]
 
 
 def with_adapters(config: Any, model: nn.Module) -> nn.Module:
@@ -120,6 +151,9 @@ WAYS: dict[str, Way] = {
         for order in ("variance", "momentum", "movement", "progress")
         for granularity in ("element", "row")
     },
+    **{f"masks from step 1, {unit}": Way(partial(masked, unit)) for unit in ("element", "row")},
+    "probe, one statistic": Way(partial(probing, order=mean_gradient)),
+    "probe, two statistics": Way(partial(probing, order="progress")),
     "LoRA, r = 8": Way(adapted=partial(with_adapters, LoraConfig)),
     "SHiRA, r = 8": Way(adapted=partial(with_adapters, ShiraConfig)),
     "last layer": Way(adapted=last_alone),
@@ -192,6 +226,15 @@ class Trained(Watched):
         super().__init__(model)
         self.kind = optimizer
 
+    def configure_model(self) -> None:
+        """Shard every layer that has no layers with parameters inside, if there are several ranks."""
+        if self.device_mesh is not None:
+            mesh = self.device_mesh["data_parallel"]
+            for layer in self.model.modules():
+                if [*layer.parameters(recurse=False)]:
+                    fully_shard(layer, mesh=mesh)
+            fully_shard(self.model, mesh=mesh)
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.kind([p for p in self.parameters() if p.requires_grad])
 
@@ -199,15 +242,19 @@ class Trained(Watched):
 def fit(module: pl.LightningModule, batch: Batch, steps: int, device: str, callbacks: list[pl.Callback]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        ranks = int(os.environ.get("WORLD_SIZE", 1))
+        strategy: Any = ModelParallelStrategy(ranks, 1, process_group_backend="gloo") if ranks > 1 else "auto"
         trainer = pl.Trainer(
-            accelerator=device.replace("cuda", "gpu"), devices=1, max_steps=steps, logger=False,
-            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=callbacks,
+            accelerator=device.replace("cuda", "gpu"), devices=ranks, max_steps=steps, logger=False, strategy=strategy,
+            use_distributed_sampler=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, callbacks=callbacks,
         )  # fmt: skip
         trainer.fit(module, DataLoader([batch] * steps, batch_size=None))
 
 
-def measure(name: str, way: str, fraction: float, device: str) -> dict[str, float]:
+def measure(name: str, way: str, fraction: float, device: str, environment: dict[str, str]) -> dict[str, float]:
     """In a process of its own."""
+    os.environ.update(environment)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -223,7 +270,7 @@ def measure(name: str, way: str, fraction: float, device: str) -> dict[str, floa
     batch = model.data()
     if not model.in_parameters:
         made.to(device)
-        before = meter.now()
+        before = meter.now() if not environment else before
     module, phases = Trained(WAYS[way].adapted(made), model.optimizer), Phases(meter)
     fit(module, batch, T0 + AFTER, device, [phases, *WAYS[way].callbacks(fraction)])
     return {phase: (bytes_ - before) / unit for phase, bytes_ in phases.peaks.items()}
@@ -240,11 +287,23 @@ def table(name: str, rows: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
+def places(ranks: int) -> list[dict[str, str]]:
+    """Return the environment of each rank, as torchrun sets it; nothing for one process."""
+    if ranks == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(BY_NAME), help="(%(default)s)")
     parser.add_argument("--ways", help="words, one of which the name of a way has to contain (all ways)")
     parser.add_argument("--fraction", type=float, default=0.9, help="of frozen elements (%(default)s)")
+    parser.add_argument("--ranks", type=int, default=1, help="processes that FSDP2 shards over (%(default)s)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="(%(default)s)")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     args = parser.parse_args(argv)
@@ -252,13 +311,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         Meter("cpu").restart()  # or say why not
     ways = [way for way in WAYS if not args.ways or any(word in way for word in args.ways.split(","))]
     results: dict[str, dict[str, dict[str, float]]] = {}
-    print(f"torch {torch.__version__}, {platform.machine()}, one thread, f = {args.fraction:g}")
+    print(f"torch {torch.__version__}, {platform.machine()}, one thread, f = {args.fraction:g}, ranks: {args.ranks}")
     for name in args.models.split(","):
         results[name] = {}
         for way in ways:
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            with ProcessPoolExecutor(args.ranks, multiprocessing.get_context("spawn")) as processes:
                 try:
-                    results[name][way] = process.submit(measure, name, way, args.fraction, args.device).result()
+                    arguments = name, way, args.fraction, args.device
+                    futures = [processes.submit(measure, *arguments, place) for place in places(args.ranks)]
+                    found = [future.result() for future in futures]
+                    results[name][way] = {phase: max(peaks[phase] for peaks in found) for phase in found[0]}
                 except Exception as error:
                     print(f"{name}, {way}: {type(error).__name__}: {str(error)[:150]}", file=sys.stderr)
         print(f"\n{table(name, results[name])}", flush=True)
