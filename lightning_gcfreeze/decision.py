@@ -155,7 +155,9 @@ class Decision:
         return cls(**given, n_frozen=UNSHARDED.n_marked(state["frozen"]), shapes=shapes, shards=UNSHARDED)
 
     def to(self, parameters: Named, shards: Shards) -> None:
-        """Keep only the local parts of loaded tensors, on the devices of the parameters."""
+        """Keep only the local parts of loaded tensors, on the devices of the parameters; once."""
+        if self.shards is shards:
+            return
 
         def there(named: Named) -> Iterator[tuple[str, Tensor]]:
             for name, tensor in named.items():

@@ -302,7 +302,9 @@ class Observing:
         return observing
 
     def to(self, parameters: Named, shards: Shards) -> None:
-        """Keep only the local parts of loaded tensors, on the devices of the parameters."""
+        """Keep only the local parts of loaded tensors, on the devices of the parameters; once."""
+        if self.shards is shards:
+            return
         self.shards = shards
         default = next(iter(parameters.values()))
         for estimator in self._estimators:
