@@ -291,7 +291,7 @@ def _given(ordering: orderings.Ordering, evidence: orderings.Evidence, weights: 
     del given
     for name, w in weights.items():
         score = scores.pop(name).detach()
-        # A copy of a weight may share its memory until either of them is written to.
+        # A copy may share the weight's memory: then the next step, which writes to the weight, would move it elsewhere.
         yield name, score.clone() if _torch.has_same_memory(w, score) else score
 
 

@@ -193,8 +193,10 @@ def test_parameter_without_elements_changes_nothing_for_the_others():
 def test_scores_that_are_the_weights_stay_as_they_were_when_the_weights_move():
     """An ordering may return what it was given."""
     w = {"w": torch.tensor([3.0, 1.0, 2.0])}
+    address = w["w"].data_ptr()
     frozen = decide(Observing(w, reads_samples=False), lambda e: e.weights, w, 0, 2)
     w["w"].mul_(-10)
+    assert w["w"].data_ptr() == address  # they are where they were, too: somebody may have a view of that memory
     assert frozen.scores["w"].tolist() == [3.0, 1.0, 2.0]
     assert frozen.frozen["w"].tolist() == [False, True, True]
     assert w["w"].tolist() == [-30.0, -10.0, -20.0]
