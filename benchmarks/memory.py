@@ -6,9 +6,10 @@
 Lightning's Trainer, one thread, each way in a process of its own, in which a small fit has loaded all code before.
 Figures count from there: of `linears`, M2 and M4 in units of the parameters' bytes, with the model; of `minilm` in MiB
 beyond the loaded model. With several ranks, FSDP2 shards the model over gloo processes; figures are then those of the
-rank that has most, with the model, in the same units. Masks from step 1 are drawn at random. Peaks are the system's own: Linux
-sets the mark of the most resident memory back where "5" is written to /proc/self/clear_refs. On a GPU they are those of
-torch's allocator.
+rank that has most, with the model, in the same units. Masks from step 1 are drawn at random.
+
+Peaks are the system's own: Linux sets the mark of the most resident memory back where "5" is written to
+/proc/self/clear_refs. On a GPU they are those of torch's allocator.
 """
 
 import argparse
