@@ -253,7 +253,7 @@ class Shards:
 
     def n_marked(self, masks: Named) -> dict[str, int]:
         """Return the number of True elements of each whole mask."""
-        counts = [int(mask.sum()) if self.is_counted_here(name) else 0 for name, mask in masks.items()]
+        counts = [int(mask.count_nonzero()) if self.is_counted_here(name) else 0 for name, mask in masks.items()]
         return dict(zip(masks, self.element_world.all_reduce_sum(torch.tensor(counts)).tolist(), strict=True))
 
     def check_agreement(self, masks: Named) -> None:

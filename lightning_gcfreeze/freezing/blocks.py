@@ -111,7 +111,8 @@ class Block:
         self.rows = None if rows.all() else rows.nonzero().squeeze(1)
         self.columns = None if columns.all() else columns.nonzero().squeeze(1)
         inside = live[rows][:, columns].flatten()
-        self.index = None if inside.all() else inside.nonzero().squeeze(1)
+        short = torch.int32 if len(inside) < 2**31 else torch.int64
+        self.index = None if inside.all() else inside.nonzero().squeeze(1).to(short)
         """Flat indices of the live elements in the block; None: all of the block is live."""
         self.numel = math.prod(self.shape)
         self._weight_shape = frozen.shape

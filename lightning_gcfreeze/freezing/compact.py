@@ -70,7 +70,7 @@ class Compact:
         n_frozen: Mapping[str, int] | None = None,
     ) -> None:
         self._optimizer, self._late = optimizer, late
-        counts = n_frozen or {name: int(mask.sum()) for name, mask in frozen.items()}
+        counts = n_frozen or {name: int(mask.count_nonzero()) for name, mask in frozen.items()}
         self._n_live = {parameters[n]: parameters[n].numel() - counts[n] for n in frozen if counts[n]}
         """The number of live elements of each parameter with frozen ones, on all processes."""
         self._names = {name: parameters[name] for name in frozen}

@@ -69,7 +69,7 @@ class Holder:
         self._optimizer, self._parameters, self._uses_ddp = optimizer, parameters, ddp is not None
         self._before = Footprint.of(optimizer)
         on_device = {name: mask.to(parameters[name].device) for name, mask in frozen.items()}
-        n_frozen = n_frozen or {name: int(mask.sum()) for name, mask in frozen.items()}
+        n_frozen = n_frozen or {name: int(mask.count_nonzero()) for name, mask in frozen.items()}
         fully_frozen = [name for name in frozen if n_frozen[name] == parameters[name].numel()]  # on all processes
         whole = {name: mask for name, mask in on_device.items() if not is_sharded(parameters[name])}
         blocks = blocks_worth_it(parameters, whole, uses_per_step) if plan.skips_gradients else {}
@@ -108,7 +108,7 @@ class Holder:
         if self._skipper:
             self._skipper.skip_outside_of(blocks)
         if self._compact:
-            n_without_state = sum(int(mask.sum()) for mask in frozen.values())
+            n_without_state = sum(int(mask.count_nonzero()) for mask in frozen.values())
         else:
             n_without_state = sum(p.numel() for p in self._skipper.without_gradient.values()) if self._skipper else 0
         state = Footprint.of(self._optimizer).if_live(self._optimizer, n_without_state)

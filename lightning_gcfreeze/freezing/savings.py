@@ -142,7 +142,7 @@ def count_savings(
         if flops is not None:
             computed = 0 if name in without_backward else blocks[name].numel if name in blocks else mask.numel()
             skipped = flops - 2 * uses_per_step[name] * computed
-        parameters[name] = ParameterSavings(mask.numel(), int(mask.sum()), flops, skipped)
+        parameters[name] = ParameterSavings(mask.numel(), int(mask.count_nonzero()), flops, skipped)
     return Savings(parameters, before, after, index_bytes, tuple(without_backward))
 
 

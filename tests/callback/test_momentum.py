@@ -367,7 +367,7 @@ def smallest_updates(evidence: Evidence) -> Any:
 )
 def test_optimizer_without_a_known_mean_is_refused_before_or_at_its_first_step(monkeypatch, order, make, text, steps):
     """The error names the optimizer, the reason and the order that observes gradients."""
-    monkeypatch.setattr("lightning_gcfreeze.refusals.ELEMENTWISE", ELEMENTWISE | {Foreign})
+    monkeypatch.setattr("lightning_gcfreeze.refusals.optimizers.ELEMENTWISE", ELEMENTWISE | {Foreign})
     taken = Steps()
     trainer = cases.trainer(callbacks=[GradCovFreezeCallback(t0=T0, k=0.5, order=order), taken])
     with pytest.raises(MisconfigurationException, match=rf"{text}.*Use `order='progress'`, which observes"):
