@@ -5,9 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
-import torch
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from lightning_gcfreeze import Evidence, FreezeSchedule, GradCovFreezeCallback, Growth, Settled
 from tests import cases
+from tests.callback.command_line import YAML, CliData, CliModule, standalone_cases
 
 
 def test_tensorboard_gets_scalars_and_histograms(tmp_path):
@@ -77,32 +76,6 @@ def lowest_weights(evidence: Evidence) -> dict[str, Tensor]:
     return {name: w.clone() for name, w in evidence.weights.items()}
 
 
-class CliModule(cases.Regression):
-    """What LightningCLI can build without arguments."""
-
-    def __init__(self) -> None:
-        super().__init__(cases.mlp())
-
-
-class CliData(pl.LightningDataModule):
-    def train_dataloader(self) -> Any:
-        return cases.loader()
-
-
-YAML = """
-trainer:
-  accelerator: cpu
-  max_epochs: 2
-  logger: false
-  enable_checkpointing: false
-  enable_progress_bar: false
-  enable_model_summary: false
-  callbacks:
-    - class_path: lightning_gcfreeze.GradCovFreezeCallback
-      init_args: {init_args}
-"""
-
-
 @pytest.mark.parametrize(
     ("init_args", "frozen", "attributes"),
     [
@@ -156,29 +129,6 @@ def test_lightning_cli_builds_the_callback_from_yaml(tmp_path, init_args, frozen
     assert sum(int(mask.sum()) for mask in callback.frozen.values()) == frozen
     for name, value in attributes.items():
         assert getattr(callback, name) == value
-
-
-def standalone_cases() -> tuple[Any, Any]:
-    """The module and data of `pytorch_lightning`, whose classes know nothing of `lightning.pytorch`'s."""
-    import pytorch_lightning
-
-    class Module(pytorch_lightning.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = cases.mlp()
-
-        def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-            self.log("loss", loss := torch.nn.functional.mse_loss(self.network(batch[0]), batch[1]))
-            return loss
-
-        def configure_optimizers(self) -> Any:
-            return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
-
-    class Data(pytorch_lightning.LightningDataModule):
-        def train_dataloader(self) -> Any:
-            return cases.loader()
-
-    return Module, Data
 
 
 @pytest.mark.parametrize("alone", [True, False], ids=["callbacks=callback", "callbacks=[callback]"])

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from lightning_gcfreeze import GradCovFreezeCallback, masks
 from tests import cases, insides
-from tests.callback.test_finders import FindsBatchSize, FindsRate, Tuned
-from tests.callback.test_integrations import YAML, CliData, CliModule, standalone_cases
-from tests.callback.test_masks import assert_trained_as_plainly, drawn, fit, module, network, weights
+from tests.callback.command_line import YAML, CliData, CliModule, standalone_cases
+from tests.callback.finders import FindsBatchSize, FindsRate, Tuned
+from tests.callback.masked import assert_trained_as_plainly, drawn, fit, module, network, weights
 from tests.interruptions import Interrupted, SaveAndStop
 from tests.oracles.freezing import PlainFreeze
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lightning_gcfreeze import GradCovFreezeCallback, masks
 from tests import cases, insides
-from tests.callback.test_manual_optimization import TwoPlayers
-from tests.callback.test_masks import assert_trained_as_plainly, drawn, fit, module, network, weights
+from tests.callback.masked import assert_trained_as_plainly, drawn, fit, module, network, weights
+from tests.callback.players import TwoPlayers
 from tests.oracles.freezing import PlainFreeze
 
 

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from lightning_gcfreeze import Freezer, masks
 from tests import cases
-from tests.huggingface.test_training import HARD, train
-from tests.huggingface.tiny import bert, llama, texts
+from tests.huggingface.tiny import HARD, bert, llama, texts, train
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

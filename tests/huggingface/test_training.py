@@ -1,7 +1,6 @@
 """Whole runs of `transformers.Trainer` with the callback: against `Freezer` in a loop by hand, resumed, evaluated."""
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, get_sc
 from lightning_gcfreeze import Freezer, FreezeSchedule, Growth, apply_delta
 from lightning_gcfreeze.huggingface import GradCovFreezeTrainerCallback
 from tests import cases
-from tests.huggingface.tiny import Collator, Weights, arguments, bert, gpt2, llama, samples, texts
+from tests.huggingface.tiny import HARD, Collator, Weights, arguments, bert, gpt2, llama, samples, texts, train
 from tests.oracles.learning_rate import multiply_by_hand
 from tests.witnesses import Spy
 
@@ -25,23 +24,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "momentum": {"t0": 3, "k": 0.5, "order": "momentum"},
     "movement": {"t0": 3, "k": 0.5, "order": "movement"},
 }
-HARD = {"max_grad_norm": 0.1, "weight_decay": 0.3, "learning_rate": 1e-2, "num_train_epochs": 2}
-"""Clipping works, and every element of the matrices would move."""
-
-
-def train(
-    folder: Path, options: dict[str, Any], *others: TrainerCallback, model: nn.Module | None = None, ckpt: Any = None,
-    data: Any = None, optimizers: Any = (None, None), **arguments_: Any,
-) -> Trainer:  # fmt: skip
-    """Train, with the callback as `.freezing`, and the batches as `.data_collator.batches`."""
-    freezing = GradCovFreezeTrainerCallback(**options)
-    trainer = Trainer(
-        model or bert(), arguments(folder, **arguments_), train_dataset=samples() if data is None else data,
-        eval_dataset=samples(4), data_collator=Collator(), callbacks=[freezing, *others], optimizers=optimizers,
-    )  # fmt: skip
-    trainer.freezing = freezing
-    trainer.train(resume_from_checkpoint=ckpt)
-    return trainer
 
 
 def results(model: nn.Module, optimizer: Any, freezer: Freezer) -> dict[str, Any]:

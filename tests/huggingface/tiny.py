@@ -6,7 +6,9 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from lightning_gcfreeze.huggingface import GradCovFreezeTrainerCallback
 
 SIZES = {
     "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50,
@@ -87,3 +89,22 @@ class Weights(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         torch.manual_seed(1000 + state.global_step)
         self.before.append({name: p.detach().clone() for name, p in model.named_parameters()})
+
+
+HARD = {"max_grad_norm": 0.1, "weight_decay": 0.3, "learning_rate": 1e-2, "num_train_epochs": 2}
+"""Clipping works, and every element of the matrices would move."""
+
+
+def train(
+    folder: Path, options: dict[str, Any], *others: TrainerCallback, model: nn.Module | None = None, ckpt: Any = None,
+    data: Any = None, optimizers: Any = (None, None), **arguments_: Any,
+) -> Trainer:  # fmt: skip
+    """Train, with the callback as `.freezing`, and the batches as `.data_collator.batches`."""
+    freezing = GradCovFreezeTrainerCallback(**options)
+    trainer = Trainer(
+        model or bert(), arguments(folder, **arguments_), train_dataset=samples() if data is None else data,
+        eval_dataset=samples(4), data_collator=Collator(), callbacks=[freezing, *others], optimizers=optimizers,
+    )  # fmt: skip
+    trainer.freezing = freezing
+    trainer.train(resume_from_checkpoint=ckpt)
+    return trainer
