@@ -73,7 +73,7 @@ def test_statistics_are_those_of_all_processes_after_training(front, monkeypatch
     options = {"t0": Settled(max_t0=100), "k": 0.5}
     alone = front(**options)
     monkeypatch.setattr(_lightning, "World", BesideAnIdleProcess)
-    monkeypatch.setattr(freezer, "_world", BesideAnIdleProcess)
+    monkeypatch.setattr(freezer.World, "current", BesideAnIdleProcess)
     both = front(**options)
     (here, shared), nothing = both.pop("losses"), torch.zeros(3)
     own, _ = alone.pop("losses")
@@ -90,7 +90,7 @@ def test_decision_is_made_by_the_statistics_of_all_processes(front, monkeypatch)
     options = {"t0": STEPS - 1, "k": 0.5}
     alone = front(**options)
     monkeypatch.setattr(_lightning, "World", BesideAnIdleProcess)
-    monkeypatch.setattr(freezer, "_world", BesideAnIdleProcess)
+    monkeypatch.setattr(freezer.World, "current", BesideAnIdleProcess)
     both = front(**options)
     for name in alone.keys() - {"losses"}:
         assert alone[name].any()

@@ -247,7 +247,9 @@ class Look(pl.Callback):
         parts = {name.removeprefix("network."): local(mask) for name, mask in self.callback.frozen.items()}
         # Bundled ones are gathered together after a step's last pass.
         if has_stepped or compact.MAX_BUNDLED_NUMEL == 0:
-            self.kept = {name for name, p in named.items() if getattr(p, HIDDEN) is not None}
+            self.kept = {
+                name for name, p in named.items() if getattr(Tensor, HIDDEN).__get__(p) is not None
+            }  # past the watch
         self.without = {name for name, p in named.items() if not p.requires_grad}
         state = [v for entry in trainer.optimizers[0].state.values() for v in entry.values() if isinstance(v, Tensor)]
         self.state_bytes.append(sum(local(v).nbytes for v in state if v.dim()))
