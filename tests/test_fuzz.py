@@ -45,7 +45,7 @@ def test_examples_that_the_fuzzer_has_found_keep_what_is_promised(example):
 
 
 def test_fuzzer_draws_every_argument_and_only_valid_ones():
-    """An argument that is added to the callback has to be added to the fuzzer as well; masks have no t0 to compare from."""
+    """An argument that is added to the callback has to be added to the fuzzer, too; masks have no t0 to begin from."""
     drawn: set[str] = set()
 
     @hypothesis.settings(max_examples=300, deadline=None, database=None, derandomize=True)
