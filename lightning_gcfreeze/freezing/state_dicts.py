@@ -4,10 +4,12 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_gcfreeze.freezing.optimizer_state import State
+from lightning_gcfreeze.distributed import is_sharded
+from lightning_gcfreeze.freezing.optimizer_state import State, copied, is_by_element
 
 
 def ordinary_state_dict(
@@ -33,6 +35,7 @@ def ordinary_state_dict(
         are DTensors that lie as it does) and are zero where frozen; all others, such as Adam's count of steps, are
         those of the vector. If the optimizer was given names, each group has them as "param_names".
     """
+    full = _with_zero_states(full, members, optimizer)
     added = [group["params"] for group in optimizer.param_groups[len(members) :]]
     state = {key: value for key, value in packed["state"].items() if not isinstance(key, int)}
     groups, start = [], 0
@@ -47,3 +50,31 @@ def ordinary_state_dict(
         own_params = {"params": [*indices]} if own_names is None else {"params": [*indices], "param_names": own_names}
         groups.append(group | own_params)
     return {**packed, "state": state, "param_groups": groups}
+
+
+def _with_zero_states(
+    full: Mapping[Tensor, State], members: Sequence[Sequence[Tensor]], optimizer: Optimizer
+) -> dict[Tensor, State]:
+    """Add states of zeros for sharded parameters that were frozen before they had any state.
+
+    ``torch.distributed.checkpoint`` steps a fresh optimizer to have a state to load into, and then misses what was not
+    saved. As everywhere, elements that are frozen have zeros, and the count of steps of the others.
+
+    Args:
+        full: states of parameters that are not in the optimizer themselves; empty where there never was one.
+        members: for each group of the optimizer, its parameters.
+        optimizer: has the states of the others.
+    """
+    found = dict(full)
+    for group in members:
+        known = ((p, found.get(p) or optimizer.state.get(p)) for p in group)
+        like, state = next(((p, state) for p, state in known if state), (None, None))
+        for p in group:
+            if state and like is not None and p in found and not found[p] and is_sharded(p):
+                found[p] = {
+                    key: torch.zeros_like(p, dtype=v.dtype, requires_grad=False)
+                    if is_by_element(v, like)
+                    else copied(v)
+                    for key, v in state.items()
+                }
+    return found
