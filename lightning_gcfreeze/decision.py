@@ -155,13 +155,12 @@ class Decision:
         return cls(**given, n_frozen=UNSHARDED.n_marked(state["frozen"]), shapes=shapes, shards=UNSHARDED)
 
     def to(self, parameters: Named, shards: Shards) -> None:
-        """Keep only the local parts of loaded tensors, on the devices of the parameters; once."""
-        if self.shards is shards:
-            return
+        """Keep only the local parts of loaded tensors, on the devices of the parameters."""
+        cut = dict if self.shards is shards else shards.parts  # they may be local parts already
 
         def there(named: Named) -> Iterator[tuple[str, Tensor]]:
             for name, tensor in named.items():
-                yield name, shards.parts({name: tensor})[name].to(parameters[name].device)
+                yield name, cut({name: tensor})[name].to(parameters[name].device)
 
         scores, nbytes = self.scores, _nbytes(self.scores)
         self.shards, self.frozen = shards, PackedMasks(there(self.frozen))

@@ -302,16 +302,15 @@ class Observing:
         return observing
 
     def to(self, parameters: Named, shards: Shards) -> None:
-        """Keep only the local parts of loaded tensors, on the devices of the parameters; once."""
-        if self.shards is shards:
-            return
+        """Keep only the local parts of loaded tensors, on the devices of the parameters."""
+        cut = dict if self.shards is shards else shards.parts  # they may be local parts already
         self.shards = shards
         default = next(iter(parameters.values()))
         for estimator in self._estimators:
-            parts = shards.parts(estimator.tensors)
+            parts = cut(estimator.tensors)
             estimator.tensors = {n: t.to(parameters.get(n, default).device) for n, t in parts.items()}
         self.start, self.halfway = (
-            whole and {name: t.to(parameters[name].device) for name, t in shards.parts(whole).items()}
+            whole and {name: t.to(parameters[name].device) for name, t in cut(whole).items()}
             for whole in (self.start, self.halfway)
         )
 

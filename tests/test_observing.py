@@ -8,6 +8,7 @@ from torch import nn
 from lightning_gcfreeze import observing as observing_module
 from lightning_gcfreeze.distributed import UNSHARDED, Shards, World
 from lightning_gcfreeze.observing import Observing
+from tests import cases
 from tests.conformance import pairs, samples, vector
 from tests.observed import KINDS, observed, through_a_file, weights
 from tests.oracles import recursion
@@ -196,6 +197,20 @@ def test_loaded_statistics_move_to_the_device_of_the_parameters(full, needs):
     assert {t.device.type for t in tensors_of(observing).values()} == {"cpu"}
     observing.to({name: w.to("meta") for name, w in weights().items()}, UNSHARDED)
     assert {t.device.type for t in tensors_of(observing).values()} == {"meta"}
+
+
+def test_local_parts_are_not_cut_again(monkeypatch):
+    """A run attaches to its state again after a tuner's trial; the state has local parts by then."""
+    shards = Shards()
+    monkeypatch.setattr(shards, "parts", lambda named: {name: t.reshape(-1)[:1] for name, t in named.items()})
+    observing = observed(pairs(2))
+    before = tensors_of(observing)
+    observing.to(weights(), shards)
+    once = tensors_of(observing)
+    assert any(tensor.shape != before[name].shape for name, tensor in once.items())
+    monkeypatch.setattr(shards, "parts", lambda named: {name: t[:0] for name, t in named.items()})
+    observing.to(weights(), shards)
+    cases.assert_identical(tensors_of(observing), once)
 
 
 def test_step_without_any_try_counts_as_left_out_once():
