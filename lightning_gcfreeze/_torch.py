@@ -136,7 +136,7 @@ def is_step_for_checkpoint() -> bool:
     """Return whether ``torch.distributed.checkpoint`` takes the optimizer step that is running.
 
     To have a state to save or to load, it steps an optimizer without one, with gradients and learning rates of zero.
-    Assumes that it does so from its module ``state_dict``.
+    Assumes that it does so from its module ``state_dict``; where the optimizer has a state, nobody need ask.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:

@@ -100,6 +100,7 @@ class Run:
         self._graph_was_checked = False
         self._micro_batches = self._n_evaluations = 0  # since the last optimizer step
         self._depth = 0  # of optimizer steps within the optimizer's step
+        self._is_for_checkpoint = False  # the step at hand
         self._changed_in_batch = False  # the masks
 
     def begin(self) -> None:
@@ -351,7 +352,9 @@ class Run:
     def _before_optimizer_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Prepare the optimizer's update, see `Stages`. Without a loss scaler, runs before the forward pass."""
         self._depth += 1
-        if _torch.is_step_for_checkpoint():
+        if self._depth == 1:
+            self._is_for_checkpoint = not optimizer.state and _torch.is_step_for_checkpoint()
+        if self._is_for_checkpoint:
             return None
         if not self._in_trial and self._around.in_trial():
             self._in_trial = True
@@ -370,7 +373,7 @@ class Run:
         """
         state = self._state
         self._depth -= 1
-        if self._depth > 0 or _torch.is_step_for_checkpoint():  # the step of a parent class within that of its child
+        if self._depth > 0 or self._is_for_checkpoint:  # the step of a parent class within that of its child
             return
         self._n_evaluations = 0
         self.stages.after_update()

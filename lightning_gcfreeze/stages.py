@@ -281,8 +281,8 @@ class Stages:
             in_trial=in_trial,
         )
         if plan.mode == "compact" and not plan.late:  # which takes them away; the states are yet to be gathered
-            for name, mask in decision.frozen.items():
-                if mask.any():
+            for name, n_frozen in decision.n_frozen.items():
+                if n_frozen:
                     self._parameters[name].grad = None
         self.holder = Holder(
             plan,

@@ -370,7 +370,7 @@ FAULTS = [
           "shards.parts(whole_masks) if self._is_loaded else whole_masks", "shards.parts(whole_masks)",
           [LIVE_SHARDS + "test_states_of_thawing_shards_are_saved_whole_and_loaded_in_part"]),
     Fault("a step that is taken for a checkpoint counts", "run.py",
-          "self._depth > 0 or _torch.is_step_for_checkpoint()", "self._depth > 0",
+          "self._depth > 0 or self._is_for_checkpoint", "self._depth > 0",
           [FREEZER + "test_step_that_is_taken_to_have_a_state_to_save_does_not_count"]),
     # Who reads gradients, and what is refused ----------------------------------------------------------------------
     Fault("a parameter's hook is found only next to one of the other kind", "user_code/readers.py",
