@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lightning_gcfreeze import _checks, orderings
 from lightning_gcfreeze import masks as given_masks
@@ -17,9 +17,9 @@ from lightning_gcfreeze.planning.settling import Settled
 
 _DECISIVE = (
     "t0", "k", "schedule", "order", "samples", "every", "gain", "granularity", "include", "exclude", "seed",
-    "covariance", "masks",
+    "covariance",
 )  # fmt: skip
-_OBSERVED = {*_DECISIVE, "gradients"} - {"masks", "include", "exclude"}
+_OBSERVED = {*_DECISIVE, "gradients"} - {"include", "exclude"}
 """Arguments of a run that observes; with `masks` nothing is observed."""
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -75,7 +75,7 @@ class Options:
         _checks.one_of("covariance", self.covariance, ["diagonal", "full"])
         gains.check(self.gain)
         _checks.one_of("gradients", self.gradients, ["auto", "replay", "capture"])
-        _checks.one_of("granularity", self.granularity, ["element", "row", "tensor"])
+        _checks.one_of("granularity", self.granularity, get_args(Granularity))
         _checks.one_of("hold", self.hold, ["auto", "compact", "restore"])
         _checks.boolean("skip_frozen_gradients", self.skip_frozen_gradients)
         if self.seed is not None:
@@ -124,7 +124,7 @@ class Options:
 
     def decisive(self) -> dict[str, Any]:
         """Return the arguments that decide what freezes, as numbers, strings and lists of them."""
-        found = {name: _plain(getattr(self, name)) for name in _DECISIVE if name != "masks"}
+        found = {name: _plain(getattr(self, name)) for name in _DECISIVE}
         return {**found, "masks": None if self.masks is None else "given"}  # the state holds what they are
 
     def given(self) -> str:

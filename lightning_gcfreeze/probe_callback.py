@@ -1,7 +1,7 @@
 """`ProbeCallback`: the front of `Probe` for Lightning."""
 
 from os import PathLike
-from typing import Any
+from typing import Any, get_args
 
 import lightning.pytorch as pl
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ class ProbeCallback(_lightning.Callback):
         self.file, self.k = file, _checks.count_or_fraction("k", k)
         self.batches = None if batches is None else _checks.integer("batches", batches, at_least=1)
         self.granularity: Granularity = granularity
-        _checks.one_of("granularity", granularity, ["element", "row", "tensor"])
+        _checks.one_of("granularity", granularity, get_args(Granularity))
         orderings.resolve(order)
         self._options: dict[str, Any] = {"order": order, "include": include, "exclude": exclude, "seed": seed}
         self.probe: Probe | None = None

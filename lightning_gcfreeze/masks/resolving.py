@@ -8,11 +8,10 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lightning_gcfreeze._names import closest, shortened
 from lightning_gcfreeze._types import Named
-from lightning_gcfreeze.distributed import Shards, local, part, whole
+from lightning_gcfreeze.distributed import Shards, is_sharded, layout_of, local, part, whole
 from lightning_gcfreeze.masks.files import load
 from lightning_gcfreeze.masks.selections import Names, Selection, constant
 
@@ -65,7 +64,8 @@ def resolve(masks: Masks, module: nn.Module, parameters: Named, shards: Shards) 
     found = {}
     for name, p in parameters.items():
         mask = whole_masks.get(name, constant(False, shards.shape(name, p)))
-        found[name] = part(p, mask if _lies_alike(mask, p) else whole(mask)).to(p.device)
+        lies_alike = layout_of(mask) in (None, layout_of(p))  # None: every process has all of it
+        found[name] = part(p, mask if lies_alike else whole(mask)).to(p.device)
         if isinstance(masks, Mapping):
             found[name] = found[name].clone()  # whoever gave it may change it later
     if shards.world.any(not sum(shards.n_marked(found).values())):
@@ -105,22 +105,12 @@ def _differing(masks: Named, shards: Shards) -> list[str]:
     if shards.world.size == 1:
         return []
     digests = {
-        name: None if isinstance(mask, DTensor) else hashlib.sha256(mask.contiguous().cpu().numpy().data).hexdigest()
+        name: None if is_sharded(mask) else hashlib.sha256(mask.contiguous().cpu().numpy().data).hexdigest()
         for name, mask in masks.items()
     }
     first, *others = shards.world.all_gather_object(digests)
     names = dict.fromkeys(name for known in (first, *others) for name in known)
     return [name for name in names if any(name not in known or known[name] != first.get(name) for known in others)]
-
-
-def _lies_alike(mask: Tensor, parameter: Tensor) -> bool:
-    """Return whether the local elements of a mask are those of its parameter."""
-    if not isinstance(mask, DTensor):
-        return True  # every process has all of it
-    return isinstance(parameter, DTensor) and (mask.device_mesh, mask.placements) == (
-        parameter.device_mesh,
-        parameter.placements,
-    )
 
 
 def _stranger(name: str, names: Names, every: Mapping[str, Tensor]) -> str:

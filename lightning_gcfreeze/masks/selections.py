@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from os import PathLike
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -133,7 +133,7 @@ def lowest(order: str | PathLike[str] | Named, k: int | float, granularity: Gran
         k: how many of the elements: an int is a count, a float in [0, 1] a fraction.
         granularity: what is selected together; see `GradCovFreezeCallback`.
     """
-    _checks.one_of("granularity", granularity, ["element", "row", "tensor"])
+    _checks.one_of("granularity", granularity, get_args(Granularity))
     return Selection(_lowest, (order, _checks.count_or_fraction("k", k), granularity))
 
 
