@@ -57,6 +57,17 @@ from lightning_gcfreeze.freezing import Holder, HoldMode, HoldPlan, WeightUses
 PROCESSES = 2
 
 
+def backward(loss: Tensor, held: Holder | None) -> None:
+    """Run the backward pass of a step, with what the callback does around it."""
+    if held:
+        held.begin_step()
+        held.begin_backward(loss)
+    loss.backward()
+    if held:
+        held.after_backward()
+        held.before_step()
+
+
 class Parallel(Plain):
     """A training step with DDP; with a `granularity` as the callback has it at t0 and after it, without the Trainer."""
 
@@ -84,13 +95,7 @@ class Parallel(Plain):
     def __call__(self) -> None:
         self.all_reduce.begin_step()
         loss = F.cross_entropy(self.ddp(self.batch[0]), self.batch[1])
-        if self.held:
-            self.held.begin_step()
-            self.held.begin_backward(loss)
-        loss.backward()
-        if self.held:
-            self.held.after_backward()
-            self.held.before_step()
+        backward(loss, self.held)
         self.optimizer.step()
         if self.held:
             self.held.after_step()
@@ -135,13 +140,7 @@ class Sharded(Plain):
 
     def __call__(self) -> None:
         loss = F.cross_entropy(self.model(self.batch[0]), self.batch[1])
-        if self.held:
-            self.held.begin_step()
-            self.held.begin_backward(loss)
-        loss.backward()
-        if self.held:
-            self.held.after_backward()
-            self.held.before_step()
+        backward(loss, self.held)
         self.gradients = sum(local(p.grad).nbytes for p in self.stepped() if p.grad is not None)
         self.optimizer.step()
         if self.held:

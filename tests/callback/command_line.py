@@ -1,11 +1,17 @@
 """What a LightningCLI runs, and the cases of the other package called Lightning."""
 
+import importlib
+import sys
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import pytest
 import torch
+from lightning.pytorch.cli import LightningCLI
 from torch import Tensor
 
+from lightning_gcfreeze import GradCovFreezeCallback
 from tests import cases
 
 
@@ -33,6 +39,25 @@ trainer:
     - class_path: lightning_gcfreeze.GradCovFreezeCallback
       init_args: {init_args}
 """
+
+
+def run(
+    package: str, folder: Path, init_args: str, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Any, GradCovFreezeCallback]:
+    """Fit by `YAML` with these arguments, with the LightningCLI of a package; return the CLI and its callback."""
+    config = folder / "config.yaml"
+    config.write_text(YAML.replace("{init_args}", init_args))
+    if package == "pytorch_lightning":
+        module, data = standalone_cases()
+        cli_class = importlib.import_module("pytorch_lightning.cli").LightningCLI
+    else:
+        module, data, cli_class = CliModule, CliData, LightningCLI
+    monkeypatch.setattr(sys, "argv", ["prog"])
+    cli = cli_class(
+        module, data, args=["fit", "--config", str(config)], save_config_callback=None, seed_everything_default=0
+    )
+    (callback,) = [c for c in cli.trainer.callbacks if isinstance(c, GradCovFreezeCallback)]
+    return cli, callback
 
 
 def standalone_cases() -> tuple[Any, Any]:

@@ -1,19 +1,16 @@
 """The callback with loggers, LightningCLI and `pytorch_lightning`."""
 
-import importlib
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 from lightning_gcfreeze import Evidence, FreezeSchedule, GradCovFreezeCallback, Growth, Settled
 from tests import cases
-from tests.callback.command_line import YAML, CliData, CliModule, standalone_cases
+from tests.callback import command_line
 
 
 def test_tensorboard_gets_scalars_and_histograms(tmp_path):
@@ -113,18 +110,7 @@ def lowest_weights(evidence: Evidence) -> dict[str, Tensor]:
 @pytest.mark.filterwarnings("ignore:.*_jit_is_scripting")
 def test_lightning_cli_builds_the_callback_from_yaml(tmp_path, init_args, frozen, attributes, package, monkeypatch):
     """With counts as ints and fractions as floats, in either package."""
-    config = tmp_path / "config.yaml"
-    config.write_text(YAML.replace("{init_args}", init_args))
-    if package == "pytorch_lightning":
-        module, data = standalone_cases()
-        cli_class = importlib.import_module("pytorch_lightning.cli").LightningCLI
-    else:
-        module, data, cli_class = CliModule, CliData, LightningCLI
-    monkeypatch.setattr(sys, "argv", ["prog"])
-    cli = cli_class(
-        module, data, args=["fit", "--config", str(config)], save_config_callback=None, seed_everything_default=0
-    )
-    (callback,) = [c for c in cli.trainer.callbacks if isinstance(c, GradCovFreezeCallback)]
+    _, callback = command_line.run(package, tmp_path, init_args, monkeypatch)
     assert callback.phase == "frozen"
     assert sum(int(mask.sum()) for mask in callback.frozen.values()) == frozen
     for name, value in attributes.items():
@@ -140,7 +126,7 @@ def test_trainer_of_pytorch_lightning_gives_the_same_bits(alone):
     reference = cases.Regression(cases.mlp())
     cases.trainer(callbacks=ours if alone else [ours]).fit(reference, cases.loader())
     theirs = GradCovFreezeCallback(t0=6, k=0.5)
-    module = standalone_cases()[0]()
+    module = command_line.standalone_cases()[0]()
     pytorch_lightning.Trainer(
         accelerator="cpu",
         max_epochs=2,

@@ -1,23 +1,20 @@
 """Given masks with what surrounds a run: loggers, LightningCLI, finders, and code that reads gradients."""
 
 import copy
-import importlib
 import pickle
-import sys
 from operator import attrgetter
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
-from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
 from lightning_gcfreeze import GradCovFreezeCallback, masks
 from tests import cases, insides
-from tests.callback.command_line import YAML, CliData, CliModule, standalone_cases
+from tests.callback import command_line
 from tests.callback.finders import FindsBatchSize, FindsRate, Tuned
 from tests.callback.masked import assert_trained_as_plainly, drawn, fit, module, network, weights
 from tests.interruptions import Interrupted, SaveAndStop
@@ -55,18 +52,7 @@ def test_lightning_cli_takes_masks_from_yaml(tmp_path, init_args, package, monke
     monkeypatch.chdir(tmp_path)
     given = {"network.0.weight": torch.ones(8, 5) > 0, "network.2.weight": torch.ones(1, 8) > 0}
     masks.save(given, "masks.pt")
-    config = tmp_path / "config.yaml"
-    config.write_text(YAML.replace("{init_args}", init_args))
-    if package == "pytorch_lightning":
-        model, data = standalone_cases()
-        cli_class = importlib.import_module("pytorch_lightning.cli").LightningCLI
-    else:
-        model, data, cli_class = CliModule, CliData, LightningCLI
-    monkeypatch.setattr(sys, "argv", ["prog"])
-    cli = cli_class(
-        model, data, args=["fit", "--config", str(config)], save_config_callback=None, seed_everything_default=0
-    )
-    (callback,) = [c for c in cli.trainer.callbacks if isinstance(c, GradCovFreezeCallback)]
+    cli, callback = command_line.run(package, tmp_path, init_args, monkeypatch)
     assert {name for name, mask in callback.frozen.items() if mask.any()} == set(given)
     for name, mask in given.items():
         assert torch.equal(callback.frozen[name], mask)
@@ -79,7 +65,7 @@ def test_trainer_of_pytorch_lightning_gives_the_same_bits():
 
     ours, reference = GradCovFreezeCallback(masks=GIVEN), cases.Regression(cases.mlp())
     cases.trainer(callbacks=[ours]).fit(reference, cases.loader())
-    theirs, trained = GradCovFreezeCallback(masks=GIVEN), standalone_cases()[0]()
+    theirs, trained = GradCovFreezeCallback(masks=GIVEN), command_line.standalone_cases()[0]()
     pytorch_lightning.Trainer(
         accelerator="cpu", max_epochs=2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, callbacks=[theirs],
