@@ -26,6 +26,11 @@ class Computed(Mapping[str, Tensor]):
     def __init__(self, names: Iterable[str], compute: Callable[[str, Cut], Tensor]) -> None:
         self._names, self._compute = dict.fromkeys(names), compute
 
+    @classmethod
+    def of(cls, named: Named) -> "Computed":
+        """Let tensors that are there, or are themselves computed, be read in pieces."""
+        return cls(named, lambda name, cut: part(named, name, cut))
+
     def __getitem__(self, name: str) -> Tensor:
         return self.part(name, _all)
 

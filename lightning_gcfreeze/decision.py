@@ -185,7 +185,7 @@ def scores_now(
         ValueError: the ordering did not score every element, or with NaN.
     """
     with _open(observing.evidence(weights, seed, granularity, moments)) as evidence:
-        return _scores(ordering, evidence, weights)
+        return scored(ordering, evidence, weights)
 
 
 def decide(
@@ -220,7 +220,7 @@ def decide(
     """
     shards = observing.shards
     with _open(observing.evidence(weights, seed, granularity, moments)) as evidence:
-        scores = given = _scores(ordering, evidence, weights)
+        scores = given = scored(ordering, evidence, weights)
         if keep is not None:
             kept = ((name, score.double().masked_fill(keep[name], -math.inf)) for name, score in given.items())
             scores = put_aside(kept, 8 * sum(w.numel() for w in weights.values()))
@@ -257,8 +257,19 @@ def _open(evidence: orderings.Evidence) -> Iterator[orderings.Evidence]:
                 named.close()
 
 
-def _scores(ordering: orderings.Ordering, evidence: orderings.Evidence, weights: Named) -> Named:
-    """Return the scores of elements, or the mean scores of units, each put aside before the next is computed."""
+def scored(ordering: orderings.Ordering, evidence: orderings.Evidence, weights: Named) -> Named:
+    """Return the scores of elements, or the mean scores of units, each put aside before the next is computed.
+
+    All processes must call it. What fails on one raises on all.
+
+    Args:
+        ordering: gives the scores.
+        evidence: what it may look at; the package's own orderings ask for pieces, so mappings must be `Computed`.
+        weights: the parameters, for names and shapes.
+
+    Raises:
+        ValueError: the ordering did not score every element, or with NaN.
+    """
     failure, granularity, shards = None, evidence.granularity, evidence.shards
     found: Mapping[str, Tensor] = {}
     units = []

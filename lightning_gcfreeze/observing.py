@@ -5,7 +5,6 @@ Tensors and numbers in, tensors and numbers out: no module, optimizer or trainer
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -224,9 +223,8 @@ class Observing:
         self.resolve_pending()
         now = Computed(weights, lambda name, cut: _torch.lazy_copy(cut(weights[name])))
         gathered = {name: self._read(estimator.tensors) for name, estimator in self.moments.items()}
-        read = {field: Computed(named, partial(part, named)) for field, named in (moments or {}).items()}
-        fields, first = {**gathered, **read}, self.start
-        start = None if first is None else Computed(first, lambda name, cut: cut(first[name]))
+        fields = gathered | {field: Computed.of(named) for field, named in (moments or {}).items()}
+        start = None if self.start is None else Computed.of(self.start)
         return orderings.Evidence(
             self._variance(), now, seed, start=start, granularity=granularity, shards=self.shards, **fields
         )

@@ -8,7 +8,7 @@ an element: weight, gradient and two moments. A probe holds two or three.
 import warnings
 from collections.abc import Callable, Mapping
 from os import PathLike
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,11 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lightning_gcfreeze import _checks, masks, orderings, selection
+from lightning_gcfreeze._computed import Computed
 from lightning_gcfreeze._names import shortened
-from lightning_gcfreeze._types import Granularity
+from lightning_gcfreeze._types import Granularity, Named
 from lightning_gcfreeze._wrappers import unwrapped_module
+from lightning_gcfreeze.decision import scored
 from lightning_gcfreeze.distributed import SINGLE_PROCESS, Shards, World, local
 from lightning_gcfreeze.estimators.scratch import wide
 from lightning_gcfreeze.gradients.batch import dense
@@ -157,24 +159,15 @@ class Probe:
         Raises:
             RuntimeError: no batch was taken in.
         """
-        _checks.one_of("granularity", granularity, ["element", "row", "tensor"])
-        shapes = {name: self._shards.shape(name, p) for name, p in self._parameters.items()}
-        count = selection.resolve_count(_checks.count_or_fraction("k", k), sum(s.numel() for s in shapes.values()))
-        scores = selection.pooled(self._scores(granularity), granularity, self._shards)
-        found = selection.lowest_k(scores, count, granularity, self._shards)
-        self._warn_of_dead(found, count)
-        return self._shards.wrapped(found)
+        return self._shards.wrapped(self._marked(k, granularity))
 
     def save_masks(self, file: str | PathLike[str], k: int | float, granularity: Granularity = "element") -> None:
         """Write these masks, for ``masks=file``; arguments as for `masks`."""
-        found = {name: local(mask) for name, mask in self.masks(k, granularity).items()}
-        if (whole := self._shards.whole(found)) and self._shards.world.rank == 0:
-            masks.save(whole, file)
+        masks.save_gathered(masks.save, self._marked(k, granularity), self._shards, file)
 
     def save_order(self, file: str | PathLike[str]) -> None:
         """Write the scores, from which ``masks=lowest(file, k)`` chooses any k."""
-        if (whole := self._shards.whole(self._scores("element"))) and self._shards.world.rank == 0:
-            masks.save_order(whole, file)
+        masks.save_gathered(masks.save_order, self._scores("element"), self._shards, file)
 
     def close(self) -> None:
         """Leave the module as it was. What was found stays."""
@@ -219,8 +212,18 @@ class Probe:
         elif "mean" in statistics:
             statistics["mean"].add_(grad)
 
+    def _marked(self, k: int | float, granularity: Granularity) -> dict[str, Tensor]:
+        """Return the masks of the local parts; see `masks`."""
+        _checks.one_of("granularity", granularity, get_args(Granularity))
+        shapes = {name: self._shards.shape(name, p) for name, p in self._parameters.items()}
+        count = selection.resolve_count(_checks.count_or_fraction("k", k), sum(s.numel() for s in shapes.values()))
+        found = selection.lowest_k(self._scores(granularity), count, granularity, self._shards)
+        self._warn_of_dead(found, count)
+        return found
+
     @torch.no_grad()
-    def _scores(self, granularity: Granularity) -> dict[str, Tensor]:
+    def _scores(self, granularity: Granularity) -> Named:
+        """Return the scores of elements, or the mean scores of units, of the local parts."""
         if not self.n_batches:
             raise RuntimeError("The probe has seen no batch. Call `probe.backward(loss)` for some first.")
         if self._hooks:
@@ -233,18 +236,17 @@ class Probe:
                 for tensor in named.values():
                     tensor.div_(divisors[statistic])
                 self._shards.mean_over_replicas_(named)
-        needed = {field: self._statistics[_STATISTICS[field]] for field in orderings.needed_by(self._ordering)}
+        read = {statistic: Computed.of(named) for statistic, named in self._statistics.items()}
+        weights = {name: local(p.detach()) for name, p in self._parameters.items()}
         evidence = orderings.Evidence(
-            self._statistics.get("squared_noise", {}),
-            {name: local(p.detach()) for name, p in self._parameters.items()},
+            read.get("squared_noise", {}),
+            Computed.of(weights),
             self._seed,
             granularity=granularity,
             shards=self._shards,
-            **needed,
+            **{field: read[_STATISTICS[field]] for field in orderings.needed_by(self._ordering)},
         )
-        scores = self._ordering(evidence)
-        selection.check_scores(scores, evidence.weights)
-        return {name: scores[name].detach() for name in self._parameters}
+        return scored(self._ordering, evidence, weights)
 
     def _warn_of_dead(self, found: Mapping[str, Tensor], count: int) -> None:
         statistic = self._statistics.get("second_moment") or self._statistics.get("squared_noise")
@@ -256,7 +258,7 @@ class Probe:
                 f"Probe: {dead:,} of the {count:,} lowest elements had no gradient in the {self.n_batches} batches"
                 " (unseen embedding rows, dead units, unused parameters). They rank lowest because of that. Probe more"
                 " batches, or keep them trainable with `exclude`.",
-                stacklevel=3,
+                stacklevel=4,
             )
 
 

@@ -158,9 +158,7 @@ class State:
             RuntimeError: nothing is frozen yet.
         """
         decision = self._decided("masks")
-        found = decision.shards.whole(decision.frozen)
-        if decision.shards.world.rank == 0:
-            masks.save(found, file)
+        masks.save_gathered(masks.save, decision.frozen, decision.shards, file)
 
     def save_order(self, file: str | Path) -> None:
         """Write the scores that the elements are ordered by; as `save_masks` does.
@@ -171,9 +169,7 @@ class State:
         decision = self._decided("order")
         if not decision.scores:
             raise RuntimeError("There is no order: the masks were given. Save them with `save_masks`.")
-        found = decision.shards.whole(decision.scores)
-        if decision.shards.world.rank == 0:
-            masks.save_order(found, file)
+        masks.save_gathered(masks.save_order, decision.scores, decision.shards, file)
 
     def _decided(self, what: str) -> Decision:
         if self.decision is None:

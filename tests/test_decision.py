@@ -248,6 +248,6 @@ def test_scores_in_pieces_are_those_of_the_whole(order, monkeypatch):
         **{f: Computed(named, lambda name, cut, named=named: cut(named[name])) for f, named in plain.items()},
     )
     monkeypatch.setattr(_computed, "PIECE_NUMEL", 8)
-    found = decision._scores(order, evidence, plain["weights"])
+    found = decision.scored(order, evidence, plain["weights"])
     for name, score in expected.items():
         np.testing.assert_array_equal(found[name].numpy(), score.numpy())

@@ -10,7 +10,7 @@
 True = held constant, everywhere.
 """
 
-from lightning_gcfreeze.masks.files import load, load_order, save, save_order
+from lightning_gcfreeze.masks.files import load, load_order, save, save_gathered, save_order
 from lightning_gcfreeze.masks.resolving import Masks, check, resolve
 from lightning_gcfreeze.masks.selections import Selection, everything, layer, lowest, pattern, rows
 
@@ -27,5 +27,6 @@ __all__ = [
     "resolve",
     "rows",
     "save",
+    "save_gathered",
     "save_order",
 ]

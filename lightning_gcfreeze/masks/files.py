@@ -11,7 +11,7 @@
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lightning_gcfreeze._masks import packed, unpacked
 from lightning_gcfreeze._types import Named
+from lightning_gcfreeze.distributed import Shards
 
 _FORMAT = 1
 _WRITERS = {"masks": "save_masks", "order": "save_order"}
@@ -57,6 +58,22 @@ def save_order(scores: Named, file: str | PathLike[str]) -> None:
 def load_order(file: str | PathLike[str]) -> dict[str, Tensor]:
     """Read scores; see `save_order`. Raises as `load` does."""
     return _load("order", file)[1]
+
+
+def save_gathered(
+    write: Callable[[Named, str | PathLike[str]], None], named: Named, shards: Shards, file: str | PathLike[str]
+) -> None:
+    """Let rank 0 write whole tensors, of which processes have parts. All processes must call it.
+
+    Args:
+        write: `save` or `save_order`.
+        named: masks or scores of the local parts.
+        shards: how they lie on the processes.
+        file: where to.
+    """
+    whole = shards.whole(named)
+    if shards.world.rank == 0:
+        write(whole, file)
 
 
 def _save(
