@@ -1,10 +1,10 @@
 """What a step costs once a fraction f is frozen: time, optimizer bytes and peak memory, against the plain step.
 
-    uv run python -m benchmarks.frozen [--models M1,M2] [--fractions 0.5,0.9] [--fused] [--random] [--memory]
+    uv run python -m benchmarks.frozen [--models M1,M2] [--fractions 0.5,0.9] [--order movement] [--fused] [--memory]
 
 Steps are timed as in `benchmarks.observe`: one process, one thread, every way in turn, medians of the rounds' ratios to
 the plain step with the same implementation of Adam. Before that, the model trains for some steps on random batches
-while all samples are observed; what is quietest then is frozen, by the order of the variance, or at random.
+while all samples are observed; what the order ranks lowest then is frozen.
 
 A way that cannot train any number of parameters comes as near to (1 - f) p as it can. Its figures are in brackets where
 it trains less than three quarters or more than five quarters of that.
@@ -21,7 +21,7 @@ import platform
 import re
 import resource
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -39,7 +39,8 @@ from benchmarks.observe import MODELS, Batch, Step, alternated, built, keep_free
 from lightning_gcfreeze import orderings, selection
 from lightning_gcfreeze._types import Granularity, Named
 from lightning_gcfreeze.decision import scores_now
-from lightning_gcfreeze.freezing import Holder, HoldMode, HoldPlan, WeightUses
+from lightning_gcfreeze.freezing import Holder, HoldMode, HoldPlan, WeightUses, worth_cutting
+from lightning_gcfreeze.gradients import momentum
 
 warnings.filterwarnings("ignore", "Sparse invariant checks")  # SHiRA's
 
@@ -52,8 +53,11 @@ class Decision:
         self.scores, self.k = scores, selection.resolve_count(fraction, total)
         self.live = total - self.k
 
-    def masks(self, granularity: Granularity = "element") -> dict[str, Tensor]:
-        return selection.lowest_k(selection.pooled(self.scores, granularity), self.k, granularity)
+    def masks(self, granularity: Granularity = "element", costs: Mapping[str, int] | None = None) -> dict[str, Tensor]:
+        scores = selection.pooled(self.scores, granularity)
+        if granularity == "mixed":
+            scores = dict(selection.in_blocks(scores, self.k, costs or {}))
+        return selection.lowest_k(scores, self.k, granularity)
 
 
 class Plain:
@@ -109,12 +113,12 @@ class Ours(Plain):
         super().__init__(*args, **kwargs)
 
     def freeze(self) -> None:
-        masks = self.decision.masks(self.granularity)
-        self.trained = sum(int((~mask).sum()) for mask in masks.values())
         uses = WeightUses(self.model, self.parameters)
         uses.listen()
         self()
         uses.stop()
+        masks = self.decision.masks(self.granularity, worth_cutting(self.parameters, uses.uses_per_step))
+        self.trained = sum(int((~mask).sum()) for mask in masks.values())
         where = (self.parameters, masks, uses.uses_per_step)
         self.held = Holder(self.plan, self.optimizer, self.model, None, *where, resumed=False)
 
@@ -222,7 +226,7 @@ class NoOptimizer(Plain):
 Maker = Callable[..., Plain]
 OURS: dict[str, Maker] = {
     f"{granularity}, {mode}{', skip_frozen_gradients=False' * (not skip)}": partial(Ours, granularity, mode, skip)
-    for granularity in ("element", "row", "tensor")
+    for granularity in ("element", "mixed", "row", "tensor")
     for mode, skip in (("compact", True), ("compact", False), ("restore", True))
 }
 PEERS: dict[str, Maker] = {
@@ -263,12 +267,19 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, dict[str, Figures]
     torch.manual_seed(0)
     _, make, data = MODELS[name]
     step = Step(make().train(), data(), count=None)
-    for _ in range(args.warm_up):
+    weights = {name: p.detach() for name, p in step.parameters.items()}
+    rates = momentum.learning_rates(step.optimizer, step.parameters)
+    for i in range(args.warm_up):
+        if i == args.warm_up // 2:
+            step.statistics.begin_movement(weights, rates)
         step.batch = data()
         step()
-    scores = scores_now(
-        step.statistics, orderings.random if args.random else orderings.variance, step.parameters, 0, "element"
-    )
+    ordering = orderings.resolve(args.order)
+    needed = orderings.needed_from_optimizer(ordering)
+    read = momentum.moments(step.optimizer, step.parameters, needed)
+    moved = {"movement": step.statistics.movement(weights, rates)} if "movement" in needed else {}
+    moments = moved | {field: getattr(read, field) for field in needed - moved.keys()}
+    scores = dict(scores_now(step.statistics, ordering, weights, 0, "element", moments))
     ways, results = WAYS | OURS | ({} if args.no_peers else PEERS), {}
     for fraction in map(float, args.fractions.split(",")):
         case, decision = f"{name} f={fraction:g}", Decision(scores, fraction)
@@ -336,7 +347,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=60, help="steps of every way (%(default)s)")
     parser.add_argument("--warm-up", type=int, default=24, help="observed steps (%(default)s)")
     parser.add_argument("--fused", action="store_true", help="fused Adam, in the plain step too")
-    parser.add_argument("--random", action="store_true", help="freeze at random, not what is quietest")
+    parser.add_argument("--order", default="variance", help="by which the lowest freeze (%(default)s)")
     parser.add_argument("--no-peers", action="store_true", help="ours alone")
     parser.add_argument("--memory", action="store_true", help="peaks in MiB, instead of times")
     parser.add_argument("--json", type=Path, help="where to write the figures")

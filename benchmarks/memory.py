@@ -25,7 +25,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -241,6 +241,7 @@ class Trained(Watched):
 
 
 def fit(module: pl.LightningModule, batch: Batch, steps: int, device: str, callbacks: list[pl.Callback]) -> None:
+    """As one of the processes that the environment tells of."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ranks = int(os.environ.get("WORLD_SIZE", 1))
@@ -251,6 +252,7 @@ def fit(module: pl.LightningModule, batch: Batch, steps: int, device: str, callb
             enable_model_summary=False, callbacks=callbacks,
         )  # fmt: skip
         trainer.fit(module, DataLoader([batch] * steps, batch_size=None))
+        assert trainer.world_size == ranks
 
 
 def measure(name: str, way: str, fraction: float, device: str, environment: dict[str, str]) -> dict[str, float]:
@@ -272,6 +274,7 @@ def measure(name: str, way: str, fraction: float, device: str, environment: dict
     if not model.in_parameters:
         made.to(device)
         before = meter.now() if not environment else before
+    os.environ.update(environment)  # which the end of the small fit has cleared
     module, phases = Trained(WAYS[way].adapted(made), model.optimizer), Phases(meter)
     fit(module, batch, T0 + AFTER, device, [phases, *WAYS[way].callbacks(fraction)])
     return {phase: (bytes_ - before) / unit for phase, bytes_ in phases.peaks.items()}
@@ -326,7 +329,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     print(f"{name}, {way}: {type(error).__name__}: {str(error)[:150]}", file=sys.stderr)
         print(f"\n{table(name, results[name])}", flush=True)
     if args.json:
-        args.json.write_text(json.dumps(results, indent=1, default=asdict), encoding="utf-8")
+        args.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

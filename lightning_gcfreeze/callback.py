@@ -53,8 +53,8 @@ class GradCovFreezeCallback(_lightning.Callback):
         gradients: how per-sample gradients are computed: "replay" runs `training_step` on the sample again, "capture"
             takes them from the batch's own backward pass, "auto" captures where a comparison with replay allows it.
         granularity: what freezes together: "element", each element on its own; "row", what has the same first index (an
-            output neuron, a filter, a word's embedding); "tensor", a whole parameter. Rows and tensors are ranked by
-            their mean score, and as many freeze as fit into `k` elements.
+            output neuron, a filter, a word's embedding); "tensor", a whole parameter; rows and tensors by their mean
+            score, as many as fit into `k`. "mixed": rows and columns of weights where that saves work, else elements.
         hold: how constancy is kept: "compact", the optimizer receives only the live (unfrozen) elements, which saves
             its memory and its work; "restore", frozen values are put back after each step, under any optimizer;
             "auto", "compact" if the optimizer is elementwise and no code looks its state up by parameter, else

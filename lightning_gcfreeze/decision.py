@@ -199,6 +199,7 @@ def decide(
     keep: Named | None = None,
     moments: Mapping[str, Named] | None = None,
     held: Named | None = None,
+    costs: Mapping[str, int] | None = None,
 ) -> Decision:
     """Rank the elements and mark the k lowest, Eq. (2.7); the same on all processes, which is checked.
 
@@ -213,9 +214,10 @@ def decide(
         keep: ``{name: bool (*p.shape)}``, elements that are frozen in any case, before all others.
         moments: fields of `orderings.Evidence` that were not observed, ``{field: {name: (*p.shape)}}``.
         held: ``{name: bool (*p.shape)}``, elements that are frozen until now, of which `moments` know nothing.
+        costs: how often a step uses the weights that "mixed" may cut to blocks; see `selection.in_blocks`.
 
     Raises:
-        ValueError: the ordering did not score every element, or with NaN.
+        ValueError: the ordering did not score every element, or with NaN; or below 0, with "mixed".
         RuntimeError: processes would freeze different elements.
     """
     shards = observing.shards
@@ -224,6 +226,8 @@ def decide(
         if keep is not None:
             kept = ((name, score.double().masked_fill(keep[name], -math.inf)) for name, score in given.items())
             scores = put_aside(kept, 8 * sum(w.numel() for w in weights.values()))
+        if granularity == "mixed":
+            scores = put_aside(selection.in_blocks(scores, k, costs or {}), _nbytes(scores))
         frozen = PackedMasks(selection.marks(scores, k, granularity, shards))
         shards.check_agreement(frozen)
         variance = scores
@@ -275,15 +279,15 @@ def scored(ordering: orderings.Ordering, evidence: orderings.Evidence, weights: 
     units = []
     try:
         given = _given(ordering, evidence, weights)
-        if granularity == "element":
-            found = put_aside(given, _nbytes(weights))
-        else:
+        if selection.has_units(granularity):
             units = [selection.unit_sums(name, score, granularity, shards) for name, score in given]
+        else:
+            found = put_aside(given, _nbytes(weights))
     except Exception as error:
         failure = error
     if shards.world.any(failure is not None):  # else the other processes would wait
         raise failure or RuntimeError("`order` failed on another process; see its error.")
-    return found if granularity == "element" else dict(selection.means(units))
+    return dict(selection.means(units)) if selection.has_units(granularity) else found
 
 
 def _given(ordering: orderings.Ordering, evidence: orderings.Evidence, weights: Named) -> Iterator[tuple[str, Tensor]]:

@@ -78,6 +78,11 @@ class Options:
         _checks.one_of("granularity", self.granularity, get_args(Granularity))
         _checks.one_of("hold", self.hold, ["auto", "compact", "restore"])
         _checks.boolean("skip_frozen_gradients", self.skip_frozen_gradients)
+        if self.granularity == "mixed" and not self.skip_frozen_gradients:
+            raise ValueError(
+                "`granularity='mixed'` freezes rows and columns so that their gradients can be skipped: pass"
+                " `skip_frozen_gradients=True`, or use granularity='element'."
+            )
         if self.seed is not None:
             _checks.integer("seed", self.seed, at_least=0, at_most=2**63 - 1)
         factor = self.lr_after_freeze

@@ -114,7 +114,7 @@ def reverse(evidence: Evidence) -> Named:
 def random(evidence: Evidence) -> Named:
     """Draw a uniformly random order of elements, rows or tensors. A seed gives the same order in any sharding."""
     generator = torch.Generator().manual_seed(evidence.seed)
-    axes = {"element": None, "row": 1, "tensor": 0}[evidence.granularity]
+    axes = {"row": 1, "tensor": 0}.get(evidence.granularity)
     scores = {}
     for name, w in evidence.weights.items():
         shape = evidence.shards.shape(name, w)

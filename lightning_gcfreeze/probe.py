@@ -23,6 +23,7 @@ from lightning_gcfreeze._wrappers import unwrapped_module
 from lightning_gcfreeze.decision import scored
 from lightning_gcfreeze.distributed import SINGLE_PROCESS, Shards, World, local
 from lightning_gcfreeze.estimators.scratch import wide
+from lightning_gcfreeze.freezing import WeightUses, worth_cutting
 from lightning_gcfreeze.gradients.batch import dense
 
 _STATISTICS = {"mean": "mean", "recent_mean": "mean", "second_moment": "second_moment"}
@@ -94,6 +95,8 @@ class Probe:
         kept |= {"mean", "squared_noise"} if self._reads_variance else set()
         # Sorted: processes average one after the other, and the order of a set of strings is each process's own.
         self._statistics = {each: {n: _zeros(p) for n, p in self._parameters.items()} for each in sorted(kept)}
+        self._uses = WeightUses(self._module, self._parameters)  # counted in the first batch
+        self._uses.listen()
         self._buffers = {name: buffer.clone() for name, buffer in self._module.named_buffers()}
         self.n_batches = 0
         """Batches that were taken in."""
@@ -138,6 +141,7 @@ class Probe:
     def end_backward(self) -> None:
         """Do what has to happen right after it."""
         arrived, self._arrived = self._arrived or set(), None
+        self._uses.stop()
         for name in self._parameters.keys() - arrived:  # no part of this loss: a gradient of 0
             if self._reads_variance:
                 p = self._parameters[name]
@@ -154,7 +158,7 @@ class Probe:
 
         Args:
             k: how many eligible elements: an int is a count, a float in [0, 1] a fraction.
-            granularity: what freezes together: "element", "row" or "tensor".
+            granularity: what freezes together: "element", "row", "tensor" or "mixed"; see `GradCovFreezeCallback`.
 
         Raises:
             RuntimeError: no batch was taken in.
@@ -171,6 +175,7 @@ class Probe:
 
     def close(self) -> None:
         """Leave the module as it was. What was found stays."""
+        self._uses.stop()
         for hook in self._hooks:
             hook.remove()
         if self._hooks and self._wrapper is not None:
@@ -217,7 +222,11 @@ class Probe:
         _checks.one_of("granularity", granularity, get_args(Granularity))
         shapes = {name: self._shards.shape(name, p) for name, p in self._parameters.items()}
         count = selection.resolve_count(_checks.count_or_fraction("k", k), sum(s.numel() for s in shapes.values()))
-        found = selection.lowest_k(self._scores(granularity), count, granularity, self._shards)
+        scores = self._scores(granularity)
+        if granularity == "mixed":
+            costs = worth_cutting(self._parameters, self._uses.uses_per_step)
+            scores = dict(selection.in_blocks(scores, count, costs))
+        found = selection.lowest_k(scores, count, granularity, self._shards)
         self._warn_of_dead(found, count)
         return found
 

@@ -25,7 +25,7 @@ class ProbeCallback(_lightning.Callback):
         k: how many eligible elements to freeze: an int is a count, a float in [0, 1] a fraction.
         batches: how many to take in; then the fit stops. None: all that the Trainer runs.
         order: see `Probe`.
-        granularity: what freezes together: "element", "row" or "tensor".
+        granularity: what freezes together: "element", "row", "tensor" or "mixed".
         include: patterns (fnmatch) of the parameter names that are eligible; None: all.
         exclude: patterns of the names that are not.
         seed: of the random order; None: torch's initial seed, as `seed_everything` sets it.

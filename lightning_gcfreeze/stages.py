@@ -14,7 +14,7 @@ from lightning_gcfreeze._names import shortened
 from lightning_gcfreeze._types import Named
 from lightning_gcfreeze.decision import Decision, decide, scores_now
 from lightning_gcfreeze.distributed import Shards, local
-from lightning_gcfreeze.freezing import Holder, LearningRates, WeightUses
+from lightning_gcfreeze.freezing import Holder, LearningRates, WeightUses, worth_cutting
 from lightning_gcfreeze.gradients import momentum
 from lightning_gcfreeze.gradients.choice import SourceChoice
 from lightning_gcfreeze.holding import plan_holding
@@ -214,8 +214,9 @@ class Stages:
         state.plan.record_decision(state.steps, around.world)
         k, granularity = self._count(), options.granularity
         uses, moments = self._uses.uses_per_step, self._moments(observing)
+        costs = worth_cutting(self._parameters, uses)
         decision = decide(
-            observing, options.ordering, self.weights(), state.seed, k, granularity, uses, keep, moments, held
+            observing, options.ordering, self.weights(), state.seed, k, granularity, uses, keep, moments, held, costs
         )
         read = () if observing.reads_gradients else self._from_optimizer
         reads_samples = observing.reads_samples

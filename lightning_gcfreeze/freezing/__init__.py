@@ -1,6 +1,6 @@
 """Hold frozen elements constant to the bit while the optimizer moves the others, and save what that allows."""
 
-from lightning_gcfreeze.freezing.blocks import WeightUses, blocks_worth_it
+from lightning_gcfreeze.freezing.blocks import WeightUses, blocks_worth_it, worth_cutting
 from lightning_gcfreeze.freezing.compact import Compact
 from lightning_gcfreeze.freezing.holder import Holder, HoldMode, HoldPlan
 from lightning_gcfreeze.freezing.learning_rate import LearningRates, groups_without_rate
@@ -26,4 +26,5 @@ __all__ = [
     "WeightUses",
     "blocks_worth_it",
     "groups_without_rate",
+    "worth_cutting",
 ]

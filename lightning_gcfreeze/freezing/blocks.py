@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_gcfreeze import _modules, _torch
 from lightning_gcfreeze._types import Named
+from lightning_gcfreeze.distributed import is_sharded
 
 MIN_SAVED_MACS = 2**22
 """Multiply-adds that a block has to save in each step; if it saves fewer, its hooks cost more."""
@@ -18,6 +19,8 @@ MIN_SAVED_ELEMENTS = 2**20
 """Elements of an embedding's gradient that a block has to save: they are not multiplied, but zeroed, written, read."""
 MAX_BLOCK_FRACTION = 0.75
 """Largest fraction of a weight that a block may be: selecting rows and columns takes time, too."""
+MAX_COPIED_COLUMNS = 0.5
+"""Largest fraction of the columns of a layer's input that is kept for the backward pass as a copy, in place of all."""
 
 _WEIGHT_GRADIENT: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.Conv1d: grad.conv1d_weight,
@@ -123,12 +126,24 @@ class Block:
         axes. A weight has two axes more than there are spatial ones, so the axis is 1 - weight.dim() for both.
         """
 
+    def needed(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """Return what to keep of a layer's input for `gradient`: a copy of its live columns, or all of it.
+
+        All of it, if the copy would not be much smaller, or if the input stays in memory anyway: convolutions keep it
+        themselves, and operations such as ReLU need their own output in their backward pass.
+        """
+        if self.columns is None or len(self.columns) > MAX_COPIED_COLUMNS * self._weight_shape[1]:
+            return x
+        if not isinstance(layer, nn.Linear) or hasattr(x.grad_fn, "_raw_saved_result"):
+            return x
+        return x.index_select(self.axis, self.columns)
+
     def gradient(self, layer: nn.Module, x: Tensor, delta: Tensor) -> Tensor:
         """Compute the block of the weight's gradient.
 
         Args:
             layer: one that `has_blocks`.
-            x: the layer's input.
+            x: what is `needed` of the layer's input.
             delta: the gradient of the layer's output.
 
         Returns:
@@ -139,7 +154,7 @@ class Block:
         x = x.to(delta.dtype)  # under autocast the layer has done so, too
         if self.rows is not None:
             delta = delta.index_select(self.axis, self.rows)
-        if self.columns is not None:
+        if self.columns is not None and x.shape[self.axis] > len(self.columns):
             x = x.index_select(self.axis, self.columns)
         if isinstance(layer, nn.Linear):
             return delta.reshape(-1, delta.shape[-1]).mT @ x.reshape(-1, x.shape[-1])
@@ -209,6 +224,18 @@ def worth_it(
         if uses is not None and (uses * saved >= MIN_SAVED_MACS or (uses == 0 and saved >= MIN_SAVED_ELEMENTS)):
             found[name] = block
     return found
+
+
+def worth_cutting(parameters: Mapping[str, Parameter], uses_per_step: Mapping[str, int]) -> dict[str, int]:
+    """Return the uses of those weights of which a block could save enough, whatever froze; see `MIN_SAVED_MACS`."""
+    return {
+        name: uses
+        for name, uses in uses_per_step.items()
+        if (p := parameters.get(name)) is not None
+        and uses * p.numel() >= 2 * MIN_SAVED_MACS
+        and not is_sharded(p)
+        and not _torch.has_gradient_hooks(p)
+    }
 
 
 def blocks_worth_it(

@@ -131,8 +131,17 @@ def lowest(order: str | PathLike[str] | Named, k: int | float, granularity: Gran
     Args:
         order: a file that `save_order` wrote, or its scores, ``{name: (*p.shape)}``.
         k: how many of the elements: an int is a count, a float in [0, 1] a fraction.
-        granularity: what is selected together; see `GradCovFreezeCallback`.
+        granularity: what is selected together: "element", "row" or "tensor"; see `GradCovFreezeCallback`.
+
+    Raises:
+        TypeError: `k` is no number.
+        ValueError: `k` or `granularity` is not among what is allowed.
     """
+    if granularity == "mixed":
+        raise ValueError(
+            "`granularity='mixed'` needs to know how often a step uses each weight, which an order does not tell. Let a"
+            " `Probe` write masks (`save_masks(file, k, 'mixed')`), or choose 'element', 'row' or 'tensor'."
+        )
     _checks.one_of("granularity", granularity, get_args(Granularity))
     return Selection(_lowest, (order, _checks.count_or_fraction("k", k), granularity))
 

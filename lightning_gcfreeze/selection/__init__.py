@@ -11,11 +11,15 @@ from lightning_gcfreeze.selection.lowest import (
     ranks,
     unit_sums,
 )
+from lightning_gcfreeze.selection.mixed import in_blocks
+from lightning_gcfreeze.selection.units import has_units
 
 __all__ = [
     "check_score",
     "check_scores",
     "eligible",
+    "has_units",
+    "in_blocks",
     "lowest_k",
     "marks",
     "means",

@@ -18,7 +18,7 @@ from lightning_gcfreeze._computed import cuts
 from lightning_gcfreeze._types import Granularity, Named
 from lightning_gcfreeze.distributed import UNSHARDED, Shards
 from lightning_gcfreeze.selection import radix
-from lightning_gcfreeze.selection.units import by_unit, expanded, local_units, n_units
+from lightning_gcfreeze.selection.units import by_unit, expanded, has_units, local_units, n_units
 
 MIN_ROWS, SUMMED_NUMEL = 64, 2**18
 """At least so many rows, and about so many elements, are added up at once, or all of them."""
@@ -62,14 +62,14 @@ def pooled(scores: Named, granularity: Granularity, shards: Shards = UNSHARDED) 
 
     Args:
         scores: ``{name: (*p.shape)}``, any real dtype; for sharded parameters the local elements.
-        granularity: "element", "row" (see `units`) or "tensor".
+        granularity: "element", "mixed", "row" (see `units`) or "tensor".
         shards: the layout of the parameters.
 
     Returns:
-        ``{name: (*p.shape)}``. With "element" the scores as they are; else means in float64, so that they are in the
-        order of the exact means.
+        ``{name: (*p.shape)}``. With "element" and "mixed" the scores as they are; else means in float64, so
+        that they are in the order of the exact means.
     """
-    if granularity == "element":
+    if not has_units(granularity):
         return dict(scores)
     return dict(means(unit_sums(name, score, granularity, shards) for name, score in scores.items()))
 
@@ -131,7 +131,7 @@ def lowest_k(
         shards: the layout of the parameters.
 
     Returns:
-        ``{name: bool (*p.shape)}``, True for exactly k elements with "element", else for at most k.
+        ``{name: bool (*p.shape)}``, True for exactly k elements with "element" and "mixed", else for at most k.
     """
     return dict(marks(scores, k, granularity, shards))
 
@@ -140,7 +140,7 @@ def marks(
     scores: Named, k: int, granularity: Granularity = "element", shards: Shards = UNSHARDED
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the masks of `lowest_k` one after the other, with their names; scores are read one after the other, too."""
-    if granularity != "element":
+    if has_units(granularity):
         yield from _lowest_units(scores, k, granularity, shards).items()
         return
     shapes, dtypes = dict[str, torch.Size](), set[torch.dtype]()

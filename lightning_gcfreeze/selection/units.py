@@ -11,6 +11,11 @@ from lightning_gcfreeze._types import Granularity
 from lightning_gcfreeze.distributed import Shards
 
 
+def has_units(granularity: Granularity) -> bool:
+    """Return whether elements freeze together, and have one score: the mean of theirs."""
+    return granularity in ("row", "tensor")
+
+
 def n_units(shape: torch.Size, granularity: Granularity) -> int:
     """Return the number of units of a whole parameter."""
     if not shape.numel():

@@ -454,3 +454,59 @@ def test_an_embedding_has_a_block_where_that_saves_enough_elements(monkeypatch):
     assert blocks_worth_it(parameters, frozen, uses).keys() == {"0.weight"}
     monkeypatch.setattr(blocks, "MIN_SAVED_ELEMENTS", 13)
     assert not blocks_worth_it(parameters, frozen, uses)
+
+
+def kept_bytes(run):
+    """Run, and return the bytes of tensors that were kept for the backward pass, and the gradients."""
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = run()
+    loss.backward()
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("name", ["linear", "linear on sequences"])
+def test_of_a_layer_s_input_only_the_live_columns_are_kept(name, monkeypatch):
+    """To the bit the gradients are those with the whole input kept; of six columns, two are live."""
+    make, shape = LAYERS[name]
+    found = {}
+    for largest in (0.5, 0.0):
+        monkeypatch.setattr(blocks, "MAX_COPIED_COLUMNS", largest)
+        torch.manual_seed(0)
+        module, x = make(), torch.randn(shape)
+        frozen = torch.zeros_like(module.weight, dtype=torch.bool)
+        frozen[:, [1, 2, 4, 5]] = True
+        holder, skipper = skipped(module, {"weight": frozen}, x)
+        scaled = (x * 1.0).requires_grad_()
+        kept = kept_bytes(lambda module=module, scaled=scaled: module(scaled * 1.0).square().sum())
+        holder.gather_gradients_()
+        (vector,) = (p for p in holder._optimizer.param_groups[0]["params"] if p.dim() == 1 and p is not module.bias)
+        found[largest] = kept, vector.grad.clone(), scaled.grad
+        skipper.release()
+    few, whole_input = found[0.5], found[0.0]
+    assert whole_input[0] - few[0] == math.prod(shape) * 4 * 4 // 6
+    assert torch.equal(few[1], whole_input[1])
+    assert torch.equal(few[2], whole_input[2])
+    assert few[1].any()
+
+
+def test_an_input_that_stays_in_memory_anyway_is_not_copied():
+    """ReLU keeps its output itself; what GELU made is kept by nobody else."""
+    kept = {}
+    for activation in (nn.ReLU(), nn.GELU()):
+        torch.manual_seed(0)
+        module, x = nn.Sequential(activation, nn.Linear(60, 5)), torch.randn(40, 60, requires_grad=True)
+        frozen = torch.ones_like(module[1].weight, dtype=torch.bool)
+        frozen[:, :10] = False
+        _, skipper = skipped(module, {"1.weight": frozen}, x)
+        kept[activation] = kept_bytes(lambda module=module, x=x: module(x * 1.0).square().sum())
+        skipper.release()
+    relu, gelu = kept.values()
+    output, inputs, weight = 40 * 5 * 4, 40 * 60 * 4, 60 * 5 * 4
+    assert relu == inputs + weight + output
+    assert gelu == inputs + inputs // 6 + weight + output

@@ -18,7 +18,10 @@ from lightning_gcfreeze import GradCovFreezeCallback
 from tests import cases, insides
 
 T0, SAMPLES = 4, 96
-WAYS = [("element", "compact"), ("row", "compact"), ("tensor", "compact"), ("row", "restore"), ("tensor", "restore")]
+WAYS = [
+    ("element", "compact"), ("mixed", "compact"), ("row", "compact"), ("tensor", "compact"), ("row", "restore"),
+    ("tensor", "restore"),
+]  # fmt: skip
 UNUSED, STATIC, VIEW = {"find_unused_parameters": True}, {"static_graph": True}, {"gradient_as_bucket_view": True}
 COMBINATIONS: list[tuple[str, Any, dict[str, bool], int]] = [
     *((granularity, hold, {}, 1) for granularity, hold in WAYS),

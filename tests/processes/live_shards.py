@@ -10,11 +10,23 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
-from lightning_gcfreeze import FreezeSchedule, Growth
+from lightning_gcfreeze import Freezer, FreezeSchedule, Growth
 from lightning_gcfreeze.distributed import whole
 from lightning_gcfreeze.freezing import live_vector
-from tests.processes.by_hand import OPTIMIZERS, Masks, adamw, all_but_one, by_hand, everything_in_part, freezing, some
-from tests.processes.checkpoints import RANKS, STEPS
+from lightning_gcfreeze.selection import mixed
+from tests import insides
+from tests.processes.by_hand import (
+    OPTIMIZERS,
+    Masks,
+    adamw,
+    all_but_one,
+    by_hand,
+    everything_in_part,
+    freezing,
+    samples,
+    some,
+)
+from tests.processes.checkpoints import RANKS, SAMPLES, STEPS, network
 from tests.processes.sharded import (
     HIDDEN,
     NORM,
@@ -87,6 +99,29 @@ def masks_that_change_are_those_of_one_process(layout: tuple[int, int]) -> None:
             torch.testing.assert_close(ours, p.detach(), rtol=1e-9, atol=1e-9, msg=f"{name} {n}")
         last = named_whole(callback.frozen)
         assert_saves(look, last, "AdamW")
+
+
+def single_elements_of_shards_freeze_where_rows_and_columns_would() -> None:
+    """Of sharded weights no block is computed: only in one process mixed units differ from elements."""
+    with pytest.MonkeyPatch.context() as patch:
+        insides.skip_blocks_of_any_size(patch)
+        patch.setattr(mixed, "KEPT", 0.6)  # the weights are so small that less would change nothing
+        given = {"order": "movement", "k": 0.7}
+        units, elements = (named_whole(fit(granularity=unit, **given)[0].frozen) for unit in ("mixed", "element"))
+        assert all(torch.equal(mask, elements[name]) for name, mask in units.items())
+        alone = [dict[str, torch.Tensor](), dict[str, torch.Tensor]()]
+        for unit, found in zip(("mixed", "element"), alone, strict=True):
+            model = network()
+            optimizer = adamw(model.parameters())
+            freezer = Freezer(model, optimizer, t0=T0, granularity=unit, skip_frozen_gradients=True, **given)
+            for x, y in zip(*(part.split(SAMPLES) for part in samples(0.0)), strict=True):
+                freezer.begin_batch([x, y])
+                freezer.backward(nn.functional.mse_loss(model(x), y))
+                optimizer.step()
+                optimizer.zero_grad()
+            found.update(freezer.frozen)
+            freezer.close()
+        assert any(not torch.equal(mask, alone[1][name]) for name, mask in alone[0].items())
 
 
 def mixed_precision_is_that_of_restoring() -> None:
@@ -170,6 +205,7 @@ def main(folder: Any) -> None:
     a_vector_of_this_rank_alone_is_clipped_wrongly()
     for layout in ((2, 1), (1, 2)):
         masks_that_change_are_those_of_one_process(layout)
+    single_elements_of_shards_freeze_where_rows_and_columns_would()
     mixed_precision_is_that_of_restoring()
     gradients_that_are_seen_to_be_read_are_kept()
     saving_is_no_step(f"{folder}/each")
