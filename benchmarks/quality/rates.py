@@ -244,7 +244,7 @@ def run(task: Task, way: Way, seed: int, base: float) -> dict[str, Any]:
     p = sum(w.numel() for w in start.weights.values())
     end = End(task, start.model, start.held_out, 1)
     end(1, {name: w[None] for name, w in start.weights.items()})
-    stopped = {name: _finite(value) for name, value in end.means().items()}
+    stopped = {name: finite(value) for name, value in end.means().items()}
     found: dict[str, Any] = {"p": p, "base": base, "all_frozen": stopped}
     everything = {name: torch.ones_like(w, dtype=torch.bool) for name, w in start.weights.items()}
     ((_, found["unfrozen"], weights),) = go_on(start, {"unfrozen": everything}, FACTORS)
@@ -306,12 +306,12 @@ def go_on(
             rows = slice(j * n, (j + 1) * n)
             own = {key: w[rows] for key, w in trained.items()}
             found: dict[str, Any] = {"factors": list(factors), "live": sum(int(m.sum()) for m in lives[name].values())}
-            found |= {key: _finite(value[rows]) for key, value in means.items()}
-            found["trials"] = {share: _finite(first[rows]) for share, first in firsts.items()}
+            found |= {key: finite(value[rows]) for key, value in means.items()}
+            found["trials"] = {share: finite(first[rows]) for share, first in firsts.items()}
             yield name, found, own
 
 
-def _finite(values: Tensor) -> list[float | None]:
+def finite(values: Tensor) -> list[float | None]:
     return [v if math.isfinite(v) else None for v in values.tolist()]  # JSON has no NaN
 
 
@@ -320,13 +320,13 @@ def base_rate(name: str, way: str, out: Path) -> float:
     file, task = out / f"{way}-{name}-bases.json", (RATE_TASKS | FRESH_TASKS)[name]
     if not file.exists():
         found = [try_bases(task, WAYS[way], seed) for seed in range(task.seeds)]
-        _save({"bases": found[0][0], "val": [losses for _, losses in found]}, file)
+        save({"bases": found[0][0], "val": [losses for _, losses in found]}, file)
     known = json.loads(file.read_text(encoding="utf-8"))
     means = torch.tensor(known["val"]).mean(0)
     return WAYS[way].share * float(known["bases"][int(means.argmin())])
 
 
-def _save(found: Any, file: Path) -> None:
+def save(found: Any, file: Path) -> None:
     file.with_suffix(".part").write_text(json.dumps(found), encoding="utf-8")
     file.with_suffix(".part").replace(file)
 
@@ -354,7 +354,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if seed < task.seeds and not file.exists():
             began = time.monotonic()
             base = base_rate(name, way, args.out)
-            _save(run(task, WAYS[way], seed, base), file)
+            save(run(task, WAYS[way], seed, base), file)
             print(f"{way}, {name}, seed {seed}: {time.monotonic() - began:.0f} s", flush=True)
     text = rate_summary.report(rate_summary.load(args.out, args.ways, args.tasks, args.seeds))
     (args.out / "rates.md").write_text(text, encoding="utf-8")
