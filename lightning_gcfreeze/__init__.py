@@ -7,6 +7,7 @@ from lightning_gcfreeze.freezing.savings import Savings
 from lightning_gcfreeze.gradients.slicing import first_sample
 from lightning_gcfreeze.options import PRESETS
 from lightning_gcfreeze.orderings import Evidence, Ordering
+from lightning_gcfreeze.planning.budget import Budget
 from lightning_gcfreeze.planning.growing import Growth
 from lightning_gcfreeze.planning.schedule import FreezeSchedule
 from lightning_gcfreeze.planning.settling import Settled
@@ -15,6 +16,7 @@ from lightning_gcfreeze.probe_callback import ProbeCallback
 
 __all__ = [
     "PRESETS",
+    "Budget",
     "Evidence",
     "FreezeSchedule",
     "Freezer",

@@ -152,3 +152,8 @@ def queue_after_backward(callback: Callable[[], None]) -> None:
     Assumes ``queue_callback`` of the engine, as DDP and FSDP use it. Gradients are not recorded in the callback.
     """
     torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def keeps_own_result(tensor: Tensor) -> bool:
+    """Return whether the operation that made a tensor needs it in its backward pass, as ReLU does."""
+    return hasattr(tensor.grad_fn, "_raw_saved_result")

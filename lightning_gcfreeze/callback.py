@@ -19,6 +19,7 @@ from lightning_gcfreeze.gradients.choice import Source
 from lightning_gcfreeze.masks import Masks
 from lightning_gcfreeze.options import Options, arguments_of_preset
 from lightning_gcfreeze.planning import deprecated
+from lightning_gcfreeze.planning.budget import Budget
 from lightning_gcfreeze.planning.growing import Growth
 from lightning_gcfreeze.planning.schedule import FreezeSchedule, Stage
 from lightning_gcfreeze.planning.settling import Settled
@@ -40,7 +41,7 @@ class GradCovFreezeCallback(_lightning.Callback):
         t0: optimizer steps observed before the freeze; step t0 + 1 is the first with frozen elements. "auto", or a
             `Settled`: freeze when the order has settled and the loss has come down.
         k: how many eligible elements to freeze: an int is a count, a float in [0, 1] a fraction. "auto", or a `Growth`:
-            freeze more and more of them along the order, as long as the loss does not rise.
+            more and more along the order, as long as the loss does not rise. A `Budget`: what memory or work asks for.
         order: what to rank by, lowest first: "variance" (the paper), "random", "reverse" (highest variance first),
             "magnitude", "second_moment", "snr", "displacement", "progress", "movement" (recommended; like "momentum"
             it reads weights and the optimizer's state alone), or a callable; see `lightning_gcfreeze.orderings`.
@@ -55,10 +56,9 @@ class GradCovFreezeCallback(_lightning.Callback):
         granularity: what freezes together: "element", each element on its own; "row", what has the same first index (an
             output neuron, a filter, a word's embedding); "tensor", a whole parameter; rows and tensors by their mean
             score, as many as fit into `k`. "mixed": rows and columns of weights where that saves work, else elements.
-        hold: how constancy is kept: "compact", the optimizer receives only the live (unfrozen) elements, which saves
-            its memory and its work; "restore", frozen values are put back after each step, under any optimizer;
-            "auto", "compact" if the optimizer is elementwise and no code looks its state up by parameter, else
-            "restore". Until the last stage of a `schedule`, "restore" is used.
+        hold: "compact", the optimizer receives only the live elements, which saves its memory and its work; "restore",
+            frozen values are put back after each step; "auto", "compact" if the optimizer is elementwise and no code
+            looks its state up by parameter, else "restore". Until the last stage of a `schedule`, "restore" is used.
         skip_frozen_gradients: skip computing weight gradients of fully frozen parameters, rows and columns. Where code
             of the user may look at gradients, and until the last stage, all gradients are computed, and stay in place.
         include: patterns (fnmatch) of the parameter names that are eligible; None: all. Only parameters that require
@@ -85,7 +85,7 @@ class GradCovFreezeCallback(_lightning.Callback):
     def __init__(
         self,
         t0: int | Literal["auto"] | Settled | None = None,
-        k: int | float | Literal["auto"] | Growth | None = None,
+        k: int | float | Literal["auto"] | Growth | Budget | None = None,
         *,
         order: orderings.Name | orderings.Ordering = "variance",
         samples: Literal["auto", "first", "all"] | int = "auto",

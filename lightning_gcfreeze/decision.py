@@ -95,7 +95,7 @@ class Decision:
         when = when if self.scores else "from the first step on"
         return f"{when} {self.fraction:.1%} of the eligible elements are frozen: {self.count:,}."
 
-    def doubts(self, k: int, given_k: int | float, granularity: Granularity, read: Collection[str] = ()) -> list[str]:
+    def doubts(self, k: int, given_k: object, granularity: Granularity, read: Collection[str] = ()) -> list[str]:
         """Return sentences to warn with.
 
         Args:
@@ -200,6 +200,7 @@ def decide(
     moments: Mapping[str, Named] | None = None,
     held: Named | None = None,
     costs: Mapping[str, int] | None = None,
+    work: float | None = None,
 ) -> Decision:
     """Rank the elements and mark the k lowest, Eq. (2.7); the same on all processes, which is checked.
 
@@ -208,13 +209,14 @@ def decide(
         ordering: gives the scores.
         weights: the parameters now; of sharded ones the local parts.
         seed: of the random order.
-        k: how many elements to mark.
+        k: how many elements to mark; with `work` at least so many.
         granularity: what freezes together.
         uses_per_step: see `Decision`.
         keep: ``{name: bool (*p.shape)}``, elements that are frozen in any case, before all others.
         moments: fields of `orderings.Evidence` that were not observed, ``{field: {name: (*p.shape)}}``.
         held: ``{name: bool (*p.shape)}``, elements that are frozen until now, of which `moments` know nothing.
         costs: how often a step uses the weights that "mixed" may cut to blocks; see `selection.in_blocks`.
+        work: largest share of their gradients' products that "mixed" leaves, also there.
 
     Raises:
         ValueError: the ordering did not score every element, or with NaN; or below 0, with "mixed".
@@ -227,7 +229,9 @@ def decide(
             kept = ((name, score.double().masked_fill(keep[name], -math.inf)) for name, score in given.items())
             scores = put_aside(kept, 8 * sum(w.numel() for w in weights.values()))
         if granularity == "mixed":
-            scores = put_aside(selection.in_blocks(scores, k, costs or {}), _nbytes(scores))
+            scores = put_aside(selection.in_blocks(scores, k, costs or {}, work), _nbytes(scores))
+            if work is not None:
+                k = max(k, sum(int((score < 0).count_nonzero()) for score in scores.values()))
         frozen = PackedMasks(selection.marks(scores, k, granularity, shards))
         shards.check_agreement(frozen)
         variance = scores

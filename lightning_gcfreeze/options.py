@@ -10,6 +10,7 @@ from lightning_gcfreeze import masks as given_masks
 from lightning_gcfreeze._types import Granularity
 from lightning_gcfreeze.estimators import gains
 from lightning_gcfreeze.gradients.choice import Source
+from lightning_gcfreeze.planning.budget import Budget
 from lightning_gcfreeze.planning.growing import Growth
 from lightning_gcfreeze.planning.plan import PlannedDecision, as_schedule, check_every, decisions_from_arguments
 from lightning_gcfreeze.planning.schedule import FreezeSchedule, Stage
@@ -39,7 +40,7 @@ class Options:
     """
 
     t0: int | Literal["auto"] | Settled | None = None
-    k: int | float | Literal["auto"] | Growth | None = None
+    k: int | float | Literal["auto"] | Growth | Budget | None = None
     order: orderings.Name | orderings.Ordering = "variance"
     samples: Literal["auto", "first", "all"] | int = "auto"
     every: int = 1
@@ -82,6 +83,11 @@ class Options:
             raise ValueError(
                 "`granularity='mixed'` freezes rows and columns so that their gradients can be skipped: pass"
                 " `skip_frozen_gradients=True`, or use granularity='element'."
+            )
+        if isinstance(self.k, Budget) and self.k.work is not None and self.granularity != "mixed":
+            raise ValueError(
+                f"`k=Budget(work={self.k.work})` needs granularity='mixed', which chooses rows and columns by the work"
+                f" that they save; got {self.granularity!r}."
             )
         if self.seed is not None:
             _checks.integer("seed", self.seed, at_least=0, at_most=2**63 - 1)
@@ -164,7 +170,7 @@ def arguments_of_preset(name: str) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, FreezeSchedule | Settled | Growth):
+    if isinstance(value, FreezeSchedule | Settled | Growth | Budget):
         return {"class": type(value).__name__, **{name: _plain(v) for name, v in vars(value).items()}}
     if callable(value):
         return f"{value.__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"

@@ -28,6 +28,7 @@ from lightning_gcfreeze.gradients.source import SampleGradients
 from lightning_gcfreeze.holding import refuse_compact
 from lightning_gcfreeze.observing import Observing
 from lightning_gcfreeze.options import Options
+from lightning_gcfreeze.planning.budget import Budget
 from lightning_gcfreeze.planning.growing import Growth
 from lightning_gcfreeze.stages import Stages
 from lightning_gcfreeze.state import State
@@ -70,7 +71,7 @@ class Run:
             options, state, around, self.parameters, self.shards, self._uses, self._seen_reading, trained
         )
         for _, k in options.decisions:
-            if not isinstance(k, Growth):
+            if not isinstance(k, Growth | Budget):
                 selection.resolve_count(k, self.stages.n_eligible)
         full = options.covariance == "full"
         if self.shards.is_sharded:

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lightning_gcfreeze import masks, misconfiguration, orderings, refusals, reporting, selection
+from lightning_gcfreeze import masks, misconfiguration, orderings, refusals, reporting
 from lightning_gcfreeze._computed import Computed
 from lightning_gcfreeze._memory import give_back
 from lightning_gcfreeze._names import shortened
 from lightning_gcfreeze._types import Named
+from lightning_gcfreeze.counting import how_many, over_budget
 from lightning_gcfreeze.decision import Decision, decide, scores_now
 from lightning_gcfreeze.distributed import Shards, local
 from lightning_gcfreeze.freezing import Holder, LearningRates, WeightUses, worth_cutting
@@ -168,8 +169,8 @@ class Stages:
             around.refuse(refusals.unreadable_momentum(around.optimizer, self._parameters, self._has_stepped, mean))
 
     def _count(self) -> int:
-        """How many elements the plan wants frozen."""
-        return selection.resolve_count(self._state.plan.k, self.n_eligible)
+        parameters, granularity = self._parameters.values(), self._options.granularity
+        return how_many(self._state.plan.k, self.n_eligible, parameters, granularity, self._around)
 
     def _is_time(self, observing: Observing) -> bool:
         """Return whether to decide now. With ``t0="auto"`` the data say so, the same on all processes."""
@@ -216,8 +217,9 @@ class Stages:
         uses, moments = self._uses.uses_per_step, self._moments(observing)
         costs = worth_cutting(self._parameters, uses)
         decision = decide(
-            observing, options.ordering, self.weights(), state.seed, k, granularity, uses, keep, moments, held, costs
-        )
+            observing, options.ordering, self.weights(), state.seed, k, granularity, uses, keep, moments, held, costs,
+            work=getattr(state.plan.k, "work", None),
+        )  # fmt: skip
         read = () if observing.reads_gradients else self._from_optimizer
         reads_samples = observing.reads_samples
         observing.release()
@@ -254,6 +256,8 @@ class Stages:
     def _tell_savings(self) -> None:
         if self._state.savings and not self._state.plan.masks_may_change:
             self._around.inform(self._state.savings.table())
+            if sentence := over_budget(self._options.k, self._state.savings):
+                self._around.warn(sentence)
 
     def take_histograms(self) -> Iterator[tuple[str, Tensor]]:
         """Return tags and values of histograms, to go through once, if the masks have changed since the last call."""

@@ -186,10 +186,11 @@ class State:
                 " train longer.",
                 None,
             )
-        if self.plan.masks_may_change:
+        if self.plan.growing and self.plan.masks_may_change:
+            stage = int(self.plan.growing.fraction * 100)
             return None, (
-                f"`k='auto'` was not settled: training ended with stage {int(self.plan.k * 100)} % still being"
-                " evaluated. Train longer, validate more often, or make `every` of `Growth` smaller."
+                f"`k='auto'` was not settled: training ended with stage {stage} % still being evaluated."
+                " Train longer, validate more often, or make `every` of `Growth` smaller."
             )
         return None, None
 

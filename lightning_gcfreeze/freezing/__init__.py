@@ -6,7 +6,7 @@ from lightning_gcfreeze.freezing.holder import Holder, HoldMode, HoldPlan
 from lightning_gcfreeze.freezing.learning_rate import LearningRates, groups_without_rate
 from lightning_gcfreeze.freezing.optimizer_state import ELEMENTWISE
 from lightning_gcfreeze.freezing.restore import Restore
-from lightning_gcfreeze.freezing.savings import Footprint, ParameterSavings, Savings
+from lightning_gcfreeze.freezing.savings import Footprint, ParameterSavings, Savings, room_for
 from lightning_gcfreeze.freezing.skipping import GradientSkipper
 from lightning_gcfreeze.freezing.thawing import ThawStates
 
@@ -26,5 +26,6 @@ __all__ = [
     "WeightUses",
     "blocks_worth_it",
     "groups_without_rate",
+    "room_for",
     "worth_cutting",
 ]

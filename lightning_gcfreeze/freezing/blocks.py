@@ -134,7 +134,7 @@ class Block:
         """
         if self.columns is None or len(self.columns) > MAX_COPIED_COLUMNS * self._weight_shape[1]:
             return x
-        if not isinstance(layer, nn.Linear) or hasattr(x.grad_fn, "_raw_saved_result"):
+        if not isinstance(layer, nn.Linear) or _torch.keeps_own_result(x):
             return x
         return x.index_select(self.axis, self.columns)
 

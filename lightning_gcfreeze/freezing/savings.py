@@ -10,7 +10,7 @@ from lightning_gcfreeze import _torch
 from lightning_gcfreeze._types import Named
 from lightning_gcfreeze.distributed import local
 from lightning_gcfreeze.freezing.blocks import Block
-from lightning_gcfreeze.freezing.optimizer_state import is_by_element
+from lightning_gcfreeze.freezing.optimizer_state import is_by_element, state_by_element
 
 _MAX_TABLE_ROWS = 30
 
@@ -39,6 +39,25 @@ class Footprint:
         known = {p: state for p, state in optimizer.state.items() if state}
         nbytes = sum(_nbytes(v) for p, state in known.items() for v in state.values() if is_by_element(v, p))
         return self.state + round(n_more * nbytes / max(1, sum(local(p).numel() for p in known)))
+
+
+def room_for(
+    memory: float, optimizer: Optimizer, parameters: Collection[Tensor], index_bytes: int, saves_gradients: bool
+) -> float:
+    """Return what fraction of parameters' elements may be live, so that an optimizer takes no more memory than allowed.
+
+    Args:
+        memory: bytes for its state, the gradients of its parameters, and the places of live elements.
+        optimizer: with the state that it has without a freeze.
+        parameters: those that may freeze; the others count in full.
+        index_bytes: of the place of each live element.
+        saves_gradients: whether live elements alone keep their gradients.
+    """
+    total = Footprint.of(optimizer)
+    freezable = sum(_nbytes(p) for p in parameters) if saves_gradients else 0
+    freezable += sum(_nbytes(v) for p in parameters for v in state_by_element(optimizer, p).values())
+    fixed = total.state + total.gradients - freezable
+    return (memory - fixed) / max(1, freezable + index_bytes * sum(local(p).numel() for p in parameters))
 
 
 @dataclass(frozen=True)

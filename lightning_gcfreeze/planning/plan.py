@@ -13,12 +13,13 @@ from torch import Tensor
 from lightning_gcfreeze import _checks
 from lightning_gcfreeze.distributed import World
 from lightning_gcfreeze.estimators import gains
+from lightning_gcfreeze.planning.budget import Budget
 from lightning_gcfreeze.planning.growing import Growth, GrowthState, Verdict
 from lightning_gcfreeze.planning.losses import Losses, LossMean
 from lightning_gcfreeze.planning.schedule import FreezeSchedule
 from lightning_gcfreeze.planning.settling import Check, Settled, SettlingState
 
-PlannedDecision: TypeAlias = tuple[int | Settled, int | float | Growth]
+PlannedDecision: TypeAlias = tuple[int | Settled, int | float | Growth | Budget]
 """(t0, k): the optimizer step after which to decide, and how much to freeze then."""
 
 
@@ -27,7 +28,7 @@ def decisions_from_arguments(t0: Any, k: Any, schedule: Any) -> tuple[tuple[Plan
 
     Args:
         t0: an int, "auto", a `Settled`, or None with a schedule.
-        k: an int, a float in [0, 1], "auto", a `Growth`, or None with a schedule.
+        k: an int, a float in [0, 1], "auto", a `Growth`, a `Budget`, or None with a schedule.
         schedule: a `FreezeSchedule`, a list of pairs (t, k), or None.
 
     Raises:
@@ -64,12 +65,12 @@ def _when(t0: Any) -> int | Settled:
     return t0 if isinstance(t0, Settled) else _checks.integer("t0", t0, at_least=1)
 
 
-def _how_much(k: Any) -> int | float | Growth:
+def _how_much(k: Any) -> int | float | Growth | Budget:
     if k == "auto":
         return Growth()
     if isinstance(k, str):
-        raise TypeError(f"`k` must be an int, a float in [0, 1], 'auto' or a Growth, got {k!r} of type str.")
-    return k if isinstance(k, Growth) else _checks.count_or_fraction("k", k)
+        raise TypeError(f"`k` must be an int, a float in [0, 1], 'auto', a Growth or a Budget, got {k!r} of type str.")
+    return k if isinstance(k, Growth | Budget) else _checks.count_or_fraction("k", k)
 
 
 def check_every(every: int, decisions: Sequence[PlannedDecision]) -> None:
@@ -136,7 +137,7 @@ class Plan:
         return self.has_next_decision or (self.growing is not None and not self.growing.done)
 
     @property
-    def k(self) -> int | float:
+    def k(self) -> int | float | Budget:
         """How much to freeze, by the last decision that was made; before the first decision, by that one."""
         if self.growing:
             return self.growing.fraction

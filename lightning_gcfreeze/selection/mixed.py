@@ -29,20 +29,26 @@ PER_OCTAVE, OCTAVES = 8, 40
 """Scores are counted in bins, so many between a score and its half, from the threshold downwards."""
 
 
-def in_blocks(scores: Named, k: int, costs: Mapping[str, int]) -> Iterator[tuple[str, Tensor]]:
+def in_blocks(
+    scores: Named, k: int, costs: Mapping[str, int], work: float | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """Yield the order in which the elements outside of blocks are the lowest, in their own order, then those inside.
+
+    Scores of elements outside become negative.
 
     Args:
         scores: ``{name: (*p.shape)}``, at least 0; -inf for elements that are frozen already.
         k: how many elements are to freeze.
         costs: how often a step uses each weight, by name: its gradient takes as many products for each element. The
             weights are matrices or convolutions' of (outputs, inputs, *kernel). Other parameters have no block.
+        work: largest share of these weights' products inside of blocks, whatever that loses, and although more than k
+            elements may lie outside then; None: no limit.
 
     Raises:
         ValueError: a finite score is negative, so that a sum of scores says nothing.
     """
     highest = _highest(scores)
-    blocks = _blocks(scores, k, costs, highest) if costs and k else {}
+    blocks = _blocks(scores, k, costs, highest, work) if costs and (k or work) else {}
     for name, score in scores.items():
         yield name, torch.where(blocks[name].holds(score), score, score - (highest + 1.0)) if name in blocks else score
 
@@ -71,16 +77,21 @@ class _Block:
                     gains = gains[stays] if axis == 0 else gains[:, stays]
         return cls(rows, columns)
 
+    def numel_at(self, price: int, like: Tensor) -> int:
+        """Return how many elements are inside at a price."""
+        return int((self.rows > price).sum()) * int((self.columns > price).sum()) * like[0, 0].numel()
+
     def leaves_at(self, like: Tensor) -> Tensor:
         """Return for each element at which price it leaves, int64, broadcast to the weight's shape."""
         found = torch.minimum(self.rows[:, None], self.columns)
         return found.view(*found.shape, *[1] * (like.dim() - 2)).expand(like.shape)
 
     def holds(self, like: Tensor) -> Tensor:
+        """Return which elements are inside, at the price that is paid."""
         return self.leaves_at(like) > self.price
 
 
-def _blocks(scores: Named, k: int, costs: Mapping[str, int], highest: float) -> dict[str, _Block]:
+def _blocks(scores: Named, k: int, costs: Mapping[str, int], highest: float, work: float | None) -> dict[str, _Block]:
     total = sum(score.numel() for score in scores.values())
     dtype = torch.float64 if any(score.dtype == torch.float64 for score in scores.values()) else torch.float32
 
@@ -88,17 +99,26 @@ def _blocks(scores: Named, k: int, costs: Mapping[str, int], highest: float) -> 
         for score in scores.values():
             yield from (chunk for _, chunk in radix.chunks(score, dtype, total))
 
-    threshold = max(float(radix.kth_smallest(numbers, k, dtype, total, SINGLE_PROCESS.all_reduce_sum).value), 0.0)
+    threshold = 0.0
+    if k:
+        kth = radix.kth_smallest(numbers, k, dtype, total, SINGLE_PROCESS.all_reduce_sum)
+        threshold = max(float(kth.value), 0.0)
     if threshold > highest:
         return {}
     gain = sum(float(_gains(scores[name], threshold).clamp_(max=highest).sum()) for name in costs)
     if not gain:
         return {}
-    mean = gain / sum(scores[name].numel() * cost for name, cost in costs.items())
+    products = sum(scores[name].numel() * cost for name, cost in costs.items())
+    mean = gain / products
     step = (HIGHEST / LOWEST) ** (1 / (N_PRICES - 1))
     prices = [0.0, *(mean * LOWEST * step**i for i in range(N_PRICES - 1))]
     found = {name: _Block.of(scores[name], threshold, cost, prices) for name, cost in costs.items()}
+    pairs = list(zip(costs.items(), found.values(), strict=True))
     price = _highest_price(scores, (threshold, highest), total - k, found)
+    while work is not None and price < N_PRICES - 1:
+        if sum(cost * block.numel_at(price, scores[name]) for (name, cost), block in pairs) <= work * products:
+            break
+        price += 1
     return {name: _Block(block.rows, block.columns, price) for name, block in found.items()}
 
 

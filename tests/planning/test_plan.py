@@ -163,7 +163,7 @@ def test_arguments_become_decisions():
         (None, None, "auto", TypeError, r"`schedule` must be a FreezeSchedule or a list of pairs \(t, k\), got 'auto'"),
         (None, None, 5, TypeError, r"must be a FreezeSchedule or a list of pairs \(t, k\), got 5"),
         (None, None, [5], TypeError, r"`stages\[0\]` must be a pair \(t, k\), got 5"),
-        (5, "all", None, TypeError, "`k` must be an int, a float.*'auto' or a Growth, got 'all'"),
+        (5, "all", None, TypeError, "`k` must be an int, a float.*'auto', a Growth or a Budget, got 'all'"),
         ("soon", 0.5, None, TypeError, "'auto' or a Settled, got 'soon'"),
         (0, 0.5, None, ValueError, "`t0` must be at least 1, got 0"),
         (5, 1.5, None, ValueError, r"`k` as a float is a fraction and must lie in \[0, 1\], got 1.5"),

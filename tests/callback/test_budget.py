@@ -1,0 +1,128 @@
+"""`k=Budget(...)`: as few elements freeze as memory or work asks for."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_gcfreeze import Budget, GradCovFreezeCallback
+from tests import cases, insides
+
+T0, SAMPLES, WIDTH = 3, 16, 32
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Let blocks of small layers pay."""
+    insides.skip_blocks_of_any_size(monkeypatch)
+
+
+def network():
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(5, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 1))
+
+
+N = sum(p.numel() for p in network().parameters())
+PLAIN = 3 * 4 * N  # gradient and two moments of Adam
+
+
+def fit(k, optimizer=torch.optim.Adam, **arguments):
+    callback = GradCovFreezeCallback(**({"t0": T0, "k": k, "order": "movement", "granularity": "mixed"} | arguments))
+    module = cases.Regression(network(), lambda p: optimizer(p, lr=0.01))
+    data = torch.utils.data.DataLoader(cases.data(SAMPLES * 3), batch_size=SAMPLES)
+    cases.trainer(callbacks=[callback], max_epochs=2).fit(module, data)
+    return callback
+
+
+def taken(callback):
+    """Bytes of state, gradients and places; Adam's counts of steps have 4 each."""
+    return callback.savings.after.state + callback.savings.after.gradients + callback.savings.index_bytes
+
+
+@pytest.mark.parametrize("granularity", ["element", "mixed", "row"])
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
+def test_a_budget_of_memory_is_kept_and_used(granularity, share):
+    callback = fit(Budget(memory=share * PLAIN), granularity=granularity)
+    assert taken(callback) <= share * PLAIN
+    # The places are counted twice, for blocks: 20 bytes an element, of which 16 may be taken; a place for each row.
+    least = 16 / 20 * share * PLAIN if granularity != "row" else share * PLAIN - 8 * (4 * WIDTH + 2) - 12 * WIDTH
+    assert taken(callback) > least - 0.05 * share * PLAIN
+
+
+def test_nothing_freezes_where_there_is_room_for_all():
+    callback = fit(Budget(memory=2 * PLAIN))
+    assert callback.frozen_fraction == 0.0
+    assert callback.phase == "frozen"
+
+
+def test_other_parameters_and_states_count():
+    """Only the middle layer may freeze; what the others take leaves less for it."""
+    middle = WIDTH * WIDTH
+    fixed = 12 * (N - middle)
+    callback = fit(Budget(memory=fixed + 0.5 * 12 * middle), include="network.2.weight", granularity="element")
+    assert taken(callback) <= fixed + 0.5 * 12 * middle
+    assert 0.5 < callback.frozen_fraction < 0.75
+    with pytest.raises(ValueError, match=r"Budget\(memory=100.0.*not eligible.*include"):
+        fit(Budget(memory=100.0), include="network.2.weight")
+
+
+@pytest.mark.parametrize("work", [0.1, 0.3, 0.7])
+def test_a_budget_of_work_is_kept_and_used(work):
+    """Everything in the blocks is live, and so is what costs no work."""
+    callback = fit(Budget(work=work))
+    products = computed = 0
+    for name, mask in callback.frozen.items():
+        if name.endswith("weight"):
+            live = ~mask
+            rows, columns = live.any(1), live.any(0)
+            assert torch.equal(live, rows[:, None] & columns)
+            computed += int(live.sum())
+            products += mask.numel()
+        else:
+            assert not mask.any()
+    assert computed <= work * products
+    assert computed > 0.5 * work * products
+    saved = callback.savings.weight_gradient_flops_skipped
+    assert saved == pytest.approx(1 - computed / products)
+
+
+def test_of_both_the_narrower_one_decides():
+    work = fit(Budget(work=0.3))
+    memory = fit(Budget(memory=0.1 * PLAIN))
+    assert work.frozen_fraction < memory.frozen_fraction
+    both = fit(Budget(memory=0.1 * PLAIN, work=0.3))
+    assert taken(both) <= 0.1 * PLAIN
+    assert both.savings.weight_gradient_flops_skipped >= 0.7
+    slack = fit(Budget(memory=0.9 * PLAIN, work=0.3))
+    assert slack.savings.weight_gradient_flops_skipped >= 0.7
+    assert slack.frozen_fraction < both.frozen_fraction
+
+
+def test_memory_that_is_taken_after_all_is_warned_of():
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        fit(Budget(memory=0.5 * PLAIN), hold="restore", granularity="element")
+    assert any("take" in str(w.message) and "Budget(memory=" in str(w.message) for w in seen)
+
+
+def test_a_budget_counts_as_an_argument_of_the_run():
+    """A run with another budget does not resume it."""
+    callback = GradCovFreezeCallback(T0, Budget(work=0.3), granularity="mixed")
+    other = GradCovFreezeCallback(T0, Budget(work=0.4), granularity="mixed")
+    assert callback._options.decisive() != other._options.decisive()
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: Budget(), ValueError, "memory.*work"),
+        (lambda: Budget(memory=-1), ValueError, "memory"),
+        (lambda: Budget(memory="1 GiB"), TypeError, "memory"),
+        (lambda: Budget(work=1.0), ValueError, "work"),
+        (lambda: GradCovFreezeCallback(3, Budget(work=0.5)), ValueError, "granularity='mixed'"),
+    ],
+)
+def test_wrong_budgets_are_refused_by_name(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
