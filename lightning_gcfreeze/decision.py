@@ -284,7 +284,9 @@ def scored(ordering: orderings.Ordering, evidence: orderings.Evidence, weights: 
     try:
         given = _given(ordering, evidence, weights)
         if selection.has_units(granularity):
-            units = [selection.unit_sums(name, score, granularity, shards) for name, score in given]
+            for name, score in given:
+                units.append(selection.unit_sums(name, score, granularity, shards))
+                del score  # before the next one is computed
         else:
             found = put_aside(given, _nbytes(weights))
     except Exception as error:
@@ -335,7 +337,7 @@ def _in_pieces(ordering: orderings.Ordering, evidence: orderings.Evidence, name:
 
 
 def _n_without_gradient(frozen: Named, scores: Named, activity: Named, shards: Shards) -> int:
-    own = min((float(scores[name].min()) for name, mask in frozen.items() if mask.numel()), default=math.inf)
+    own = min((_min(scores[name]) for name, mask in frozen.items() if mask.numel()), default=math.inf)
     least = float(shards.element_world.all_reduce_min(torch.tensor(own, dtype=torch.float64)))
     count = 0
     for name, mask in frozen.items():
@@ -346,6 +348,11 @@ def _n_without_gradient(frozen: Named, scores: Named, activity: Named, shards: S
                 count += int((dead & (part(activity, name, cut) == 0)).count_nonzero()) if dead.any() else 0
             del score
     return int(shards.element_world.all_reduce_sum(torch.tensor(count)))
+
+
+def _min(score: Tensor) -> float:
+    """Return the minimum, of some rows at a time: of a view of one number a row, `min` makes a whole tensor."""
+    return min(float(cut(score).min()) for cut in cuts(score))
 
 
 def _nbytes(named: Named) -> int:

@@ -57,8 +57,8 @@ def in_blocks(
 class _Block:
     """What leaves a weight's block at which price, as the number of the price; `N_PRICES`: at none."""
 
-    rows: Tensor  # int64, (rows,)
-    columns: Tensor  # int64, (columns,)
+    rows: Tensor  # int16, (rows,)
+    columns: Tensor  # int16, (columns,)
     price: int = -1
     """The one that is paid: what leaves at it, or at a lower one, is outside."""
 
@@ -66,7 +66,7 @@ class _Block:
     def of(cls, score: Tensor, threshold: float, cost: int, prices: list[float]) -> "_Block":
         gains = _gains(score, threshold)
         cost *= score[0, 0].numel()
-        rows, columns = (torch.full((n,), len(prices), device=score.device) for n in gains.shape)
+        rows, columns = (torch.full((n,), len(prices), dtype=torch.int16, device=score.device) for n in gains.shape)
         left = [torch.arange(n, device=score.device) for n in gains.shape]
         for i, price in enumerate(prices):
             for axis, leaves_at in enumerate((rows, columns)):
@@ -82,13 +82,12 @@ class _Block:
         return int((self.rows > price).sum()) * int((self.columns > price).sum()) * like[0, 0].numel()
 
     def leaves_at(self, like: Tensor) -> Tensor:
-        """Return for each element at which price it leaves, int64, broadcast to the weight's shape."""
-        found = torch.minimum(self.rows[:, None], self.columns)
-        return found.view(*found.shape, *[1] * (like.dim() - 2)).expand(like.shape)
+        """Return for each element at which price it leaves, int16, expanded to the weight's shape."""
+        return _expanded(torch.minimum(self.rows[:, None], self.columns), like)
 
     def holds(self, like: Tensor) -> Tensor:
         """Return which elements are inside, at the price that is paid."""
-        return self.leaves_at(like) > self.price
+        return _expanded((self.rows > self.price)[:, None] & (self.columns > self.price), like)
 
 
 def _blocks(scores: Named, k: int, costs: Mapping[str, int], highest: float, work: float | None) -> dict[str, _Block]:
@@ -159,10 +158,15 @@ def _bins(values: Tensor, threshold: float, n_bins: int) -> Tensor:
     return torch.where(values > threshold, n_bins - 1, octaves.to(torch.int64).add_(n_bins - 2).clamp_(min=0))
 
 
+def _expanded(pairs: Tensor, like: Tensor) -> Tensor:
+    """Give all elements of a kernel the value of their pair of row and column."""
+    return pairs.view(*pairs.shape, *[1] * (like.dim() - 2)).expand(like.shape)
+
+
 def _gains(score: Tensor, threshold: float) -> Tensor:
     """Return what scores exceed the threshold by, (rows, columns); of a convolution, added up over its kernel."""
-    by_pair = score.reshape(*score.shape[:2], -1)
-    return (by_pair - threshold).clamp_(min=0.0).sum(2)
+    gains = (score - threshold).clamp_(min=0.0)
+    return gains if gains.dim() == 2 else gains.flatten(2).sum(2)
 
 
 def _highest(scores: Named) -> float:
