@@ -42,7 +42,7 @@ class Fault(NamedTuple):
 
 OBSERVING, STAGES, FREEZER = "callback/test_observing.py::", "callback/test_stages.py::", "test_freezer.py::"
 
-LIVE_SHARDS = "freezing/test_live_shards.py::"
+LIVE_SHARDS, MIXED = "freezing/test_live_shards.py::", "selection/test_mixed.py::"
 
 # fmt: off
 FAULTS = [
@@ -336,6 +336,31 @@ FAULTS = [
     Fault("an element that thaws a second time gets the state of its first freeze", "freezing/thawing.py",
           "masks[name] = mask & ~thawing[name]", "masks[name] = mask",
           ["freezing/test_thawing.py::test_thawed_elements_have_the_state_they_froze_with"]),
+    Fault("the lowest price is taken, not the highest", "selection/mixed.py",
+          "max(good, default=-1)", "min(good, default=-1)",
+          [MIXED + "test_work_is_near_the_least_that_any_block_has"]),
+    Fault("what is used more often is not dearer", "selection/mixed.py",
+          "cost *= score[0, 0].numel()", "cost = score[0, 0].numel()",
+          [MIXED + "test_what_is_used_more_often_is_cut_more"]),
+    Fault("blocks may keep fewer elements than are to be live", "selection/mixed.py",
+          "counts[i + 1, -1] >= n_live and kept", "kept",
+          [MIXED + "test_exactly_k_freeze_for_much_less_work_and_little_less_of_the_scores",
+           MIXED + "test_all_that_has_a_score_is_live_where_most_have_none"]),
+    Fault("the budget of work is that of the cheapest weight", "selection/mixed.py",
+          "<= work * products", "<= products",
+          ["callback/test_budget.py::test_a_budget_of_work_is_kept_and_used"]),
+    Fault("a budget of memory forgets the places", "counting.py",
+          "0 if has_units else PLACE_BYTES", "0",
+          ["callback/test_budget.py::test_a_budget_of_memory_is_kept_and_used"]),
+    Fault("a budget of memory forgets what other parameters take", "freezing/savings.py",
+          "(memory - fixed) / max", "memory / max",
+          ["callback/test_budget.py::test_other_parameters_and_states_count"]),
+    Fault("an input is copied although it stays in memory", "freezing/blocks.py",
+          "not isinstance(layer, nn.Linear) or _torch.keeps_own_result(x)", "not isinstance(layer, nn.Linear)",
+          ["freezing/test_skipping.py::test_an_input_that_stays_in_memory_anyway_is_not_copied"]),
+    Fault("of an input the frozen columns are kept", "freezing/blocks.py",
+          "return x.index_select(self.axis, self.columns)", "return x.index_select(self.axis, self.columns.flip(0))",
+          ["freezing/test_skipping.py::test_of_a_layer_s_input_only_the_live_columns_are_kept"]),
     Fault("a block leaves out columns with a frozen element", "freezing/blocks.py",
           "live.any(2).any(1), live.any(2).any(0)", "live.any(2).any(1), live.any(2).all(0)",
           ["freezing/test_skipping.py::test_live_elements_have_the_gradient_of_plain_autograd"]),
