@@ -63,12 +63,19 @@ class Decision:
 class Plain:
     """A training step: forward, backward, Adam. Ways differ in what they do before and after the optimizer's step."""
 
-    def __init__(self, model: nn.Module, batch: Batch, decision: Decision, fused: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        decision: Decision,
+        fused: bool,
+        optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
+    ) -> None:
         self.batch, self.decision = batch, decision
         self.model = self.adapted(model)
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.trained = sum(p.numel() for p in self.parameters.values())
-        self.optimizer = torch.optim.Adam(self.parameters.values(), fused=fused or None)
+        self.optimizer = optimizer(self.parameters.values(), fused=fused or None)
         for _ in range(2):
             self()  # the freeze meets an optimizer at work
         self.freeze()
@@ -210,7 +217,12 @@ class FrozenPrefix(Plain):
         layers = [layer for layer in model.modules() if layer._parameters]
         sizes = [sum(p.numel() for p in layer.parameters(recurse=False)) for layer in layers]
         first = min(range(len(layers)), key=lambda n: abs(sum(sizes[n:]) - self.decision.live))
-        BaseFinetuning.freeze(layers[:first], train_bn=False)
+        for layer in layers[:first]:
+            if [*layer.children()]:  # some of which are later layers
+                for p in layer.parameters(recurse=False):
+                    p.requires_grad_(False)
+            else:
+                BaseFinetuning.freeze(layer, train_bn=False)
         return model
 
 
@@ -267,19 +279,8 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, dict[str, Figures]
     torch.manual_seed(0)
     _, make, data = MODELS[name]
     step = Step(make().train(), data(), count=None)
-    weights = {name: p.detach() for name, p in step.parameters.items()}
-    rates = momentum.learning_rates(step.optimizer, step.parameters)
-    for i in range(args.warm_up):
-        if i == args.warm_up // 2:
-            step.statistics.begin_movement(weights, rates)
-        step.batch = data()
-        step()
-    ordering = orderings.resolve(args.order)
-    needed = orderings.needed_from_optimizer(ordering)
-    read = momentum.moments(step.optimizer, step.parameters, needed)
-    moved = {"movement": step.statistics.movement(weights, rates)} if "movement" in needed else {}
-    moments = moved | {field: getattr(read, field) for field in needed - moved.keys()}
-    scores = dict(scores_now(step.statistics, ordering, weights, 0, "element", moments))
+    warm_up(step, data, args.warm_up)
+    scores = scores_of(step, args.order)
     ways, results = WAYS | OURS | ({} if args.no_peers else PEERS), {}
     for fraction in map(float, args.fractions.split(",")):
         case, decision = f"{name} f={fraction:g}", Decision(scores, fraction)
@@ -297,6 +298,28 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, dict[str, Figures]
         }
         results[case]["plain"].state = one
     return results
+
+
+def warm_up(step: Step, data: Callable[[], Batch], steps: int) -> None:
+    """Take observed steps on random batches; movement counts from halfway on."""
+    weights = {name: p.detach() for name, p in step.parameters.items()}
+    for i in range(steps):
+        if i == steps // 2:
+            step.statistics.begin_movement(weights, momentum.learning_rates(step.optimizer, step.parameters))
+        step.batch = data()
+        step()
+
+
+def scores_of(step: Step, order: str) -> dict[str, Tensor]:
+    """Return the scores by an order of what was observed, and of the optimizer's state."""
+    weights = {name: p.detach() for name, p in step.parameters.items()}
+    ordering = orderings.resolve(order)
+    needed = orderings.needed_from_optimizer(ordering)
+    read = momentum.moments(step.optimizer, step.parameters, needed)
+    rates = momentum.learning_rates(step.optimizer, step.parameters)
+    moved = {"movement": step.statistics.movement(weights, rates)} if "movement" in needed else {}
+    moments = moved | {field: getattr(read, field) for field in needed - moved.keys()}
+    return dict(scores_now(step.statistics, ordering, weights, 0, "element", moments))
 
 
 def in_its_own_process(maker: Maker, model: nn.Module, batch: Batch) -> Figures:

@@ -65,11 +65,13 @@ class Block(nn.Module):
 class LanguageModel(nn.Module):
     """Next-token logits, as (S, vocabulary, time)."""
 
-    def __init__(self, vocabulary: int = 1000, width: int = 256, layers: int = 4, length: int = 64) -> None:
+    def __init__(
+        self, vocabulary: int = 1000, width: int = 256, layers: int = 4, length: int = 64, heads: int = 4
+    ) -> None:
         super().__init__()
         self.tokens = nn.Embedding(vocabulary, width)
         self.register_buffer("places", torch.randn(length, width) / 10)
-        self.blocks = nn.Sequential(*(Block(width, 4) for _ in range(layers)))
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -111,11 +113,17 @@ MODELS: dict[str, tuple[str, Callable[[], nn.Module], Callable[[], Batch]]] = {
 
 
 class Step:
-    """A training step of a model of its own: forward, backward, Adam; and what is observed in between."""
+    """A training step of a model of its own: forward, backward, optimizer; and what is observed in between."""
 
-    def __init__(self, model: nn.Module, batch: Batch, **observed: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
+        **observed: Any,
+    ) -> None:
         self.model, self.batch = model, batch
-        self.optimizer = torch.optim.Adam(self.model.parameters())
+        self.optimizer = optimizer(self.model.parameters())
         self.parameters = dict(self.model.named_parameters())
         self.samples = None
         if observed:
