@@ -7,9 +7,10 @@ import time
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks import gpu
-from benchmarks.gpu import command, models, parts, record
+from benchmarks.gpu import command, models, parts, record, timing
 
 CASES = [
     *(f"{name} f={f}, fused AdamW" for name in ("ViT", "GPT2") for f in ("0.9", "0.99")),
@@ -148,6 +149,25 @@ def test_what_was_measured_before_the_budget_was_over_is_kept(monkeypatch, tmp_p
 @pytest.fixture
 def nothing() -> record.Record:
     return record.Record(models.TINY, "cpu", ["CPU"], minutes=1.0)
+
+
+def test_a_peak_is_that_of_the_way_alone(monkeypatch, nothing):
+    """The models of earlier ways stay allocated, and do not count."""
+    meter = {"now": 100.0, "most": 900.0}
+    monkeypatch.setattr(timing, "allocated", lambda: meter["now"] * timing.MIB)
+    monkeypatch.setattr(timing, "restart_peak", lambda: meter.update(most=meter["now"]))
+    monkeypatch.setattr(timing, "peak", lambda: meter["most"] * timing.MIB)
+
+    def takes(own: float, passing: float):
+        def maker(model, batch):
+            meter["now"] += own
+            return lambda: meter.update(most=max(meter["most"], meter["now"] + passing))
+
+        return maker
+
+    makers = {"plain": takes(7, 5), "row": takes(3, 2)}
+    _, _, peaks = timing.built(nothing, "here", makers, nn.Linear(1, 1), (torch.ones(1), torch.ones(1)))
+    assert peaks == {"plain": 12, "row": 5}
 
 
 def test_tests_are_counted_and_failed_ones_named(nothing, tmp_path):
