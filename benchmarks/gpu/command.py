@@ -123,7 +123,9 @@ def measure(record: Record, args: argparse.Namespace) -> None:
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--parts", default=",".join(PARTS), help="(%(default)s)")
     parser.add_argument("--models", default=",".join(models.DEFAULT), help="(%(default)s)")
     parser.add_argument("--fractions", default="0.9,0.99", help="of frozen elements (%(default)s)")
