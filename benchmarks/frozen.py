@@ -3,8 +3,9 @@
     uv run python -m benchmarks.frozen [--models M1,M2] [--fractions 0.5,0.9] [--order movement] [--fused] [--memory]
 
 Steps are timed as in `benchmarks.observe`: one process, one thread, every way in turn, medians of the rounds' ratios to
-the plain step with the same implementation of Adam. Before that, the model trains for some steps on random batches
-while all samples are observed; what the order ranks lowest then is frozen.
+the plain step with the same implementation of Adam. Before that, the model trains for some steps while all samples are
+observed; what the order ranks lowest then is frozen. Batches are random, or with --real digits and text, where there
+are any for the model (M1, M2, M4): which elements are worth training depends on it, and so what their freeze saves.
 
 A way that cannot train any number of parameters comes as near to (1 - f) p as it can. Its figures are in brackets where
 it trains less than three quarters or more than five quarters of that.
@@ -35,6 +36,7 @@ from lightning.pytorch.callbacks import BaseFinetuning
 from peft import LoraConfig, PeftConfig, ShiraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
+from benchmarks.batches import REAL
 from benchmarks.observe import MODELS, Batch, Step, alternated, built, keep_freed_memory
 from lightning_gcfreeze import orderings, selection
 from lightning_gcfreeze._types import Granularity, Named
@@ -277,7 +279,8 @@ class Figures:
 def measure(name: str, args: argparse.Namespace) -> dict[str, dict[str, Figures]]:
     """By model and fraction, and by way. All ways start from the same model, which has trained for some steps."""
     torch.manual_seed(0)
-    _, make, data = MODELS[name]
+    _, make, random = MODELS[name]
+    data = REAL.get(name, random) if args.real else random
     step = Step(make().train(), data(), count=None)
     warm_up(step, data, args.warm_up)
     scores = scores_of(step, args.order)
@@ -369,6 +372,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--fractions", default="0,0.5,0.9,0.99", help="of frozen elements (%(default)s)")
     parser.add_argument("--rounds", type=int, default=60, help="steps of every way (%(default)s)")
     parser.add_argument("--warm-up", type=int, default=24, help="observed steps (%(default)s)")
+    parser.add_argument("--real", action="store_true", help="batches of digits and text, where there are any")
     parser.add_argument("--fused", action="store_true", help="fused Adam, in the plain step too")
     parser.add_argument("--order", default="variance", help="by which the lowest freeze (%(default)s)")
     parser.add_argument("--no-peers", action="store_true", help="ours alone")
