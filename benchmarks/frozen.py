@@ -37,6 +37,7 @@ from peft import LoraConfig, PeftConfig, ShiraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from benchmarks.batches import REAL
+from benchmarks.memory import BY_NAME
 from benchmarks.observe import MODELS, Batch, Step, alternated, built, keep_freed_memory
 from lightning_gcfreeze import orderings, selection
 from lightning_gcfreeze._types import Granularity, Named
@@ -45,6 +46,10 @@ from lightning_gcfreeze.freezing import Holder, HoldMode, HoldPlan, WeightUses, 
 from lightning_gcfreeze.gradients import momentum
 
 warnings.filterwarnings("ignore", "Sparse invariant checks")  # SHiRA's
+
+
+_MINILM = BY_NAME["minilm"]
+MODELS_AND_MINILM = MODELS | {"minilm": ("encoder of 6 layers of 384, 64 tokens, S = 16", _MINILM.make, _MINILM.data)}
 
 
 class Decision:
@@ -279,9 +284,10 @@ class Figures:
 def measure(name: str, args: argparse.Namespace) -> dict[str, dict[str, Figures]]:
     """By model and fraction, and by way. All ways start from the same model, which has trained for some steps."""
     torch.manual_seed(0)
-    _, make, random = MODELS[name]
+    _, make, random = MODELS_AND_MINILM[name]
     data = REAL.get(name, random) if args.real else random
-    step = Step(make().train(), data(), count=None)
+    count = None if orderings.reads_variance(orderings.resolve(args.order)) else 1  # all samples, if they are read
+    step = Step(make().train(), data(), count=count)
     warm_up(step, data, args.warm_up)
     scores = scores_of(step, args.order)
     ways, results = WAYS | OURS | ({} if args.no_peers else PEERS), {}
