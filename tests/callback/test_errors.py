@@ -40,7 +40,7 @@ from tests import cases
         (
             {"granularity": "column"},
             ValueError,
-            "`granularity` must be one of 'element', 'row', 'tensor', got 'column'",
+            "`granularity` must be one of 'element', 'row', 'tensor', 'mixed', got 'column'",
         ),
         ({"hold": "firmly"}, ValueError, "`hold` must be one of 'auto', 'compact', 'restore', got 'firmly'"),
         ({"covariance": "block"}, ValueError, "`covariance` must be one of 'diagonal', 'full', got 'block'"),

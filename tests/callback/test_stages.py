@@ -401,7 +401,7 @@ def test_resuming_with_another_schedule_is_refused(tmp_path):
         ),
         ({"t0": 5, "k": 0.5, "max_t0": 9}, ValueError, "`max_t0=9` needs `t0='auto'`, got t0=5"),
         ({"t0": 5, "k": 0.5, "monitor": "loss"}, ValueError, "`monitor='loss'` needs `k='auto'`, got k=0.5"),
-        ({"t0": 5, "k": "all"}, TypeError, "`k` must be an int, a float.*'auto' or a Growth, got 'all'"),
+        ({"t0": 5, "k": "all"}, TypeError, "`k` must be an int, a float.*'auto', a Growth or a Budget, got 'all'"),
         ({"t0": "soon", "k": 0.5}, TypeError, "'auto' or a Settled, got 'soon'"),
         ({"t0": Settled(max_t0=4), "k": 0.5, "every": 5}, ValueError, "`every=5` leaves no step to observe"),
         (
