@@ -155,5 +155,9 @@ def queue_after_backward(callback: Callable[[], None]) -> None:
 
 
 def keeps_own_result(tensor: Tensor) -> bool:
-    """Return whether the operation that made a tensor needs it in its backward pass, as ReLU does."""
-    return hasattr(tensor.grad_fn, "_raw_saved_result")
+    """Return whether the operation that made a tensor, or what it is a view of, needs it in its backward pass.
+
+    ReLU and tanh do, and attention.
+    """
+    made_by = (tensor if tensor._base is None else tensor._base).grad_fn
+    return hasattr(made_by, "_raw_saved_result") or hasattr(made_by, "_raw_saved_output")

@@ -1,27 +1,24 @@
 """How many elements a plan wants frozen: as many as were asked for, or as a budget makes necessary."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 import torch
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_gcfreeze import selection
-from lightning_gcfreeze._types import Granularity
-from lightning_gcfreeze.freezing import Savings, room_for
+from lightning_gcfreeze.distributed import local
+from lightning_gcfreeze.freezing import ELEMENTWISE, Savings, blocks, room_for
+from lightning_gcfreeze.options import Options
 from lightning_gcfreeze.planning.budget import Budget
 from lightning_gcfreeze.surroundings import Surroundings
 
-PLACE_BYTES = 8
-"""Of a live element's or row's place in its weight, and in the block of it that is computed; tensors need none."""
+INDEX_BYTES = 4
+"""Of the index of a live element or row in its weight, and of one more in the block that is computed."""
 
 
 def how_many(
-    k: int | float | Budget,
-    n_eligible: int,
-    parameters: Collection[Parameter],
-    granularity: Granularity,
-    around: Surroundings,
+    k: int | float | Budget, n_eligible: int, parameters: Collection[Parameter], options: Options, around: Surroundings
 ) -> int:
     """Return how many elements freeze, the same on all processes; with a budget of work, at least so many.
 
@@ -29,7 +26,7 @@ def how_many(
         k: a count, a fraction or a budget.
         n_eligible: elements of all eligible parameters, over all processes.
         parameters: the eligible ones.
-        granularity: what freezes together.
+        options: what freezes together, and what may be skipped.
         around: the optimizer, with the state that it has without a freeze, and the processes.
 
     Raises:
@@ -39,30 +36,56 @@ def how_many(
         return selection.resolve_count(k, n_eligible)
     if k.memory is None:
         return 0
-    has_units = selection.has_units(granularity)
-    memory = k.memory - (PLACE_BYTES * sum(map(_n_rows, parameters)) if granularity == "row" else 0)
-    keeps_gradients = isinstance(around.wrapper, DistributedDataParallel)  # in its buckets
-    own = room_for(memory, around.optimizer, parameters, 0 if has_units else PLACE_BYTES, not keeps_gradients)
+    is_compact = type(around.optimizer) in ELEMENTWISE
+    has_buckets = isinstance(around.wrapper, DistributedDataParallel)  # which keep all gradients
+    saves_gradients = is_compact and options.skip_frozen_gradients and not has_buckets
+    places = [2 * INDEX_BYTES * _n_places(p, options) for p in parameters]
+    own = room_for(k.memory, around.optimizer, parameters, sum(places), saves_gradients)
     room = float(around.world.all_reduce_min(torch.tensor(own, dtype=torch.float64)))
     if room < 0:
         raise ValueError(
-            f"`k={k}`: what cannot freeze takes more memory than that: state and gradients of parameters that are not"
-            " eligible, state that is not by element, DDP's buckets of gradients. Raise it, or widen"
-            " `include`/`exclude`."
+            f"`k={k}`: what cannot freeze takes more memory than that. It is the state and the gradients of parameters"
+            " that are not eligible, state that is not by element, and all gradients under DDP, in loops that may look"
+            " at them, and with optimizers that cannot be compacted. Raise it, or widen `include`/`exclude`."
         )
     return n_eligible - int(min(room, 1.0) * n_eligible)
 
 
-def _n_rows(p: Parameter) -> int:
-    return len(p) if p.dim() else 1
+def least_fraction(k: int | float | Budget, count: int, n_eligible: int) -> float:
+    """Return which fraction will freeze, as far as it is known before the freeze."""
+    work = k.work if isinstance(k, Budget) else None
+    return max(count / n_eligible, 0.0 if work is None else 1 - work)
 
 
-def over_budget(k: object, savings: Savings) -> str | None:
-    """Return a sentence to warn with if state, gradients and places take more memory after all than a budget has."""
+def shortfalls(options: Options, savings: Savings) -> Iterator[str]:
+    """Yield sentences to warn with if a freeze takes more than its budget."""
+    k = options.k
+    if not isinstance(k, Budget):
+        return
     taken = savings.after.state + savings.after.gradients + savings.index_bytes
-    if not isinstance(k, Budget) or k.memory is None or taken <= k.memory:
-        return None
-    return (
-        f"`k={k}`: state, gradients and places take {taken:,} bytes. The optimizer keeps its whole state with"
-        " `hold='restore'`, and all gradients where code may look at them; the log names it."
-    )
+    if k.memory is not None and taken > k.memory:
+        yield (
+            f"`k={k}` is missed: state, gradients and indices take {taken:,} bytes. Either code may look at gradients,"
+            " so that all of them stay (the log names it), or live elements lie in rows that are shorter than others."
+        )
+    large = [
+        p for p in savings.parameters.values() if p.flops and p.flops >= 8 * blocks.MIN_SAVED_MACS
+    ]  # two for a product
+    if k.work is not None and not large:
+        yield (
+            f"`k={k}`: there is no weight whose gradient can be computed in part. Weights have to be large and used"
+            " often, in linear layers or plain convolutions that are not compiled, and not sharded."
+        )
+    elif k.work is not None:
+        share = 1 - sum(p.flops_skipped or 0 for p in large) / sum(p.flops or 0 for p in large)
+        if share > k.work + 1e-6:
+            yield (
+                f"`k={k}` is missed: {share:.0%} of the products are computed, because code may look at gradients; the"
+                " log names it."
+            )
+
+
+def _n_places(p: Parameter, options: Options) -> int:
+    own = local(p.detach())
+    by_granularity = {"tensor": 0, "row": len(own) if own.dim() else 1}
+    return by_granularity.get(options.granularity, own.numel())

@@ -19,6 +19,7 @@ from lightning_gcfreeze._masks import PackedMasks
 from lightning_gcfreeze._types import Granularity, Named
 from lightning_gcfreeze.distributed import UNSHARDED, Shards
 from lightning_gcfreeze.observing import Observing
+from lightning_gcfreeze.planning.budget import Budget
 
 
 @dataclass
@@ -200,7 +201,7 @@ def decide(
     moments: Mapping[str, Named] | None = None,
     held: Named | None = None,
     costs: Mapping[str, int] | None = None,
-    work: float | None = None,
+    budget: Budget | None = None,
 ) -> Decision:
     """Rank the elements and mark the k lowest, Eq. (2.7); the same on all processes, which is checked.
 
@@ -209,14 +210,15 @@ def decide(
         ordering: gives the scores.
         weights: the parameters now; of sharded ones the local parts.
         seed: of the random order.
-        k: how many elements to mark; with `work` at least so many.
+        k: how many elements to mark; of rows and tensors as many as fit.
         granularity: what freezes together.
         uses_per_step: see `Decision`.
         keep: ``{name: bool (*p.shape)}``, elements that are frozen in any case, before all others.
         moments: fields of `orderings.Evidence` that were not observed, ``{field: {name: (*p.shape)}}``.
         held: ``{name: bool (*p.shape)}``, elements that are frozen until now, of which `moments` know nothing.
         costs: how often a step uses the weights that "mixed" may cut to blocks; see `selection.in_blocks`.
-        work: largest share of their gradients' products that "mixed" leaves, also there.
+        budget: for which at least k elements are marked, of rows and tensors as well; by "mixed" as many more as its
+            `work` asks for.
 
     Raises:
         ValueError: the ordering did not score every element, or with NaN; or below 0, with "mixed".
@@ -229,10 +231,11 @@ def decide(
             kept = ((name, score.double().masked_fill(keep[name], -math.inf)) for name, score in given.items())
             scores = put_aside(kept, 8 * sum(w.numel() for w in weights.values()))
         if granularity == "mixed":
+            work = budget.work if budget else None
             scores = put_aside(selection.in_blocks(scores, k, costs or {}, work), _nbytes(scores))
             if work is not None:
                 k = max(k, sum(int((score < 0).count_nonzero()) for score in scores.values()))
-        frozen = PackedMasks(selection.marks(scores, k, granularity, shards))
+        frozen = PackedMasks(selection.marks(scores, k, granularity, shards, at_least=budget is not None))
         shards.check_agreement(frozen)
         variance = scores
         if ordering is not orderings.variance or granularity != "element" or keep is not None:

@@ -84,6 +84,12 @@ class Options:
                 "`granularity='mixed'` freezes rows and columns so that their gradients can be skipped: pass"
                 " `skip_frozen_gradients=True`, or use granularity='element'."
             )
+        if self.granularity == "mixed" and self.order == "reverse":
+            raise ValueError("`granularity='mixed'` weighs sums of scores, which are negative with order='reverse'.")
+        if isinstance(self.k, Budget) and self.k.memory is not None and self.hold == "restore":
+            raise ValueError(
+                f"`k={self.k}` saves no memory with hold='restore', which keeps the optimizer's whole state."
+            )
         if isinstance(self.k, Budget) and self.k.work is not None and self.granularity != "mixed":
             raise ValueError(
                 f"`k=Budget(work={self.k.work})` needs granularity='mixed', which chooses rows and columns by the work"

@@ -12,7 +12,7 @@ from lightning_gcfreeze._computed import Computed
 from lightning_gcfreeze._memory import give_back
 from lightning_gcfreeze._names import shortened
 from lightning_gcfreeze._types import Named
-from lightning_gcfreeze.counting import how_many, over_budget
+from lightning_gcfreeze.counting import how_many, least_fraction, shortfalls
 from lightning_gcfreeze.decision import Decision, decide, scores_now
 from lightning_gcfreeze.distributed import Shards, local
 from lightning_gcfreeze.freezing import Holder, LearningRates, WeightUses, worth_cutting
@@ -169,8 +169,8 @@ class Stages:
             around.refuse(refusals.unreadable_momentum(around.optimizer, self._parameters, self._has_stepped, mean))
 
     def _count(self) -> int:
-        parameters, granularity = self._parameters.values(), self._options.granularity
-        return how_many(self._state.plan.k, self.n_eligible, parameters, granularity, self._around)
+        plan, parameters = self._state.plan, self._parameters.values()
+        return how_many(plan.k, self.n_eligible, parameters, self._options, self._around)
 
     def _is_time(self, observing: Observing) -> bool:
         """Return whether to decide now. With ``t0="auto"`` the data say so, the same on all processes."""
@@ -189,7 +189,7 @@ class Stages:
             sampled(scores, SAMPLE_SIZE, self._shards),
             sampled(observing.activity(weights, moments), SAMPLE_SIZE, self._shards) > 0,
             observed,
-            self._count() / self.n_eligible,
+            least_fraction(state.plan.k, self._count(), self.n_eligible),
             world,
         )
         if check.settled or is_last:
@@ -218,14 +218,14 @@ class Stages:
         costs = worth_cutting(self._parameters, uses)
         decision = decide(
             observing, options.ordering, self.weights(), state.seed, k, granularity, uses, keep, moments, held, costs,
-            work=getattr(state.plan.k, "work", None),
+            budget=state.plan.budget,
         )  # fmt: skip
         read = () if observing.reads_gradients else self._from_optimizer
         reads_samples = observing.reads_samples
         observing.release()
         state.observing = self.new_observing(reads_samples) if state.plan.has_next_decision else None
         around.inform(decision.sentence(state.steps))
-        for doubt in decision.doubts(k, state.plan.k, granularity, read):
+        for doubt in decision.doubts(max(k, decision.count), state.plan.k, granularity, read):
             around.warn(doubt)
         return decision
 
@@ -256,7 +256,7 @@ class Stages:
     def _tell_savings(self) -> None:
         if self._state.savings and not self._state.plan.masks_may_change:
             self._around.inform(self._state.savings.table())
-            if sentence := over_budget(self._options.k, self._state.savings):
+            for sentence in shortfalls(self._options, self._state.savings):
                 self._around.warn(sentence)
 
     def take_histograms(self) -> Iterator[tuple[str, Tensor]]:

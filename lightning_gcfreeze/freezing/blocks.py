@@ -19,8 +19,9 @@ MIN_SAVED_ELEMENTS = 2**20
 """Elements of an embedding's gradient that a block has to save: they are not multiplied, but zeroed, written, read."""
 MAX_BLOCK_FRACTION = 0.75
 """Largest fraction of a weight that a block may be: selecting rows and columns takes time, too."""
-MAX_COPIED_COLUMNS = 0.5
-"""Largest fraction of the columns of a layer's input that is kept for the backward pass as a copy, in place of all."""
+MAX_COPIED_COLUMNS = 1 / 3
+"""Largest fraction of the columns of a layer's input that is kept for the backward pass as a copy, in place of all: the
+three projections of an attention, which have one input, keep no more than that."""
 
 _WEIGHT_GRADIENT: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.Conv1d: grad.conv1d_weight,
@@ -126,17 +127,22 @@ class Block:
         axes. A weight has two axes more than there are spatial ones, so the axis is 1 - weight.dim() for both.
         """
 
-    def needed(self, layer: nn.Module, x: Tensor) -> Tensor:
+    def needed(self, layer: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Return what to keep of a layer's input for `gradient`: a copy of its live columns, or all of it.
 
         All of it, if the copy would not be much smaller, or if the input stays in memory anyway: convolutions keep it
         themselves, and operations such as ReLU need their own output in their backward pass.
+
+        Args:
+            layer: one that `has_blocks`.
+            x: its input.
+            dtype: of its output; under autocast the layer computes in it.
         """
         if self.columns is None or len(self.columns) > MAX_COPIED_COLUMNS * self._weight_shape[1]:
             return x
         if not isinstance(layer, nn.Linear) or _torch.keeps_own_result(x):
             return x
-        return x.index_select(self.axis, self.columns)
+        return x.index_select(self.axis, self.columns).to(dtype)
 
     def gradient(self, layer: nn.Module, x: Tensor, delta: Tensor) -> Tensor:
         """Compute the block of the weight's gradient.
@@ -232,7 +238,7 @@ def worth_cutting(parameters: Mapping[str, Parameter], uses_per_step: Mapping[st
         name: uses
         for name, uses in uses_per_step.items()
         if (p := parameters.get(name)) is not None
-        and uses * p.numel() >= 2 * MIN_SAVED_MACS
+        and uses * p.numel() >= 4 * MIN_SAVED_MACS  # saved by any block up to three quarters of the weight
         and not is_sharded(p)
         and not _torch.has_gradient_hooks(p)
     }

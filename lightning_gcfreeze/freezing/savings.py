@@ -42,7 +42,7 @@ class Footprint:
 
 
 def room_for(
-    memory: float, optimizer: Optimizer, parameters: Collection[Tensor], index_bytes: int, saves_gradients: bool
+    memory: float, optimizer: Optimizer, parameters: Collection[Tensor], place_bytes: int, saves_gradients: bool
 ) -> float:
     """Return what fraction of parameters' elements may be live, so that an optimizer takes no more memory than allowed.
 
@@ -50,14 +50,19 @@ def room_for(
         memory: bytes for its state, the gradients of its parameters, and the places of live elements.
         optimizer: with the state that it has without a freeze.
         parameters: those that may freeze; the others count in full.
-        index_bytes: of the place of each live element.
+        place_bytes: of the places of all elements, if they were live.
         saves_gradients: whether live elements alone keep their gradients.
+
+    Returns:
+        1 if nothing has to freeze; below 0 if the others alone take more.
     """
     total = Footprint.of(optimizer)
+    if total.state + total.gradients <= memory:
+        return 1.0
     freezable = sum(_nbytes(p) for p in parameters) if saves_gradients else 0
     freezable += sum(_nbytes(v) for p in parameters for v in state_by_element(optimizer, p).values())
     fixed = total.state + total.gradients - freezable
-    return (memory - fixed) / max(1, freezable + index_bytes * sum(local(p).numel() for p in parameters))
+    return (memory - fixed) / max(1, freezable + place_bytes)
 
 
 @dataclass(frozen=True)

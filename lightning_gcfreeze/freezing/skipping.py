@@ -148,7 +148,7 @@ class _BlockGradient(torch.autograd.Function):
     def forward(
         ctx: Any, output: Tensor, x: Tensor, target: Tensor, bias: Tensor | None, layer: nn.Module, block: Block
     ) -> Tensor:
-        ctx.save_for_backward(block.needed(layer, x))
+        ctx.save_for_backward(block.needed(layer, x, output.dtype))
         ctx.layer, ctx.block, ctx.is_flat = layer, block, target.dim() == 1
         ctx.mark_dirty(output)
         return output

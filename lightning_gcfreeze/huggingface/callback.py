@@ -68,6 +68,11 @@ class GradCovFreezeTrainerCallback(TrainerCallback):
                 "`skip_frozen_gradients=True` is not possible with the Trainer: it clips `model.parameters()`, and logs"
                 " their norm, so all gradients have to be there. Leave the argument out."
             )
+        if checked.granularity == "mixed":
+            raise ValueError(
+                "`granularity='mixed'` chooses rows and columns whose gradients are skipped, and with the Trainer all"
+                " gradients are computed. Use 'element' or 'row'."
+            )
         monitors = [k.monitor for _, k in checked.decisions if isinstance(k, Growth)]
         self._monitor = monitors[0] if monitors else None
         self._options, self._loss = {"t0": t0, "k": k, **options}, loss or _loss_of_model

@@ -7,13 +7,16 @@ from lightning_gcfreeze import _checks
 
 @dataclass(frozen=True)
 class Budget:
-    """Freeze as few elements as a budget allows: ``k=Budget(memory=300e6)``, ``k=Budget(work=0.2)``, or both.
+    """Freeze about as few elements as fit a budget: ``k=Budget(memory=300e6)``, ``k=Budget(work=0.2)``, or both.
+
+    If code that may look at gradients keeps them all in memory, or lets them all be computed, the budget can be missed:
+    a warning says so. Indices are estimated from above, so that a fifth of a budget of memory may stay unused.
 
     Args:
-        memory: bytes that the optimizer's state, the gradients it keeps and the places of live elements may take on a
-            process after the freeze, of all that the optimizer trains.
-        work: share of the products of weights' gradients, of all large weights, that may still be computed: about a
-            third of a step's work is these products. Needs ``granularity="mixed"``.
+        memory: bytes that the optimizer's state, its parameters' gradients and the indices of live elements may take
+            on a process after the freeze.
+        work: share of the products of large weights' gradients that may still be computed. These products are about a
+            third of a step's work. Needs ``granularity="mixed"``.
 
     Raises:
         TypeError: an argument of the wrong kind.

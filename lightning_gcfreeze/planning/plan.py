@@ -145,6 +145,11 @@ class Plan:
         return k.fractions()[0] if isinstance(k, Growth) else k
 
     @property
+    def budget(self) -> Budget | None:
+        """What `k` has to make room for, if it is a `Budget`."""
+        return k if isinstance(k := self.k, Budget) else None
+
+    @property
     def next_deadline(self) -> int:
         """The optimizer step after which the next decision is made at the latest."""
         t = self.decisions[self.n_decisions][0]

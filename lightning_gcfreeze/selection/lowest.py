@@ -137,11 +137,14 @@ def lowest_k(
 
 
 def marks(
-    scores: Named, k: int, granularity: Granularity = "element", shards: Shards = UNSHARDED
+    scores: Named, k: int, granularity: Granularity = "element", shards: Shards = UNSHARDED, at_least: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the masks of `lowest_k` one after the other, with their names; scores are read one after the other, too."""
+    """Yield the masks of `lowest_k` one after the other, with their names; scores are read one after the other, too.
+
+    With `at_least`, units are marked until they have k elements, not as long as they have at most k.
+    """
     if has_units(granularity):
-        yield from _lowest_units(scores, k, granularity, shards).items()
+        yield from _lowest_units(scores, k, granularity, shards, at_least).items()
         return
     shapes, dtypes = dict[str, torch.Size](), set[torch.dtype]()
     for name, score in scores.items():
@@ -198,7 +201,7 @@ def ranks(scores: Named) -> dict[str, Tensor]:
     return {name: r.view(score.shape) for (name, score), r in zip(scores.items(), by_parameter, strict=True)}
 
 
-def _lowest_units(scores: Named, k: int, granularity: Granularity, shards: Shards) -> dict[str, Tensor]:
+def _lowest_units(scores: Named, k: int, granularity: Granularity, shards: Shards, at_least: bool) -> dict[str, Tensor]:
     here, shapes, unit_scores, sizes = dict[str, Tensor](), dict[str, torch.Size](), [], []
     for name, score in scores.items():
         here[name], shapes[name] = local_units(name, score, granularity, shards), score.shape
@@ -209,7 +212,9 @@ def _lowest_units(scores: Named, k: int, granularity: Granularity, shards: Shard
         sizes.append(torch.full_like(values, shape.numel() // max(len(values), 1), dtype=torch.int64))
     order = torch.cat(unit_scores).argsort(stable=True)
     fits = torch.empty_like(order, dtype=torch.bool)
-    fits[order] = torch.cat(sizes)[order].cumsum(0) <= k
+    in_order = torch.cat(sizes)[order]
+    with_those_before = in_order.cumsum(0)
+    fits[order] = with_those_before - in_order < k if at_least else with_those_before <= k
     by_parameter = fits.split([len(values) for values in unit_scores])
     return {name: expanded(f[here[name]], shapes[name]) for name, f in zip(scores, by_parameter, strict=True)}
 

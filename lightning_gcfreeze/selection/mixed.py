@@ -25,6 +25,8 @@ KEPT = 0.95
 """Least sum of live scores, relative to that of as many single elements."""
 N_PRICES, LOWEST, HIGHEST = 64, 2.0**-8, 2.0**10
 """Prices that are tried, between these multiples of the mean gain of a product."""
+LARGEST = 0.75
+"""Largest fraction of a weight that is computed as a block; see `freezing.blocks.MAX_BLOCK_FRACTION`."""
 PER_OCTAVE, OCTAVES = 8, 40
 """Scores are counted in bins, so many between a score and its half, from the threshold downwards."""
 
@@ -50,7 +52,7 @@ def in_blocks(
     highest = _highest(scores)
     blocks = _blocks(scores, k, costs, highest, work) if costs and (k or work) else {}
     for name, score in scores.items():
-        yield name, torch.where(blocks[name].holds(score), score, score - (highest + 1.0)) if name in blocks else score
+        yield name, torch.where(blocks[name].holds(score), score, _below_zero(score)) if name in blocks else score
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class _Block:
     rows: Tensor  # int16, (rows,)
     columns: Tensor  # int16, (columns,)
     price: int = -1
-    """The one that is paid: what leaves at it, or at a lower one, is outside."""
+    """The one that is paid: what leaves at it, or at a lower one, is outside; `N_PRICES`: everything is."""
 
     @classmethod
     def of(cls, score: Tensor, threshold: float, cost: int, prices: list[float]) -> "_Block":
@@ -77,9 +79,10 @@ class _Block:
                     gains = gains[stays] if axis == 0 else gains[:, stays]
         return cls(rows, columns)
 
-    def numel_at(self, price: int, like: Tensor) -> int:
-        """Return how many elements are inside at a price."""
-        return int((self.rows > price).sum()) * int((self.columns > price).sum()) * like[0, 0].numel()
+    def computed_at(self, price: int, like: Tensor) -> int:
+        """Return of how many elements the gradient is computed at a price."""
+        inside = int((self.rows > price).sum()) * int((self.columns > price).sum()) * like[0, 0].numel()
+        return inside if inside <= LARGEST * like.numel() else like.numel()
 
     def leaves_at(self, like: Tensor) -> Tensor:
         """Return for each element at which price it leaves, int16, expanded to the weight's shape."""
@@ -105,7 +108,7 @@ def _blocks(scores: Named, k: int, costs: Mapping[str, int], highest: float, wor
     if threshold > highest:
         return {}
     gain = sum(float(_gains(scores[name], threshold).clamp_(max=highest).sum()) for name in costs)
-    if not gain:
+    if not gain and work is None:
         return {}
     products = sum(scores[name].numel() * cost for name, cost in costs.items())
     mean = gain / products
@@ -114,8 +117,8 @@ def _blocks(scores: Named, k: int, costs: Mapping[str, int], highest: float, wor
     found = {name: _Block.of(scores[name], threshold, cost, prices) for name, cost in costs.items()}
     pairs = list(zip(costs.items(), found.values(), strict=True))
     price = _highest_price(scores, (threshold, highest), total - k, found)
-    while work is not None and price < N_PRICES - 1:
-        if sum(cost * block.numel_at(price, scores[name]) for (name, cost), block in pairs) <= work * products:
+    while work is not None and price < N_PRICES:
+        if sum(cost * block.computed_at(price, scores[name]) for (name, cost), block in pairs) <= work * products:
             break
         price += 1
     return {name: _Block(block.rows, block.columns, price) for name, block in found.items()}
@@ -132,9 +135,9 @@ def _highest_price(scores: Named, bounds: tuple[float, float], n_live: int, bloc
         for cut in cuts(score):
             values = cut(score).flatten().double().clamp(0.0, highest)
             place = cut(leaves_at).flatten().to(values.device) * n_bins + _bins(values, threshold, n_bins)
-            for into, weights in ((counts, None), (sums, values)):
-                of_cut = torch.bincount(place, weights, minlength=counts.numel())
-                into += of_cut.view_as(counts).to(into.device, into.dtype)
+            counts += torch.bincount(place, minlength=counts.numel()).view_as(counts).to(counts.device)
+            # Of bincount with weights, CUDA has no deterministic version.
+            sums += values.new_zeros(counts.numel()).index_add_(0, place, values).view_as(sums).to(sums.device)
     # Of what is left at a price, from the highest bin on.
     counts, sums = (t.flip(0).cumsum(0).flip(0).flip(1).cumsum(1) for t in (counts, sums))
     kept = [_sum_of_highest(n_live, counts[i], sums[i]) for i in range(N_PRICES + 1)]  # [0] of all elements
@@ -163,9 +166,16 @@ def _expanded(pairs: Tensor, like: Tensor) -> Tensor:
     return pairs.view(*pairs.shape, *[1] * (like.dim() - 2)).expand(like.shape)
 
 
+def _below_zero(score: Tensor) -> Tensor:
+    """Return negative numbers in the same order."""
+    wide = score if score.dtype in (torch.float32, torch.float64) else score.double()
+    return (-1.0 / wide.clamp(min=0.0)).clamp_(max=-torch.finfo(wide.dtype).tiny)
+
+
 def _gains(score: Tensor, threshold: float) -> Tensor:
     """Return what scores exceed the threshold by, (rows, columns); of a convolution, added up over its kernel."""
-    gains = (score - threshold).clamp_(min=0.0)
+    wide = score if score.dtype in (torch.float32, torch.float64) else score.float()
+    gains = (wide - threshold).clamp_(min=0.0)
     return gains if gains.dim() == 2 else gains.flatten(2).sum(2)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lightning_gcfreeze import Freezer, FreezeSchedule, GradCovFreezeCallback, Growth, Probe
+from lightning_gcfreeze.huggingface import GradCovFreezeTrainerCallback
 from tests import cases, insides
 from tests.witnesses import bits
 
@@ -158,6 +159,14 @@ def test_probe_and_loop_choose_blocks_too():
     freezer.close()
 
 
-def test_order_of_negative_scores_is_refused_at_the_freeze():
+def test_orders_of_negative_scores_are_refused():
+    """By name at once, of one's own at the freeze."""
+    with pytest.raises(ValueError, match=r"mixed.*order='reverse'"):
+        GradCovFreezeCallback(T0, 0.5, order="reverse", granularity="mixed")
     with pytest.raises(ValueError, match=r"mixed.*must not be negative"):
-        fit(order="reverse")
+        fit(order=lambda evidence: {name: -w.abs() for name, w in evidence.weights.items()})
+
+
+def test_the_trainer_of_hugging_face_computes_all_gradients():
+    with pytest.raises(ValueError, match=r"'mixed'.*'element' or 'row'"):
+        GradCovFreezeTrainerCallback(T0, 0.5, granularity="mixed")

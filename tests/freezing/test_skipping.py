@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_gcfreeze import _torch
 from lightning_gcfreeze.freezing import Compact, GradientSkipper, WeightUses, blocks, blocks_worth_it
 
 
@@ -496,17 +497,54 @@ def test_of_a_layer_s_input_only_the_live_columns_are_kept(name, monkeypatch):
 
 
 def test_an_input_that_stays_in_memory_anyway_is_not_copied():
-    """ReLU keeps its output itself; what GELU made is kept by nobody else."""
+    """ReLU keeps its output itself, and a view is no copy; what GELU made is kept by nobody else."""
     kept = {}
-    for activation in (nn.ReLU(), nn.GELU()):
+    for activation, view in (
+        (nn.ReLU(), nn.Identity()),
+        (nn.ReLU(), nn.Unflatten(0, (4, 10))),
+        (nn.GELU(), nn.Identity()),
+    ):
         torch.manual_seed(0)
-        module, x = nn.Sequential(activation, nn.Linear(60, 5)), torch.randn(40, 60, requires_grad=True)
-        frozen = torch.ones_like(module[1].weight, dtype=torch.bool)
+        module, x = nn.Sequential(activation, view, nn.Linear(60, 5)), torch.randn(40, 60, requires_grad=True)
+        frozen = torch.ones_like(module[2].weight, dtype=torch.bool)
         frozen[:, :10] = False
-        _, skipper = skipped(module, {"1.weight": frozen}, x)
+        _, skipper = skipped(module, {"2.weight": frozen}, x)
         kept[activation] = kept_bytes(lambda module=module, x=x: module(x * 1.0).square().sum())
         skipper.release()
-    relu, gelu = kept.values()
+    relu, of_view, gelu = kept.values()
     output, inputs, weight = 40 * 5 * 4, 40 * 60 * 4, 60 * 5 * 4
-    assert relu == inputs + weight + output
+    assert relu == of_view == inputs + weight + output
     assert gelu == inputs + inputs // 6 + weight + output
+
+
+def test_the_result_of_an_attention_is_not_copied_by_the_layer_after_it():
+    """Its heads side by side are a view of what it keeps itself."""
+    heads = torch.randn(4, 4, 10, 15, requires_grad=True)
+    result = nn.functional.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2)
+    joined = result.reshape(4, 10, 60)
+    if joined._base is not None:  # on this device and version
+        assert _torch.keeps_own_result(joined)
+    assert not _torch.keeps_own_result(heads * 1)
+
+
+def test_under_autocast_the_copy_is_in_the_dtype_of_the_layer():
+    torch.manual_seed(0)
+    module, x = nn.Linear(60, 5), torch.randn(40, 60)
+    frozen = torch.ones_like(module.weight, dtype=torch.bool)
+    frozen[:, :10] = False
+    _, skipper = skipped(module, {"weight": frozen}, x)
+    kept = {}
+    for dtype in (torch.float32, torch.bfloat16):
+
+        def pack(tensor, dtype=dtype):
+            if tensor.shape == (40, 10):
+                kept[dtype] = tensor.dtype
+            return tensor
+
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16),
+        ):
+            module((x * 1).requires_grad_() * 1).float().square().sum().backward()
+    assert kept == {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16}
+    skipper.release()

@@ -86,6 +86,23 @@ def test_outside_of_blocks_freezes_first_and_ties_and_ranks_are_those_of_the_ord
         assert torch.equal(live, (rows[:, None] & columns)[..., None].expand_as(live))  # a block, with whole kernels
 
 
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_outside_of_blocks_small_scores_keep_their_order(scale):
+    scores = {"w": uneven(40, 40) * scale, "large": torch.full((5,), 1e6 * scale)}
+    order = dict(selection.in_blocks(scores, 1500, {"w": 100}))["w"].flatten()
+    outside = order < 0
+    ranks = scores["w"].flatten()[outside].argsort()
+    assert outside.sum() > 100
+    assert (order[outside][ranks].diff() >= 0).all()
+    assert len(order[outside].unique()) > 0.9 * outside.sum()
+
+
+def test_sums_of_half_precision_do_not_overflow():
+    scores = {"w": (uneven(64, 64) * 6e5).clamp(max=65504).half()}
+    wide = {"w": scores["w"].float()}
+    assert torch.equal(mixed(scores, 3600, {"w": 10})["w"], mixed(wide, 3600, {"w": 10})["w"])
+
+
 def test_what_is_used_more_often_is_cut_more():
     scores = {"dear": uneven(60, 60), "cheap": uneven(60, 60)}
     masks = mixed(scores, 5760, {"dear": 1000, "cheap": 1})
