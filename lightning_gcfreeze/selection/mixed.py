@@ -134,7 +134,7 @@ def _highest_price(scores: Named, bounds: tuple[float, float], n_live: int, bloc
         leaves_at = blocks[name].leaves_at(score) if name in blocks else torch.full((), N_PRICES).expand(score.shape)
         for cut in cuts(score):
             values = cut(score).flatten().double().clamp(0.0, highest)
-            place = cut(leaves_at).flatten().to(values.device) * n_bins + _bins(values, threshold, n_bins)
+            place = cut(leaves_at).flatten().to(values.device, torch.int64) * n_bins + _bins(values, threshold, n_bins)
             counts += torch.bincount(place, minlength=counts.numel()).view_as(counts).to(counts.device)
             # Of bincount with weights, CUDA has no deterministic version.
             sums += values.new_zeros(counts.numel()).index_add_(0, place, values).view_as(sums).to(sums.device)
@@ -148,6 +148,8 @@ def _highest_price(scores: Named, bounds: tuple[float, float], n_live: int, bloc
 def _sum_of_highest(n: int, counts: Tensor, sums: Tensor) -> float:
     """Return the sum of the n highest scores, from numbers and sums of scores from the highest bin on."""
     i = int(torch.searchsorted(counts, n))
+    if not n:
+        return 0.0
     if i == len(counts):
         return float(sums[-1])
     below, sum_below = (float(counts[i - 1]), float(sums[i - 1])) if i else (0.0, 0.0)

@@ -161,6 +161,16 @@ def test_single_elements_freeze_where_no_block_pays(scores, k, costs):
     assert all(torch.equal(mask, elements[name]) for name, mask in masks.items())
 
 
+@pytest.mark.parametrize("k", [0, 30, 71, 72])
+@pytest.mark.parametrize("make", [torch.rand, torch.zeros])
+def test_a_share_of_the_work_is_kept_whatever_freezes(k, make):
+    scores = {"w": make(8, 9)}
+    order = dict(selection.in_blocks(scores, k, {"w": 5}, work=0.25))
+    outside = int((order["w"] < 0).sum())
+    masks = selection.lowest_k(order, max(k, outside))
+    assert work(masks, {"w": 1}) <= 0.25 * 72
+
+
 def test_all_that_has_a_score_is_live_where_most_have_none():
     """The threshold itself is 0 where most elements have never moved."""
     scores = {"w": torch.zeros(30, 30)}
