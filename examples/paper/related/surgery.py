@@ -1,0 +1,64 @@
+"""Optimal brain damage and surgeon, and what the same expansion of the loss says about freezing.
+
+    L(w + δ) - L(w) ≈ gᵀδ + ½ δᵀ H δ
+
+Sources: Y. LeCun, J. Denker, S. Solla, "Optimal Brain Damage" (NIPS 1989); B. Hassibi, D. Stork, "Second Order
+Derivatives for Network Pruning: Optimal Brain Surgeon" (NIPS 1992). Both are at a minimum, g = 0, and set w_q to zero.
+To freeze a weight is to do without a step that is still to come: here the expansion is at a point before the minimum,
+and d = -H⁻¹g, Newton's step, is what is left to go. On a linear regression it is exactly that; H is ∇²L, or, where a
+network makes that indefinite, H + μI (see `Snapshot.damped_hessian`).
+
+Scores are (p,), lowest first, in units of the loss.
+"""
+
+from torch import Tensor
+
+from examples.paper.related.snapshot import Snapshot
+
+
+def obd(at: Snapshot) -> Tensor:
+    """h_ii w_i² / 2: what setting w_i to zero adds to the loss, the others left where they are.
+
+    LeCun et al., their saliency s_k = h_kk u_k² / 2; here with the exact diagonal, `Snapshot.hessian_diagonal`.
+    """
+    return at.hessian_diagonal * at.weights.square() / 2
+
+
+def obs(at: Snapshot) -> Tensor:
+    """w_i² / (2 [H⁻¹]_ii): the same, once the other weights have been adjusted for it.
+
+    Hassibi and Stork, their L_q, Eq. (5). They build H⁻¹ from products of gradients; here it is the exact inverse,
+    damped where H is not positive definite. The other weights are not adjusted here: it is used as an order.
+    """
+    return at.weights.square() / (2 * at.inverse_hessian.diagonal())
+
+
+def obd_freeze(at: Snapshot) -> Tensor:
+    """h_ii d_i² / 2, d = -H⁻¹g: what w_i adds to the loss at the minimum if it alone has not moved there.
+
+    `obd` with the way that is left in the place of the weight.
+    """
+    return at.hessian_diagonal * _newton_step(at).square() / 2
+
+
+def obs_freeze(at: Snapshot) -> Tensor:
+    """d_i² / (2 [H⁻¹]_ii), d = -H⁻¹g: the same, once the other weights have gone where it is least with w_i held.
+
+    `obs` with the way that is left in the place of the weight. On a linear regression this is the exact rise of the
+    least loss that training can reach when w_i alone is frozen.
+    """
+    return _newton_step(at).square() / (2 * at.inverse_hessian.diagonal())
+
+
+def obd_freeze_diagonal(at: Snapshot) -> Tensor:
+    """g_i² / (2 h_ii): `obd_freeze` with H taken to be diagonal, d_i = -g_i / h_ii. For any number of parameters.
+
+    It is what one exact step along w_i takes off the loss. Where h_ii is zero no output depends on w_i, so g_i is zero
+    too, and so is the score.
+    """
+    h = at.hessian_diagonal
+    return (at.gradient.square() / (2 * h)).where(h > 0, 0.0)
+
+
+def _newton_step(at: Snapshot) -> Tensor:
+    return -at.inverse_hessian @ at.gradient
