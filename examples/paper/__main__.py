@@ -3,9 +3,12 @@
     python -m examples.paper all
     python -m examples.paper boston --runs 5 --orders variance,random
     python -m examples.paper synthetic3 --scan-t0
+    python -m examples.paper all --related
+    python -m examples.paper all --related --prune
 
 A run trains for t0 steps while the callback observes, and goes on from there once for every order and fraction, on the
-same batches. Leaves NAME.json, NAME.md and pictures in DIR; interrupted, the same command goes on where it stopped.
+same batches. With --prune it trains to its end instead, and there sets to zero what an order puts first. Leaves
+NAME.json, NAME.md and pictures in DIR; interrupted, the same command goes on where it stopped.
 """
 
 import argparse
@@ -24,8 +27,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from examples.paper import figures, study, tables
+from examples.paper.related import RELATED, left_out
 from examples.paper.summary import summarise
-from examples.paper.tasks import TASKS, Name, Settings, work
+from examples.paper.tasks import TASKS, Name, Settings, n_parameters, work
 
 Number = TypeVar("Number", int, float)
 QUICK = (5, tuple(i / 4 for i in range(5)))  # runs, fractions
@@ -38,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     runs, fractions = QUICK if args.quick else FULL
     args.runs, args.fractions = args.runs or runs, args.fractions or fractions
+    args.orders = tuple(dict.fromkeys([*args.orders, *(RELATED if args.related else ())]))
     scans = [_scan(name, args, parser) for name in (get_args(Name) if args.name == "all" else [args.name])]
     try:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -54,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         raise SystemExit(130) from None
     for scan in scans:
-        summaries = [summarise(settings, study.load(settings, args.runs, args.out)) for settings in scan]
+        missing = _left_out(scan[0].data, args.orders)
+        summaries = [summarise(settings, study.load(settings, args.runs, args.out), missing) for settings in scan]
         if args.scan_t0 is None:
             _write(summaries[0], args.out, console)
         else:
@@ -63,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _scan(name: Name, args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[Settings]:
     """The settings of an experiment, one for each value of t0."""
-    task = TASKS[name]
+    task, missing = TASKS[name], _left_out(name, args.orders)
     given = {option for option in ("objects", "noise") if getattr(args, option) is not None}
     if args.name == name and given - task.options:
         parser.error(f"--{min(given - task.options)} is not for {name}")
@@ -73,12 +79,16 @@ def _scan(name: Name, args: argparse.Namespace, parser: argparse.ArgumentParser)
         steps=args.steps or task.steps,
         batch_size=args.batch_size or task.batch_size,
         lr=args.lr or task.lr,
-        orders=args.orders,
+        orders=tuple(order for order in args.orders if order not in missing),
         fractions=args.fractions,
         seed=args.seed,
         same_data=args.same_data,
         **{option: getattr(args, option) for option in given & task.options},
     )
+    if args.prune:
+        if args.t0 or args.scan_t0 is not None:
+            parser.error("--prune takes its scores after the last step: leave out --t0 and --scan-t0")
+        return [replace(settings, prune=True, t0=settings.steps)]
     if args.scan_t0 is not None:
         if args.t0:
             parser.error(f"--t0 {args.t0} and --scan-t0: give the values to the latter, as --scan-t0 50,100")
@@ -87,6 +97,13 @@ def _scan(name: Name, args: argparse.Namespace, parser: argparse.ArgumentParser)
     if settings.steps <= settings.t0:
         parser.error(f"--steps {settings.steps} leaves {name} none after t0 = {settings.t0}: raise it, or lower --t0")
     return [settings]
+
+
+def _left_out(name: Name, orders: Sequence[str]) -> dict[str, str]:
+    """Of these orders those that are not computed for an experiment's model, with the reason."""
+    p = n_parameters(name)
+    reasons = {order: left_out(order, p) for order in orders}
+    return {order: reason for order, reason in reasons.items() if reason is not None}
 
 
 def _compute(units: Sequence[study.Unit], args: argparse.Namespace, console: Console) -> None:
@@ -109,7 +126,7 @@ def _compute(units: Sequence[study.Unit], args: argparse.Namespace, console: Con
 
 
 def _write(summary: dict[str, Any], out: Path, console: Console) -> None:
-    name, title = summary["data"], TASKS[summary["data"]].title
+    name, title = summary["data"] + "_prune" * summary["prune"], TASKS[summary["data"]].title
     (out / f"{name}.json").write_text(json.dumps(summary, separators=(",", ":")), encoding="utf-8")
     (out / f"{name}.md").write_text(tables.report(summary, title), encoding="utf-8")
     for draw in (figures.loss, figures.alpha, figures.stability):
@@ -139,11 +156,14 @@ def _save(figure: Figure, path: Path) -> None:
 def _show(summary: dict[str, Any], console: Console) -> None:
     title, curves = TASKS[summary["data"]].title, summary["orders"]["random"]
     ends = ", ".join(f"{stage} {c['mean'][0]:.3g} to {c['mean'][-1]:.3g}" for stage, c in curves.items())
+    freezing, done = tables.words(summary)
+    at = f"{done} after step" if summary["prune"] else f"{done} at step {summary['t0']} of"
     console.print(
-        f"\n{title}, frozen at step {summary['t0']} of {summary['steps']}, {summary['runs']} runs",
-        f"Loss with none to all frozen: {ends}",
-        "Cost of freezing a fraction in training loss, at random = 1:",
+        f"\n{title}, {at} {summary['steps']}, {summary['runs']} runs",
+        f"Loss with none to all {done}: {ends}",
+        f"Cost of {freezing} a fraction in training loss, at random = 1:",
         tables.costs(summary),
+        *tables.left_out(summary),
         sep="\n",
         soft_wrap=True,
     )
@@ -160,7 +180,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--fractions", type=_fractions, metavar="F,F,…",
         help="fractions to freeze; 0 and 1 are always among them (0,0.1,…,1)")  # fmt: skip
     add("--orders", type=_orders, default=tuple(figures.STYLE), metavar="ORDER,…",
-        help=f"of {','.join(figures.STYLE)}; variance and random are always among them (all)")  # fmt: skip
+        help=f"of {','.join(figures.ALL_STYLES)}; variance and random are always among them"
+        f" ({','.join(figures.STYLE)})")  # fmt: skip
+    add("--related", action="store_true", help="beside them the orders of the methods that the paper names as related")
+    add("--prune", action="store_true", help="train to the end, then set to zero instead of freezing at t0")
     add("--t0", type=_number(int, 1), help=f"steps before the freeze ({own})")
     add("--steps", type=_number(int, 2), help=f"steps in all; with --scan-t0, steps after it ({own})")
     add("--batch-size", type=_number(int, 2), help=f"S ({own})")
@@ -206,9 +229,9 @@ def _fractions(text: str) -> tuple[float, ...]:
 
 def _orders(text: str) -> tuple[str, ...]:
     chosen = {"variance", "random", *_parts(text)}
-    if unknown := sorted(chosen - figures.STYLE.keys()):
-        raise argparse.ArgumentTypeError(f"must be among {', '.join(figures.STYLE)}, got {', '.join(unknown)}")
-    return tuple(order for order in figures.STYLE if order in chosen)
+    if unknown := sorted(chosen - figures.ALL_STYLES.keys()):
+        raise argparse.ArgumentTypeError(f"must be among {', '.join(figures.ALL_STYLES)}, got {', '.join(unknown)}")
+    return tuple(order for order in figures.ALL_STYLES if order in chosen)
 
 
 def _parts(text: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The pictures of a summary: losses against the fraction frozen, α̂ as heat maps like the paper's, and its stability."""
+"""The pictures of a summary: losses against the fraction frozen or pruned, α̂ as heat maps, and its stability."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from examples.paper.summary import middle
+from examples.paper.tables import words
 
 STYLE: dict[str, dict[str, Any]] = {
     "variance": {"color": "#1f5fa8", "linewidth": 2.2, "zorder": 4},
@@ -18,6 +19,19 @@ STYLE: dict[str, dict[str, Any]] = {
     "snr": {"color": "#a16207", "marker": "^"},
     "displacement": {"color": "#9333ea", "marker": "D"},
 }
+RELATED_STYLE: dict[str, dict[str, Any]] = {
+    "l1_path": {"color": "#0d9488", "linestyle": "-."},
+    "elastic_net_path": {"color": "#67c5bd", "linestyle": "-."},
+    "obd": {"color": "#dc2626", "linestyle": ":", "marker": "x"},
+    "obs": {"color": "#f59e9e", "linestyle": ":", "marker": "x"},
+    "obd_freeze": {"color": "#7f1d1d", "linestyle": "-", "marker": "v"},
+    "obs_freeze": {"color": "#e879a0", "linestyle": "-", "marker": "v"},
+    "obd_freeze_diagonal": {"color": "#b45361", "linestyle": "--", "marker": "v"},
+    "relevance": {"color": "#4d7c0f", "linestyle": "--", "marker": "P"},
+    "belsley_noise": {"color": "#111827", "linestyle": ":"},
+    "belsley_laplace": {"color": "#475569", "linestyle": "-."},
+}
+ALL_STYLES = STYLE | RELATED_STYLE
 SPREAD = ("variance", "random")  # the two whose spread is drawn: more bands would hide each other
 
 
@@ -25,26 +39,26 @@ def loss(summary: Mapping[str, Any], title: str) -> Figure:
     """Mean loss over the runs, training and test, a line per order; two have a band of one standard deviation."""
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     panels = figure.subplots(1, 2)
+    _, done = words(summary)
     for axes, stage in zip(panels, ("train", "test"), strict=True):
         for order, curves in summary["orders"].items():
             mean = np.array(curves[stage]["mean"])
-            axes.plot(summary["fractions"], mean, label=order, markersize=3.5, **STYLE[order])
+            axes.plot(summary["fractions"], mean, label=order, markersize=3.5, **ALL_STYLES[order])
             if order in SPREAD:
                 std = np.array(curves[stage]["std"])
                 axes.fill_between(
                     summary["fractions"], mean - std, mean + std, color=STYLE[order]["color"], alpha=0.15, linewidth=0
                 )
         axes.set_title("training loss" if stage == "train" else "test loss", fontsize=10)
-        axes.set_xlabel("fraction frozen")
+        axes.set_xlabel(f"fraction {done}")
         ends = summary["orders"]["random"][stage]["mean"]
         if ends[-1] > 10 * ends[0]:
             axes.set_yscale("log")  # or the curves would lie on the axis
         else:
             axes.set_ylim(bottom=0)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(
-        f"{title}: {summary['runs']} runs, frozen at step {summary['t0']} of {summary['steps']}", fontsize=11
-    )
+    at = f"frozen at step {summary['t0']} of" if not summary["prune"] else "pruned after step"
+    figure.suptitle(f"{title}: {summary['runs']} runs, {at} {summary['steps']}", fontsize=11)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False)
     return figure
 
@@ -61,11 +75,13 @@ def alpha(summary: Mapping[str, Any], title: str) -> Figure:
         ):
             image = axes.imshow(rows, aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
         panels[0, column].set_title(order, fontsize=10)
-        panels[1, column].set_xlabel("fraction frozen")
+        panels[1, column].set_xlabel(f"fraction {words(summary)[1]}")
         panels[1, column].set_xticks(range(len(fractions)), [f"{f:g}" for f in fractions])
     panels[0, 0].set_ylabel("parameter, by place")
     panels[1, 0].set_ylabel("parameter, sorted by its mean")
-    figure.colorbar(image, ax=panels, label=f"share of the {summary['runs']} runs in which it is frozen", shrink=0.6)
+    figure.colorbar(
+        image, ax=panels, label=f"share of the {summary['runs']} runs in which it is {words(summary)[1]}", shrink=0.6
+    )
     figure.suptitle(title, fontsize=11)
     return figure
 
@@ -91,8 +107,9 @@ def stability(summary: Mapping[str, Any], title: str) -> Figure:
         _staircase(counts, found[order][half]["alpha"], **STYLE[order])
     overlap.plot(inner, [found["chance"][key]["jaccard"] for key in keys], "k--", linewidth=1, label="chance", zorder=5)
     _staircase(counts, found["chance"][half]["alpha"], color="black", linestyle="--", linewidth=1, zorder=5)
-    overlap.set(xlabel="fraction frozen", ylabel="Jaccard overlap of two runs", ylim=(0, 1))
-    counts.set(xlabel=f"runs of {summary['runs']} that froze a parameter, fraction {half}", ylabel="parameters")
+    overlap.set(xlabel=f"fraction {words(summary)[1]}", ylabel="Jaccard overlap of two runs", ylim=(0, 1))
+    verb = "pruned" if summary["prune"] else "froze"
+    counts.set(xlabel=f"runs of {summary['runs']} that {verb} a parameter, fraction {half}", ylabel="parameters")
     for axes in (overlap, counts):
         axes.spines[["top", "right"]].set_visible(False)
     overlap.legend(frameon=False, fontsize=8)
@@ -115,7 +132,7 @@ def scan(summaries: Sequence[Mapping[str, Any]], title: str) -> Figure:
         mean = np.array([one["mean"][half] for one in found], dtype=float)  # NaN for None, which is left out
         interval = np.array([one["interval"][half] for one in found], dtype=float)
         error = np.abs(interval.T - mean)
-        costs.errorbar(t0s, mean, error, label=order, markersize=4, capsize=2, **STYLE[order])
+        costs.errorbar(t0s, mean, error, label=order, markersize=4, capsize=2, **ALL_STYLES[order])
     costs.axhline(1, color=STYLE["random"]["color"], label="random")
     ends.set(xlabel="t0", ylabel="loss after the last step", xscale="log", yscale="log")
     low, high = costs.get_ylim()

@@ -3,11 +3,13 @@
 Both parts are fits of a Lightning Trainer with `GradCovFreezeCallback`. All continuations are one fit: a batched model,
 resumed from a checkpoint of the warm-up in which every tensor is repeated for each member. It is that of step t0 - 1:
 after step t0 the callback freezes in each member what an ordering of its own, `Given`, puts first.
+
+Pruning has no second part: the callback observes all steps, and the ends of the members are the trained model with
+every set of weights at zero.
 """
 
 import tempfile
 import warnings
-from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
 from examples.models import Batch, SupervisedModule
+from examples.paper import related
 from examples.paper.tasks import TASKS, Settings
 from lightning_gcfreeze import Evidence, GradCovFreezeCallback, orderings, selection
 from lightning_gcfreeze._types import Named
@@ -38,7 +41,7 @@ class Run:
 
     train: Losses  # (O, F): mean loss over the training objects after the last step
     test: Losses  # (O, F)
-    frozen: Masks  # (O, F, p): the paper's α(k), parameters in the order of ``named_parameters()``
+    frozen: Masks  # (O, F, p): the paper's α(k), parameters as in ``named_parameters()``; in pruning, what is zero
 
 
 @dataclass(frozen=True)
@@ -149,10 +152,11 @@ def run(settings: Settings, index: int) -> Run:
     experiment = prepare(settings, index)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "before_t0.ckpt"
-        frozen = frozen_sets(warm_up(experiment, checkpoint), settings.orders, settings.fractions)
+        evidence = warm_up(experiment, checkpoint)
+        frozen = frozen_sets(experiment, evidence)
         # Equal sets, as those of no and of all elements are in every order, are trained once.
         sets, member = np.unique(frozen.reshape(-1, frozen.shape[-1]), axis=0, return_inverse=True)
-        members = go_on(experiment, checkpoint, sets)
+        members = pruned(experiment, evidence, sets) if settings.prune else go_on(experiment, checkpoint, sets)
     train, test = (
         members.evaluate(data)[member].reshape(frozen.shape[:2]) for data in (experiment.train, experiment.test)
     )
@@ -198,12 +202,41 @@ def warm_up(experiment: Experiment, checkpoint: Path) -> Evidence:
     return recorder.evidence
 
 
-def frozen_sets(evidence: Evidence, orders: Sequence[str], fractions: Sequence[float]) -> Masks:
-    """α(k) of every order and fraction, Eq. (2.7), (O, F, p)."""
-    p = sum(w.numel() for w in evidence.weights.values())
-    scores = [orderings.resolve(order)(evidence) for order in orders]
-    sets = [[selection.lowest_k(s, selection.resolve_count(f, p)) for f in fractions] for s in scores]
-    return np.array([[torch.cat([mask.flatten() for mask in masks.values()]).numpy() for masks in row] for row in sets])
+def noise_covariance(experiment: Experiment) -> Tensor:
+    """Take the steps of the warm-up once more, for the full covariance of the gradient noise up to t0, (p, p)."""
+    t0 = experiment.settings.t0
+    observing = GradCovFreezeCallback(t0, k=0, covariance="full")
+    _fit(Members(experiment.model, 1, experiment.settings.lr), experiment, [observing], slice(None, t0))
+    assert observing.covariance is not None
+    return observing.covariance
+
+
+def frozen_sets(experiment: Experiment, evidence: Evidence) -> Masks:
+    """α(k) of every order and fraction, Eq. (2.7), (O, F, p).
+
+    The callback's orderings read the evidence of the warm-up; the related ones, by name in `related.RELATED`, read the
+    training objects and the model with the weights of the evidence.
+    """
+    settings, weights = experiment.settings, _flat(evidence.weights)
+    x, y = experiment.train.tensors
+    at = related.take(experiment.model, weights, (x, y), experiment.order_seed, lambda: noise_covariance(experiment))
+    rows = []
+    for order in settings.orders:
+        function = related.RELATED.get(order)
+        scores = _flat(orderings.resolve(order)(evidence)) if function is None else function(at)
+        counts = [selection.resolve_count(fraction, len(weights)) for fraction in settings.fractions]
+        rows.append([selection.lowest_k({"all": scores}, k)["all"].numpy() for k in counts])
+    return np.array(rows)
+
+
+def pruned(experiment: Experiment, evidence: Evidence, zero: Masks) -> Members:
+    """Return the models that a warm-up ends with, once for each of the M rows of `zero`, (M, p), and zeros there."""
+    members = Members(experiment.model, len(zero), experiment.settings.lr)
+    with torch.no_grad():
+        parts = torch.as_tensor(zero).split([w.numel() for w in evidence.weights.values()], dim=1)
+        for p, w, part in zip(members.parameters(), evidence.weights.values(), parts, strict=True):
+            p.copy_(w.masked_fill(part.reshape(p.shape), 0.0))
+    return members
 
 
 def go_on(experiment: Experiment, checkpoint: Path, frozen: Masks) -> Members:
@@ -217,6 +250,10 @@ def go_on(experiment: Experiment, checkpoint: Path, frozen: Masks) -> Members:
     freeze = GradCovFreezeCallback(t0=1, k=int(frozen.sum()), order=Given(masks))
     _fit(members, experiment, [freeze], slice(experiment.settings.t0 - 1, None), repeated)
     return members
+
+
+def _flat(tensors: Named) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors.values()])
 
 
 def _repeated(checkpoint: dict[str, Any], members: int) -> dict[str, Any]:

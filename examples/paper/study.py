@@ -24,7 +24,13 @@ from examples.train import ignore_known_warnings
 
 Unit = tuple[Settings, int]  # a run by its settings and number
 
-_SOURCES = ("lightning_gcfreeze/**/*.py", "examples/*.py", "examples/paper/run.py", "examples/paper/tasks.py")
+_SOURCES = (
+    "lightning_gcfreeze/**/*.py",
+    "examples/*.py",
+    "examples/paper/run.py",
+    "examples/paper/tasks.py",
+    "examples/paper/related/*.py",
+)
 
 
 def missing(units: Sequence[Unit], out: Path) -> list[Unit]:

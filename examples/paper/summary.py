@@ -21,8 +21,14 @@ Shapes = Mapping[str, Sequence[int]]  # of a model's parameters, by name
 STAGES = ("train", "test")
 
 
-def summarise(settings: Settings, runs: Sequence[Run]) -> dict[str, Any]:
-    """All that NAME.json holds; examples/README.md explains its keys."""
+def summarise(settings: Settings, runs: Sequence[Run], left_out: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """All that NAME.json holds; examples/README.md explains its keys.
+
+    Args:
+        settings: of the runs.
+        runs: what they left.
+        left_out: the orders that were asked for and are not in `settings`, with the reason.
+    """
     losses = {
         order: {stage: np.stack([getattr(run, stage)[i] for run in runs]) for stage in STAGES}
         for i, order in enumerate(settings.orders)
@@ -44,6 +50,7 @@ def summarise(settings: Settings, runs: Sequence[Run]) -> dict[str, Any]:
         **asdict(settings),
         "p": int(sum(map(np.prod, shapes.values()))),
         "runs": len(runs),
+        "left_out": dict(left_out or {}),
         "orders": {order: {stage: curve(losses[order][stage]) for stage in STAGES} for order in losses},
         "paired": against_random(paired),
         "growth": against_random(growth),

@@ -14,8 +14,9 @@ Summary = Mapping[str, Any]
 def report(summary: Summary, title: str) -> str:
     """NAME.md: losses beside the published ones, what each order costs against chance, and stability."""
     fractions, orders = summary["fractions"], list(summary["orders"])
-    published = TASKS[summary["data"]].published
-    parts = [f"# {title}", _setting(summary)]
+    published = {} if summary["prune"] else TASKS[summary["data"]].published
+    freezing, done = words(summary)
+    parts = [f"# {title}", _setting(summary), *_left_out(summary)]
     for stage in ("train", "test"):
         columns = {
             order: [_spread(*pair) for pair in zip(curves[stage]["mean"], curves[stage]["std"], strict=True)]
@@ -24,9 +25,9 @@ def report(summary: Summary, title: str) -> str:
         for order, curves in published.items():
             at = dict(zip((i / 10 for i in range(11)), curves[stage], strict=True))
             columns[f"{order}, published"] = [_number(at.get(f)) for f in fractions]
-        parts += [f"## Loss, {stage}: mean ± standard deviation over runs", _by_fraction(fractions, columns)]
+        parts += [f"## Loss, {stage}: mean ± standard deviation over runs", _by_fraction(done, fractions, columns)]
     for key, heading in (
-        ("growth", "Growth, {stage}: cost of freezing, of which random's is 1, with 95 % interval"),
+        ("growth", f"Growth, {{stage}}: cost of {freezing}, of which random's is 1, with 95 % interval"),
         ("paired", "Loss minus that of random, {stage}, with 95 % interval"),
     ):
         for stage in ("train", "test"):
@@ -34,14 +35,15 @@ def report(summary: Summary, title: str) -> str:
                 order: [_interval(*pair) for pair in zip(found[stage]["mean"], found[stage]["interval"], strict=True)]
                 for order, found in summary[key].items()
             }
-            parts += [f"## {heading.format(stage=stage)}", _by_fraction(fractions, columns)]
+            parts += [f"## {heading.format(stage=stage)}", _by_fraction(done, fractions, columns)]
     overlap = {"chance": [_number(summary["stability"]["chance"][str(f)]["jaccard"]) for f in fractions]}
     for order in orders:
         found = [summary["stability"][order][str(f)] for f in fractions]
         overlap[order] = [_number(one["jaccard"]) for one in found]
         if found[-1]["aligned"] is not None:
             overlap[f"{order}, aligned"] = [_number(one["aligned"]) for one in found]
-    parts += ["## Jaccard overlap of the frozen sets of two runs, mean over pairs", _by_fraction(fractions, overlap)]
+    parts += [f"## Jaccard overlap of the {done} sets of two runs, mean over pairs"]
+    parts += [_by_fraction(done, fractions, overlap)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -58,7 +60,8 @@ def scan(summaries: Sequence[Summary], title: str) -> str:
     half = f"{summaries[0]['fractions'][at]:g}"
     header = ["t0", "none frozen, train / test", "all frozen, train / test"]
     header += [f"{order}, growth at {half}" for order in summaries[0]["growth"]]
-    return "\n\n".join([f"# {title}", _setting(summaries[0], scanned=True), _markdown(header, rows)]) + "\n"
+    parts = [f"# {title}", _setting(summaries[0], scanned=True), *_left_out(summaries[0]), _markdown(header, rows)]
+    return "\n\n".join(parts) + "\n"
 
 
 def costs(summary: Summary) -> Table:
@@ -70,18 +73,34 @@ def costs(summary: Summary) -> Table:
     return table
 
 
+def words(summary: Summary) -> tuple[str, str]:
+    """What was done to parameters: "freezing" and "frozen", or "pruning" and "pruned"."""
+    return ("pruning", "pruned") if summary["prune"] else ("freezing", "frozen")
+
+
+def left_out(summary: Summary) -> list[str]:
+    """A sentence for each order that was asked for and could not be computed."""
+    return [f"{order} is left out: {reason}." for order, reason in summary["left_out"].items()]
+
+
+def _left_out(summary: Summary) -> list[str]:
+    return ["\n".join(f"- {line}" for line in left_out(summary))] if summary["left_out"] else []
+
+
 def _setting(summary: Summary, scanned: bool = False) -> str:
     after = summary["steps"] - summary["t0"]
     steps = f"{after} steps after t0" if scanned else f"t0 = {summary['t0']} of {summary['steps']} steps"
+    if summary["prune"]:
+        steps = f"set to zero after {summary['steps']} steps"
     text = f"{summary['runs']} runs, {steps}, S = {summary['batch_size']}, learning rate {summary['lr']:g}"
     if summary["data"].startswith("synthetic"):
         text += f", {summary['objects']} objects, noise {summary['noise']:g}"
     return f"{text}, p = {summary['p']}, seed {summary['seed']}{', same data in all runs' * summary['same_data']}."
 
 
-def _by_fraction(fractions: Sequence[float], columns: Mapping[str, Sequence[str]]) -> str:
+def _by_fraction(done: str, fractions: Sequence[float], columns: Mapping[str, Sequence[str]]) -> str:
     return _markdown(
-        ["frozen", *columns], [[f"{f:g}", *(column[i] for column in columns.values())] for i, f in enumerate(fractions)]
+        [done, *columns], [[f"{f:g}", *(column[i] for column in columns.values())] for i, f in enumerate(fractions)]
     )
 
 

@@ -25,6 +25,7 @@ class Settings:
     objects: int = 1000  # of a synthetic data set, in training, validation and test together
     noise: float = 1.0  # standard deviation of y around wᵀx in a synthetic regression
     same_data: bool = False  # all runs share objects and split, and differ in initial weights and batches only
+    prune: bool = False  # set to zero after the last step, which t0 then is, instead of freezing at t0
 
 
 @dataclass(frozen=True)
@@ -147,8 +148,12 @@ TASKS: dict[Name, Task] = {
 }
 
 
+def n_parameters(data: Name) -> int:
+    """The number p of parameters of an experiment's model."""
+    return sum(w.numel() for w in TASKS[data].model().parameters())
+
+
 def work(settings: Settings) -> float:
     """How much there is to do in a run, in steps of a small model; measured on two cores, for the time left."""
-    p = sum(w.numel() for w in TASKS[settings.data].model().parameters())
-    members = len(settings.orders) * len(settings.fractions)
+    p, members = n_parameters(settings.data), len(settings.orders) * len(settings.fractions)
     return settings.t0 * 2 + (settings.steps - settings.t0) * (1 + 6e-6 * p * members)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from examples.paper import figures, tables
+from examples.paper.related import RELATED
 from examples.paper.run import Run
 from examples.paper.summary import summarise
 from examples.paper.tasks import TASKS, Settings
@@ -118,4 +119,5 @@ def test_the_report_says_under_what_settings(boston):
 
 def test_every_ordering_of_the_experiments_has_a_line_of_its_own():
     assert figures.STYLE.keys() <= ORDERINGS.keys()
-    assert len({style["color"] for style in figures.STYLE.values()}) == len(figures.STYLE) == 7
+    assert list(figures.RELATED_STYLE) == list(RELATED)
+    assert len({style["color"] for style in figures.ALL_STYLES.values()}) == len(figures.ALL_STYLES) == 7 + len(RELATED)

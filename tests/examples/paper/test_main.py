@@ -11,7 +11,9 @@ from matplotlib.image import imread
 
 from examples.paper import study
 from examples.paper.__main__ import main
-from examples.paper.run import run
+from examples.paper.figures import STYLE
+from examples.paper.related import RELATED
+from examples.paper.run import prepare, run
 from examples.paper.tasks import TASKS, Settings
 
 TINY = ["--runs", "2", "--t0", "4", "--steps", "9", "--lr", "0.02", "--seed", "5", "--jobs", "1"]
@@ -174,6 +176,8 @@ def test_a_scan_without_values_takes_the_tasks_four(planned):
         (["boston", "--fractions", "half"], "invalid list of fractions value: 'half'"),
         (["--scan-t0", "boston"], "invalid list of steps value: 'boston'"),
         (["boston", "--scan-t0", "5", "--t0", "7"], "--t0 7 and --scan-t0"),
+        (["boston", "--prune", "--t0", "7"], "leave out --t0 and --scan-t0"),
+        (["boston", "--prune", "--scan-t0"], "leave out --t0 and --scan-t0"),
         (["boston", "--noise", "0.5"], "--noise is not for boston"),
         (["synthetic2", "--noise", "0.5", "--objects", "2000"], "--noise is not for synthetic2"),
         (["boston", "--seed", "99999999999"], "must be from 0 to 1073741824, got 99999999999"),
@@ -185,3 +189,49 @@ def test_invalid_option_is_refused_by_name(argv, message, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(argv)
     assert re.search(message, " ".join(capsys.readouterr().err.split()))
+
+
+def test_related_orders_are_added_on_request_where_they_fit(planned):
+    """Those that need a matrix of all parameters only where these are few."""
+    units = planned("all", "--related", "--runs", "2")
+    orders = {settings.data: settings.orders for settings, _ in units}
+    for data in ("boston", "synthetic2", "synthetic3"):
+        assert orders[data] == (*STYLE, *RELATED)
+    assert RELATED.keys() - set(orders["synthetic1"]) == {"belsley_noise", "belsley_laplace"}
+    assert RELATED.keys() - set(orders["mnist"]) == {
+        "belsley_noise", "belsley_laplace", "obs", "obd_freeze", "obs_freeze",
+    }  # fmt: skip
+    (settings, _), _ = planned("boston", "--orders", "obs,snr", "--runs", "2")
+    assert settings.orders == ("variance", "random", "snr", "obs")
+
+
+def test_pruning_takes_its_scores_after_the_last_step(planned):
+    (settings, _), _ = planned("boston", "--prune", "--steps", "30", "--runs", "2")
+    assert settings.prune
+    assert settings.t0 == settings.steps == 30
+    (settings, _), _ = planned("boston", "--runs", "2")
+    assert not settings.prune
+
+
+def test_pruning_is_written_beside_freezing_and_says_what_it_left_out(tmp_path):
+    options = ["--runs", "2", "--steps", "6", "--jobs", "1", "--fractions", "0.5", "--orders", "obd,belsley_laplace"]
+    printed = " ".join(call("synthetic1", "--prune", *options, "--out", tmp_path).split())
+    found = json.loads((tmp_path / "synthetic1_prune.json").read_text())
+    assert list(found["orders"]) == ["variance", "random", "obd"]
+    assert list(found["left_out"]) == ["belsley_laplace"]
+    text = (tmp_path / "synthetic1_prune.md").read_text()
+    sentence = (
+        "belsley_laplace is left out: it decomposes a 4,041 x 4,041 matrix anew after each of its parameters,"
+        " and 1,000 is the most for that."
+    )
+    for report in (text, printed):
+        assert sentence in report
+    assert "set to zero after 6 steps" in text
+    assert "| pruned | variance | random | obd |" in text
+    assert "frozen" not in text + printed
+    assert "pruned after step 6" in printed
+    for picture in ("loss", "alpha", "stability"):
+        assert imread(tmp_path / f"synthetic1_prune_{picture}.png").shape[0] > 300
+    at_zero = [curves["train"]["runs"][1][-1] for curves in found["orders"].values()]
+    y = prepare(Settings("synthetic1", 6, 6, 32, 1e-3, (), (), seed=0), 1).train.tensors[1]
+    assert at_zero == pytest.approx([float(y.square().mean())] * 3)  # a network without weights returns 0

@@ -11,8 +11,9 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from torch.utils.data import DataLoader, TensorDataset
 
 from examples.paper.figures import STYLE
-from examples.paper.run import Members, epochs, frozen_sets, go_on, prepare, run, warm_up
-from examples.paper.tasks import TASKS, Settings
+from examples.paper.related import RELATED, left_out
+from examples.paper.run import Members, epochs, frozen_sets, go_on, noise_covariance, prepare, run, warm_up
+from examples.paper.tasks import TASKS, Settings, n_parameters
 from lightning_gcfreeze import GradCovFreezeCallback
 from tests.oracles.experiment import linear_regression
 
@@ -72,7 +73,7 @@ def test_member_ends_as_the_model_that_a_trainer_of_its_own_trains(data, orders,
     settings = of(data, t0=15, steps=60, orders=orders, fractions=(0.3, 0.8))
     experiment = in_float64(prepare(settings, index=2))
     evidence = warm_up(experiment, tmp_path / "before_t0.ckpt")
-    frozen = np.concatenate(frozen_sets(evidence, settings.orders, settings.fractions))
+    frozen = np.concatenate(frozen_sets(experiment, evidence))
     members = go_on(experiment, tmp_path / "before_t0.ckpt", frozen)
     weights, losses = by_member(members), members.evaluate(experiment.train)
     pairs = [(order, fraction) for order in orders for fraction in settings.fractions]
@@ -128,7 +129,7 @@ def by_hand(settings, fraction, **method):
 
 def test_frozen_elements_keep_their_bits_and_the_others_move(tmp_path):
     experiment, checkpoint = prepare(SHORT, index=0), tmp_path / "before_t0.ckpt"
-    frozen = np.concatenate(frozen_sets(warm_up(experiment, checkpoint), SHORT.orders, SHORT.fractions))
+    frozen = np.concatenate(frozen_sets(experiment, warm_up(experiment, checkpoint)))
     at_t0 = by_member(go_on(replace(experiment, batches=experiment.batches[: SHORT.t0]), checkpoint, frozen))
     weights = by_member(go_on(experiment, checkpoint, frozen))
     same = (weights.view(torch.int32) == at_t0.view(torch.int32)).numpy()
@@ -226,3 +227,75 @@ def test_ctrl_c_raises_instead_of_returning_a_run(monkeypatch):
 def test_batch_size_above_the_number_of_objects_is_refused():
     with pytest.raises(ValueError, match="`batch_size=364` is more than the 363 training objects"):
         run(of("boston", batch_size=364), 0)
+
+
+def test_related_orders_see_the_model_at_t0_and_the_training_objects(tmp_path):
+    """By NumPy from the weights of the warm-up: brain damage on XᵀX, and the noise of the same t0 samples."""
+    settings = of("synthetic3", orders=("variance", "obd", "belsley_noise"), fractions=(0.0, 0.3, 1.0))
+    experiment = prepare(settings, index=0)
+    evidence = warm_up(experiment, tmp_path / "before_t0.ckpt")
+    found = frozen_sets(experiment, evidence)
+    x = experiment.train.tensors[0].numpy().astype(np.float64)
+    w = flat(evidence.weights.values()).double().numpy()
+    damage = np.mean(x**2, axis=0) * w**2
+    assert set(np.flatnonzero(found[1, 1])) == set(np.argsort(damage)[:60])
+    assert found[:, 0].sum() == 0
+    assert found[:, 2].all()
+    assert len({tuple(row) for row in found[:, 1]}) == 3
+
+
+def test_covariance_of_the_noise_has_the_variance_of_the_warm_up_on_its_diagonal(tmp_path):
+    """The second passage takes the same steps as the first. 9 steps of one sample each: rank 9."""
+    experiment = prepare(SHORT, index=1)
+    variance = flat(warm_up(experiment, tmp_path / "before_t0.ckpt").variance.values())
+    covariance = noise_covariance(experiment)
+    torch.testing.assert_close(covariance.diagonal(), variance, rtol=1e-4, atol=1e-9)
+    assert torch.linalg.matrix_rank(covariance.double(), rtol=1e-5) == SHORT.t0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("data", TASKS)
+def test_every_related_order_that_fits_a_task_ranks_its_parameters(data):
+    """Each order in its own way, but for obd and obs where features are hardly correlated."""
+    p = n_parameters(data)
+    orders = tuple(order for order in RELATED if left_out(order, p) is None)
+    if data == "synthetic1":
+        orders = tuple(order for order in orders if order not in ("obs", "obs_freeze", "obd_freeze"))  # ten seconds
+    found = run(of(data, orders=("variance", "random", *orders), fractions=(0.0, 0.5, 1.0)), index=0)
+    assert found.frozen.sum(-1).tolist() == [[0, round(p / 2), p]] * (2 + len(orders))
+    assert len({tuple(row) for row in found.frozen[:, 1]}) >= len(orders) + (0 if "synthetic" in data else 2)
+    assert np.isfinite(found.train).all()
+
+
+def test_pruning_sets_weights_of_the_trained_model_to_zero():
+    """By a plain loop over all steps, without a callback; scores are those of the last step."""
+    settings = of("boston", t0=20, orders=("variance", "random", "magnitude", "obd"), prune=True)
+    found = run(settings, index=0)
+    experiment = prepare(settings, index=0)
+    model = experiment.model
+    optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr)
+    for batch in experiment.batches:
+        x, y = experiment.train[batch]
+        optimizer.zero_grad()
+        model.loss(model(x), y).backward()
+        optimizer.step()
+    w = flat(model.parameters()).clone()
+    smallest = w.abs().argsort()
+    for column, k in enumerate((0, 90, 241, 301)):
+        assert set(np.flatnonzero(found.frozen[2, column])) == set(smallest[:k].tolist())
+        for row in range(4):
+            zeroed = w.masked_fill(torch.as_tensor(found.frozen[row, column]), 0.0)
+            torch.nn.utils.vector_to_parameters(zeroed, model.parameters())
+            for losses, data in ((found.train, experiment.train), (found.test, experiment.test)):
+                x, y = data.tensors
+                assert losses[row, column] == pytest.approx(float(model.loss(model(x), y).detach()), rel=1e-4)
+    assert found.train[0, -1] > 1.2 * found.train[0, 0]
+    assert len({tuple(row) for row in found.frozen[:, 1]}) == 4
+
+
+def test_pruning_observes_the_variance_over_the_whole_run(tmp_path):
+    settings = of("boston", t0=20, orders=("variance", "random"), fractions=(0.0, 0.3, 1.0), prune=True)
+    variance = flat(warm_up(prepare(settings, 0), tmp_path / "ckpt").variance.values())
+    early = flat(warm_up(prepare(replace(settings, t0=9), 0), tmp_path / "ckpt").variance.values())
+    found = set(np.flatnonzero(run(settings, 0).frozen[0, 1]))
+    assert found == set(variance.argsort()[:90].tolist()) != set(early.argsort()[:90].tolist())
