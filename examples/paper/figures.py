@@ -37,7 +37,9 @@ SPREAD = ("variance", "random")  # the two whose spread is drawn: more bands wou
 
 def loss(summary: Mapping[str, Any], title: str) -> Figure:
     """Mean loss over the runs, training and test, a line per order; two have a band of one standard deviation."""
-    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    columns = 7 if len(summary["orders"]) <= 7 else 5  # long names among more of them
+    rows = -(-len(summary["orders"]) // columns)
+    figure = Figure(figsize=(10, 4.2 + 0.2 * rows), layout="constrained")
     panels = figure.subplots(1, 2)
     _, done = words(summary)
     for axes, stage in zip(panels, ("train", "test"), strict=True):
@@ -59,7 +61,7 @@ def loss(summary: Mapping[str, Any], title: str) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
     at = f"frozen at step {summary['t0']} of" if not summary["prune"] else "pruned after step"
     figure.suptitle(f"{title}: {summary['runs']} runs, {at} {summary['steps']}", fontsize=11)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False)
     return figure
 
 

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from examples.paper import related
+from examples.paper.related.relevance import posterior
 from tests.examples.paper.related.cases import MODELS, snapshot
 
 
@@ -48,9 +50,39 @@ def test_hessian_of_a_network_is_damped_by_the_least_shift_to_its_limit():
     assert after[0] == pytest.approx(1e-4 * before[-1])
 
 
-def test_snapshot_is_a_copy_in_float64():
+def test_snapshot_is_a_copy_in_float64_with_the_weights_given():
     """The model that is still to train keeps its weights and its dtype."""
-    at, model = snapshot("linear"), MODELS["linear"]()
+    model = MODELS["regressor"]()
+    before = torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+    other = torch.arange(41.0)
+    at = related.take(model, other, (torch.ones(3, 6), torch.ones(3)), 0, None)
     assert at.weights.dtype == at.x.dtype == at.y.dtype == torch.float64
-    assert at.weights.shape == (6,)
-    assert next(model.parameters()).dtype == torch.float32
+    assert at.weights.tolist() == other.tolist()
+    after = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+    assert torch.equal(after.view(torch.int32), before.view(torch.int32))
+    with torch.no_grad():
+        torch.nn.utils.vector_to_parameters(other, model.parameters())
+        assert float(at.loss(at.weights)) == pytest.approx(float(model.loss(model(torch.ones(3, 6)), torch.ones(3))))
+
+
+def test_orders_leave_the_snapshot_as_it_is():
+    at = snapshot("regressor", observe=lambda: torch.eye(41))
+    before = at.weights.clone()
+    for name, order in related.RELATED.items():
+        if name == "relevance":
+            posterior(at, steps=2)  # as many as it takes to notice a change in place
+        else:
+            order(at)
+    assert torch.equal(at.weights, before)
+    assert torch.equal(torch.nn.utils.parameters_to_vector(at.model.parameters()), before)
+
+
+@pytest.mark.parametrize(
+    ("order", "least"), [("obs", 5001), ("obs_freeze", 5001), ("belsley_noise", 1001), ("obd", None)]
+)
+def test_orders_are_left_out_from_their_number_of_parameters_on(order, least):
+    if least is None:
+        assert related.left_out(order, 10**9) is None
+    else:
+        assert related.left_out(order, least - 1) is None
+        assert f"{least:,} x {least:,}" in related.left_out(order, least)
