@@ -4,8 +4,8 @@ Both parts are fits of a Lightning Trainer with `GradCovFreezeCallback`. All con
 resumed from a checkpoint of the warm-up in which every tensor is repeated for each member. It is that of step t0 - 1:
 after step t0 the callback freezes in each member what an ordering of its own, `Given`, puts first.
 
-Pruning has no second part: the callback observes all steps, and the ends of the members are the trained model with
-every set of weights at zero.
+Pruning has no second part: the callback observes all steps, and each member is the trained model with one set of its
+weights at zero.
 """
 
 import tempfile
@@ -224,6 +224,7 @@ def frozen_sets(experiment: Experiment, evidence: Evidence) -> Masks:
     for order in settings.orders:
         function = related.RELATED.get(order)
         scores = _flat(orderings.resolve(order)(evidence)) if function is None else function(at)
+        assert not scores.isnan().any(), order
         counts = [selection.resolve_count(fraction, len(weights)) for fraction in settings.fractions]
         rows.append([selection.lowest_k({"all": scores}, k)["all"].numpy() for k in counts])
     return np.array(rows)

@@ -28,7 +28,7 @@ GRID, GRID_END = 100, 1e-2  # of λ₁ on a logistic regression: so many values,
 TOLERANCE = 1e-4  # of each point of the grid: the largest entry of the gradient mapping, in units of its λ₁
 MAX_STEPS = 5000  # of each point of the grid
 NETWORK_STEPS = 100
-NETWORK_PENALTY = 1.0  # of the weights at t0, all of it, in units of the loss there
+NETWORK_PENALTY = 1.0  # the whole penalty of the weights at t0, in units of the loss there
 
 
 def l1_path(at: Snapshot) -> Tensor:
@@ -56,7 +56,7 @@ def elastic_net_path(at: Snapshot) -> Tensor:
     if not at.y.is_floating_point():
         return torch.as_tensor(logistic_entries(x, y, ridge))
     n, p = x.shape
-    # With as many rows counted as objects, λ₁ of the longer problem is the λ₁ of this one.
+    # The longer problem divides its squares by n + p rows, this one by n.
     entries = lasso_entries(np.vstack([x, np.sqrt(n * ridge) * np.eye(p)]), np.concatenate([y, np.zeros(p)]))
     return torch.as_tensor(entries * (n + p) / n)
 
