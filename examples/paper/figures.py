@@ -31,7 +31,8 @@ RELATED_STYLE: dict[str, dict[str, Any]] = {
     "belsley_noise": {"color": "#111827", "linestyle": ":"},
     "belsley_laplace": {"color": "#475569", "linestyle": "-."},
 }
-ALL_STYLES = STYLE | RELATED_STYLE
+READING_STYLE: dict[str, dict[str, Any]] = {"variance_of_sum": {"color": "#0369a1", "linestyle": ":", "marker": "*"}}
+ALL_STYLES = STYLE | READING_STYLE | RELATED_STYLE
 SPREAD = ("variance", "random")  # the two whose spread is drawn: more bands would hide each other
 
 

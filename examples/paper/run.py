@@ -105,6 +105,24 @@ class Members(pl.LightningModule):
         return (total / len(data)).numpy()
 
 
+class SummedLosses(Members):
+    """The same with the sum of the losses over a batch, S times the mean.
+
+    A reading of the published curves: for the callback, g_S is then the gradient of the sum, while g_1, the gradient on
+    the first sample alone, stays what it was. As a variance, (g_1 - S g)² is the second moment up to terms of 1/S:
+    its mean is (S - 1) (Σ + (S - 1) μ²) with the noise Σ and the mean μ of a sample's gradient. Adam takes the same
+    steps, but for its ε.
+    """
+
+    @override
+    def losses(self, batch: Batch) -> Tensor:
+        return super().losses(batch) * len(batch[0])
+
+
+READINGS: dict[str, type[Members]] = {"variance_of_sum": SummedLosses}
+"""Orders by the variance that the callback finds where the members' losses are read in another way."""
+
+
 class Recorder:
     """An ordering that keeps the evidence it was given: what any other ordering would have seen at this t0."""
 
@@ -188,17 +206,18 @@ def epochs(objects: int, batch_size: int, steps: int, seed: int) -> list[list[in
     return batches[:steps]
 
 
-def warm_up(experiment: Experiment, checkpoint: Path) -> Evidence:
+def warm_up(experiment: Experiment, checkpoint: Path | None = None, members: type[Members] = Members) -> Evidence:
     """Train for t0 steps while the callback observes; return what an ordering may look at.
 
     Args:
         experiment: what the run starts from.
-        checkpoint: where to save the state before step t0.
+        checkpoint: where to save the state before step t0, if anywhere.
+        members: what is trained.
     """
     t0, recorder = experiment.settings.t0, Recorder()
-    freeze = GradCovFreezeCallback(t0, k=0, order=recorder, seed=experiment.order_seed)
-    members = Members(experiment.model, 1, experiment.settings.lr)
-    _fit(members, experiment, [SaveBefore(t0, checkpoint), freeze], slice(None, t0))
+    callbacks: list[pl.Callback] = [SaveBefore(t0, checkpoint)] if checkpoint else []
+    callbacks.append(GradCovFreezeCallback(t0, k=0, order=recorder, seed=experiment.order_seed))
+    _fit(members(experiment.model, 1, experiment.settings.lr), experiment, callbacks, slice(None, t0))
     return recorder.evidence
 
 
@@ -214,16 +233,20 @@ def noise_covariance(experiment: Experiment) -> Tensor:
 def frozen_sets(experiment: Experiment, evidence: Evidence) -> Masks:
     """α(k) of every order and fraction, Eq. (2.7), (O, F, p).
 
-    The callback's orderings read the evidence of the warm-up; the related ones, by name in `related.RELATED`, read the
-    training objects and the model with the weights of the evidence.
+    The callback's orderings read the evidence of the warm-up, and `READINGS` that of a warm-up of their own; the
+    related ones, by name in `related.RELATED`, read the training objects and the model with the evidence's weights.
     """
     settings, weights = experiment.settings, _flat(evidence.weights)
     x, y = experiment.train.tensors
     at = related.take(experiment.model, weights, (x, y), experiment.order_seed, lambda: noise_covariance(experiment))
     rows = []
     for order in settings.orders:
-        function = related.RELATED.get(order)
-        scores = _flat(orderings.resolve(order)(evidence)) if function is None else function(at)
+        if order in related.RELATED:
+            scores = related.RELATED[order](at)
+        elif order in READINGS:
+            scores = _flat(warm_up(experiment, members=READINGS[order]).variance)
+        else:
+            scores = _flat(orderings.resolve(order)(evidence))
         assert not scores.isnan().any(), order
         counts = [selection.resolve_count(fraction, len(weights)) for fraction in settings.fractions]
         rows.append([selection.lowest_k({"all": scores}, k)["all"].numpy() for k in counts])

@@ -12,9 +12,19 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from examples.paper.figures import STYLE
 from examples.paper.related import RELATED, left_out
-from examples.paper.run import Members, epochs, frozen_sets, go_on, noise_covariance, prepare, run, warm_up
+from examples.paper.run import (
+    Members,
+    SummedLosses,
+    epochs,
+    frozen_sets,
+    go_on,
+    noise_covariance,
+    prepare,
+    run,
+    warm_up,
+)
 from examples.paper.tasks import TASKS, Settings, n_parameters
-from lightning_gcfreeze import GradCovFreezeCallback
+from lightning_gcfreeze import GradCovFreezeCallback, selection
 from tests.oracles.experiment import linear_regression
 
 ORDERS = tuple(STYLE)
@@ -97,6 +107,32 @@ def test_run_equals_the_papers_equations_in_numpy(fraction):
     loss, frozen = by_hand(settings, fraction)
     np.testing.assert_array_equal(found.frozen[ORDERS.index("variance"), 1], frozen)
     assert found.train[ORDERS.index("variance"), 1] == pytest.approx(loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("data", ["synthetic3", "synthetic2"])
+def test_variance_of_the_sum_is_that_of_a_sample_around_the_gradient_of_the_sum(data):
+    """By a loop of autograd; of the mean it is another one, and the second moment is near up to terms of 1/S."""
+    settings = of(data, t0=40, steps=60, batch_size=48, orders=("variance_of_sum",), fractions=(0.5,))
+    experiment = in_float64(prepare(settings, index=1))
+    model = prepare(settings, index=1).model.double()
+    optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr)
+    of_sum, second = 0.0, 0.0
+    for t, rows in enumerate(experiment.batches[: settings.t0], start=1):
+        x, y = (tensor[rows] for tensor in experiment.train.tensors)
+        (p,) = model.parameters()
+        (first,) = torch.autograd.grad(model.loss(model(x[:1]), y[:1]), p)
+        (mean,) = torch.autograd.grad(model.loss(model(x), y), p)
+        of_sum = of_sum + ((first - len(rows) * mean) ** 2 - of_sum) / t
+        second = second + (mean**2 - second) / t
+        p.grad = mean
+        optimizer.step()
+    found = flat(warm_up(experiment, members=SummedLosses).variance.values())
+    torch.testing.assert_close(found, of_sum.flatten(), rtol=1e-4, atol=0)
+    assert not torch.allclose(found, flat(warm_up(experiment).variance.values()), rtol=0.5)
+    expected = selection.lowest_k({"p": of_sum.flatten()}, 100)["p"].numpy()
+    np.testing.assert_array_equal(frozen_sets(experiment, warm_up(experiment))[0, 0], expected)
+    overlap = (expected & selection.lowest_k({"p": second.flatten()}, 100)["p"].numpy()).sum()
+    assert overlap > 70
 
 
 @pytest.mark.parametrize(
