@@ -7,7 +7,7 @@ import pytest
 
 from examples.paper import figures, tables
 from examples.paper.related import RELATED
-from examples.paper.run import Run
+from examples.paper.run import READINGS, Run
 from examples.paper.summary import summarise
 from examples.paper.tasks import TASKS, Settings
 from lightning_gcfreeze.orderings import ORDERINGS
@@ -120,4 +120,6 @@ def test_the_report_says_under_what_settings(boston):
 def test_every_ordering_of_the_experiments_has_a_line_of_its_own():
     assert figures.STYLE.keys() <= ORDERINGS.keys()
     assert list(figures.RELATED_STYLE) == list(RELATED)
-    assert len({style["color"] for style in figures.ALL_STYLES.values()}) == len(figures.ALL_STYLES) == 7 + len(RELATED)
+    assert list(figures.READING_STYLE) == list(READINGS)
+    assert len({style["color"] for style in figures.ALL_STYLES.values()}) == len(figures.ALL_STYLES)
+    assert len(figures.ALL_STYLES) == 7 + len(READINGS) + len(RELATED)
