@@ -129,10 +129,13 @@ def _write(summary: dict[str, Any], out: Path, console: Console) -> None:
     name, title = summary["data"] + "_prune" * summary["prune"], TASKS[summary["data"]].title
     (out / f"{name}.json").write_text(json.dumps(summary, separators=(",", ":")), encoding="utf-8")
     (out / f"{name}.md").write_text(tables.report(summary, title), encoding="utf-8")
-    for draw in (figures.loss, figures.alpha, figures.stability):
+    several = (figures.multiples,) if len(summary["orders"]) > len(figures.STYLE) else ()
+    drawn = (figures.loss, figures.alpha, figures.stability, *several)
+    for draw in drawn:
         _save(draw(summary, title), out / f"{name}_{draw.__name__}.png")
     _show(summary, console)
-    console.print(f"{out / name}.json, .md, _loss.png, _alpha.png, _stability.png", soft_wrap=True)
+    pictures = ", ".join(f"_{draw.__name__}.png" for draw in drawn)
+    console.print(f"{out / name}.json, .md, {pictures}", soft_wrap=True)
 
 
 def _write_scan(summaries: list[dict[str, Any]], out: Path, console: Console) -> None:

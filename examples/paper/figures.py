@@ -66,6 +66,32 @@ def loss(summary: Mapping[str, Any], title: str) -> Figure:
     return figure
 
 
+def multiples(summary: Mapping[str, Any], title: str) -> Figure:
+    """A panel for each order, of the training loss: its mean and spread, over the means of variance and random."""
+    others = [order for order in summary["orders"] if order not in SPREAD]
+    columns = 5
+    figure = Figure(figsize=(11, 0.6 + 2.1 * -(-len(others) // columns)), layout="constrained")
+    panels = figure.subplots(-(-len(others) // columns), columns, sharex=True, sharey=True, squeeze=False).ravel()
+    ends = summary["orders"]["random"]["train"]["mean"]
+    for axes, order in zip(panels, others, strict=False):
+        for one, width in ((SPREAD[1], 1.0), (SPREAD[0], 1.0), (order, 2.2)):
+            curve = {key: np.array(summary["orders"][one]["train"][key]) for key in ("mean", "std")}
+            color = STYLE[one]["color"] if one in SPREAD else "#c2410c"
+            axes.plot(summary["fractions"], curve["mean"], color=color, linewidth=width, label=one)
+            if one == order:
+                low, high = curve["mean"] - curve["std"], curve["mean"] + curve["std"]
+                axes.fill_between(summary["fractions"], low, high, color=color, alpha=0.2, linewidth=0)
+        axes.set_title(order, fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+        if ends[-1] > 10 * ends[0]:
+            axes.set_yscale("log")
+    for axes in panels[len(others) :]:
+        axes.set_visible(False)
+    done = words(summary)[1]
+    figure.suptitle(f"{title}: training loss by the fraction {done}. Grey: random, blue: variance", fontsize=10)
+    return figure
+
+
 def alpha(summary: Mapping[str, Any], title: str) -> Figure:
     """α̂, a column for each fraction: above by place in the model, below sorted by how often a parameter froze."""
     figure = Figure(figsize=(8, 7), layout="constrained")

@@ -49,6 +49,17 @@ def test_loss_lines_are_the_means_and_two_have_bands(boston):
         assert top == pytest.approx(max(np.add(curve["mean"], curve["std"])))
 
 
+def test_panels_of_their_own_have_the_order_over_random_and_variance(boston):
+    """As many panels as there are orders beside these two; the others of the last row are empty."""
+    shown = [axes for axes in figures.multiples(boston, "title").axes if axes.get_visible()]
+    assert [axes.get_title() for axes in shown] == ["snr"]
+    for line, order in zip(shown[0].lines, ("random", "variance", "snr"), strict=True):
+        np.testing.assert_array_equal(line.get_ydata(), boston["orders"][order]["train"]["mean"])
+    curve = boston["orders"]["snr"]["train"]
+    top = shown[0].collections[0].get_datalim(shown[0].transData).y1
+    assert top == pytest.approx(max(np.add(curve["mean"], curve["std"])))
+
+
 def test_alpha_is_shown_by_place_and_sorted(boston):
     placed = {"variance": 0, "random": 1}
     panels = figures.alpha(boston, "title").axes
