@@ -68,9 +68,7 @@ def shortfalls(options: Options, savings: Savings) -> Iterator[str]:
             f"`k={k}` is missed: state, gradients and indices take {taken:,} bytes. Either code may look at gradients,"
             " so that all of them stay (the log names it), or live elements lie in rows that are shorter than others."
         )
-    large = [
-        p for p in savings.parameters.values() if p.flops and p.flops >= 8 * blocks.MIN_SAVED_MACS
-    ]  # two for a product
+    large = [p for p in savings.parameters.values() if p.flops and blocks.is_large(p.flops // 2)]
     if k.work is not None and not large:
         yield (
             f"`k={k}`: there is no weight whose gradient can be computed in part. Weights have to be large and used"

@@ -232,13 +232,18 @@ def worth_it(
     return found
 
 
+def is_large(macs: int) -> bool:
+    """Return whether any block of up to three quarters saves enough, of a gradient of so many multiply-adds a step."""
+    return macs >= 4 * MIN_SAVED_MACS
+
+
 def worth_cutting(parameters: Mapping[str, Parameter], uses_per_step: Mapping[str, int]) -> dict[str, int]:
     """Return the uses of those weights of which a block could save enough, whatever froze; see `MIN_SAVED_MACS`."""
     return {
         name: uses
         for name, uses in uses_per_step.items()
         if (p := parameters.get(name)) is not None
-        and uses * p.numel() >= 4 * MIN_SAVED_MACS  # saved by any block up to three quarters of the weight
+        and is_large(uses * p.numel())
         and not is_sharded(p)
         and not _torch.has_gradient_hooks(p)
     }

@@ -11,7 +11,8 @@ would have without blocks.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,8 +50,8 @@ def in_blocks(
     Raises:
         ValueError: a finite score is negative, so that a sum of scores says nothing.
     """
-    highest = _highest(scores)
-    blocks = _blocks(scores, k, costs, highest, work) if costs and (k or work) else {}
+    facts = _survey(scores)
+    blocks = _blocks(scores, k, costs, facts, work) if costs and (k or work) else {}
     for name, score in scores.items():
         yield name, torch.where(blocks[name].holds(score), score, _below_zero(score)) if name in blocks else score
 
@@ -61,13 +62,14 @@ class _Block:
 
     rows: Tensor  # int16, (rows,)
     columns: Tensor  # int16, (columns,)
+    kernel: int  # elements for each pair of them
     price: int = -1
     """The one that is paid: what leaves at it, or at a lower one, is outside; `N_PRICES`: everything is."""
 
     @classmethod
     def of(cls, score: Tensor, threshold: float, cost: int, prices: list[float]) -> "_Block":
-        gains = _gains(score, threshold)
-        cost *= score[0, 0].numel()
+        gains, kernel = _gains(score, threshold), score[0, 0].numel()
+        cost *= kernel
         rows, columns = (torch.full((n,), len(prices), dtype=torch.int16, device=score.device) for n in gains.shape)
         left = [torch.arange(n, device=score.device) for n in gains.shape]
         for i, price in enumerate(prices):
@@ -77,12 +79,17 @@ class _Block:
                     leaves_at[left[axis][~stays]] = i
                     left[axis] = left[axis][stays]
                     gains = gains[stays] if axis == 0 else gains[:, stays]
-        return cls(rows, columns)
+        return cls(rows, columns, kernel)
 
-    def computed_at(self, price: int, like: Tensor) -> int:
+    @property
+    def numel(self) -> int:
+        """How many elements the weight has."""
+        return len(self.rows) * len(self.columns) * self.kernel
+
+    def computed_at(self, price: int) -> int:
         """Return of how many elements the gradient is computed at a price."""
-        inside = int((self.rows > price).sum()) * int((self.columns > price).sum()) * like[0, 0].numel()
-        return inside if inside <= LARGEST * like.numel() else like.numel()
+        inside = int((self.rows > price).sum()) * int((self.columns > price).sum()) * self.kernel
+        return inside if inside <= LARGEST * self.numel else self.numel
 
     def leaves_at(self, like: Tensor) -> Tensor:
         """Return for each element at which price it leaves, int16, expanded to the weight's shape."""
@@ -93,9 +100,8 @@ class _Block:
         return _expanded((self.rows > self.price)[:, None] & (self.columns > self.price), like)
 
 
-def _blocks(scores: Named, k: int, costs: Mapping[str, int], highest: float, work: float | None) -> dict[str, _Block]:
-    total = sum(score.numel() for score in scores.values())
-    dtype = torch.float64 if any(score.dtype == torch.float64 for score in scores.values()) else torch.float32
+def _blocks(scores: Named, k: int, costs: Mapping[str, int], facts: "_Facts", work: float | None) -> dict[str, _Block]:
+    highest, total, dtype = facts
 
     def numbers() -> Iterator[Tensor]:
         for score in scores.values():
@@ -107,21 +113,24 @@ def _blocks(scores: Named, k: int, costs: Mapping[str, int], highest: float, wor
         threshold = max(float(kth.value), 0.0)
     if threshold > highest:
         return {}
-    gain = sum(float(_gains(scores[name], threshold).clamp_(max=highest).sum()) for name in costs)
+    gain, products = 0.0, 0
+    for name, cost in costs.items():
+        score = scores[name]
+        gain += float(_gains(score, threshold).clamp_(max=highest).sum())
+        products += score.numel() * cost
+        del score  # before the next one is read
     if not gain and work is None:
         return {}
-    products = sum(scores[name].numel() * cost for name, cost in costs.items())
     mean = gain / products
     step = (HIGHEST / LOWEST) ** (1 / (N_PRICES - 1))
     prices = [0.0, *(mean * LOWEST * step**i for i in range(N_PRICES - 1))]
     found = {name: _Block.of(scores[name], threshold, cost, prices) for name, cost in costs.items()}
-    pairs = list(zip(costs.items(), found.values(), strict=True))
     price = _highest_price(scores, (threshold, highest), total - k, found)
     while work is not None and price < N_PRICES:
-        if sum(cost * block.computed_at(price, scores[name]) for (name, cost), block in pairs) <= work * products:
+        if sum(costs[name] * block.computed_at(price) for name, block in found.items()) <= work * products:
             break
         price += 1
-    return {name: _Block(block.rows, block.columns, price) for name, block in found.items()}
+    return {name: replace(block, price=price) for name, block in found.items()}
 
 
 def _highest_price(scores: Named, bounds: tuple[float, float], n_live: int, blocks: Mapping[str, _Block]) -> int:
@@ -181,10 +190,18 @@ def _gains(score: Tensor, threshold: float) -> Tensor:
     return gains if gains.dim() == 2 else gains.flatten(2).sum(2)
 
 
-def _highest(scores: Named) -> float:
-    """Return the highest finite score, or 0; refuse negative ones."""
-    highest = 0.0
+class _Facts(NamedTuple):
+    highest: float  # finite score, at least 0
+    total: int  # scores
+    dtype: torch.dtype  # in which they are compared
+
+
+def _survey(scores: Named) -> _Facts:
+    """Read the scores once for what is to be known of all of them; refuse negative ones."""
+    highest, total, dtype = 0.0, 0, torch.float32
     for name, score in scores.items():
+        total += score.numel()
+        dtype = torch.float64 if score.dtype == torch.float64 else dtype
         finite = score.isfinite()
         highest = max(highest, float(score.masked_fill(~finite, 0.0).max())) if score.numel() else highest
         if bool(((score < 0) & finite).any()):
@@ -192,4 +209,5 @@ def _highest(scores: Named) -> float:
                 f"`granularity='mixed'` weighs sums of scores, which must not be negative: those of {name!r} are. Use"
                 " 'element' or 'row' with this `order`, or an order of scores from 0 on, which has the same ranks."
             )
-    return highest
+        del score, finite  # before the next one is read
+    return _Facts(highest, total, dtype)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lightning_gcfreeze import selection
-from lightning_gcfreeze.selection.mixed import KEPT
+from lightning_gcfreeze.freezing import blocks
+from lightning_gcfreeze.selection.mixed import KEPT, LARGEST
 
 
 def uneven(*shape, seed=0):
@@ -178,6 +179,10 @@ def test_all_that_has_a_score_is_live_where_most_have_none():
     masks = mixed(scores, 900 - 50, {"w": 5})
     assert not masks["w"][5:9, 3:6].any()
     assert int((~masks["w"]).sum()) == 50
+
+
+def test_a_block_is_too_large_here_where_it_is_too_large_to_be_computed():
+    assert LARGEST == blocks.MAX_BLOCK_FRACTION
 
 
 def test_negative_scores_are_refused():
