@@ -56,6 +56,12 @@ def mlp(dtype: torch.dtype = torch.float32) -> nn.Sequential:
     return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1)).to(dtype)
 
 
+def deep_mlp(width: int) -> nn.Sequential:
+    """5-width-width-1: most parameters are in the layer in the middle."""
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(5, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1))
+
+
 def convnet() -> nn.Sequential:
     """Convolution, BatchNorm, dropout: everything that keeps state or draws random numbers."""
     torch.manual_seed(1)

@@ -21,8 +21,7 @@ def small_blocks(monkeypatch):
 
 
 def network():
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(5, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 1))
+    return cases.deep_mlp(WIDTH)
 
 
 N = sum(p.numel() for p in network().parameters())
