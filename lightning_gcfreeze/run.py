@@ -189,7 +189,7 @@ class Run:
         state, options = self._state, self._options
         if state.plan.needs_loss(state.steps + 1):
             to_mean = 1.0 if n_micro_batches is None else n_micro_batches / self._around.loss_scale()
-            state.plan.record_loss(loss.detach() * to_mean)
+            state.plan.record_loss(loss.detach() * to_mean, state.steps + 1)
         self._uses.stop()
         if state.observing:
             needs_graph = options.gradients == "capture" if self._reads_samples else options.skip_frozen_gradients
@@ -259,7 +259,7 @@ class Run:
     def record_validation_loss(self, loss: float) -> None:
         """Take in a validation's loss on this process; the mean over processes counts."""
         losses = self.shards.world.all_gather_object(loss)
-        self._state.plan.record_validation_loss(sum(losses) / len(losses))
+        self._state.plan.record_validation_loss(sum(losses) / len(losses), self._state.steps)
 
     def synchronize(self) -> None:
         """Let all processes go on from the same statistics."""

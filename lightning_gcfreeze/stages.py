@@ -109,6 +109,7 @@ class Stages:
     def advance(self) -> bool:
         """Decide, grow or thaw, if it is time; return whether the masks changed. Right after each optimizer step."""
         state, before = self._state, self._state.decision
+        state.plan.end_step(state.steps, self._around.world)
         if not self._has_stepped:
             self._has_stepped = True
             self._refuse_unreadable_state()  # which is there by now
@@ -169,8 +170,7 @@ class Stages:
             around.refuse(refusals.unreadable_momentum(around.optimizer, self._parameters, self._has_stepped, mean))
 
     def _count(self) -> int:
-        plan, parameters = self._state.plan, self._parameters.values()
-        return how_many(plan.k, self.n_eligible, parameters, self._options, self._around)
+        return how_many(self._state.plan.k, self.n_eligible, self._parameters.values(), self._options, self._around)
 
     def _is_time(self, observing: Observing) -> bool:
         """Return whether to decide now. With ``t0="auto"`` the data say so, the same on all processes."""
@@ -224,7 +224,7 @@ class Stages:
         reads_samples = observing.reads_samples
         observing.release()
         state.observing = self.new_observing(reads_samples) if state.plan.has_next_decision else None
-        around.inform(decision.sentence(state.steps))
+        around.inform(decision.sentence(state.steps) + state.plan.remark)
         for doubt in decision.doubts(max(k, decision.count), state.plan.k, granularity, read):
             around.warn(doubt)
         return decision
@@ -242,7 +242,7 @@ class Stages:
         """Freeze the next stage, or thaw the last, where k grows."""
         state = self._state
         verdict = state.plan.judge_stage(state.steps, self._around.world)
-        if verdict == "stay":
+        if verdict in ("keep", "stay"):
             state.thaw_states.forget()
             self._tell_savings()
         elif verdict in ("grow", "thaw"):
@@ -254,7 +254,7 @@ class Stages:
             )
 
     def _tell_savings(self) -> None:
-        if self._state.savings and not self._state.plan.masks_may_change:
+        if self._state.savings and not self._state.plan.may_change_soon:
             self._around.inform(self._state.savings.table())
             for sentence in shortfalls(self._options, self._state.savings):
                 self._around.warn(sentence)

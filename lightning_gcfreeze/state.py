@@ -188,6 +188,12 @@ class State:
             )
         if self.plan.growing and self.plan.masks_may_change:
             stage = int(self.plan.growing.fraction * 100)
+            if self.plan.waits_for_forecast:
+                return None, (
+                    f"`k='auto'` froze {stage} %: by the forecast, more would have left the loss at the end too far"
+                    " above that of the unfrozen run. Raise `max_loss_increase` of `Growth`, let it `monitor` a"
+                    " validation loss, or pass a number."
+                )
             return None, (
                 f"`k='auto'` was not settled: training ended with stage {stage} % still being evaluated."
                 " Train longer, validate more often, or make `every` of `Growth` smaller."

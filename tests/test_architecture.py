@@ -60,7 +60,7 @@ INSIDE = {
     ),
     "selection": (("radix", "units", "eligible"), ("lowest", "mixed")),
     "masks": (("files",), ("selections",), ("resolving",)),
-    "planning": (("losses", "schedule", "budget"), ("settling", "growing"), ("deprecated",), ("plan",)),
+    "planning": (("losses", "schedule", "budget"), ("settling", "trend"), ("growing",), ("deprecated",), ("plan",)),
     "freezing": (
         ("optimizer_state", "fingerprints", "late"),
         ("restore", "live_vector", "state_dicts", "thawing", "blocks", "learning_rate"),

@@ -522,7 +522,7 @@ def test_losses_are_recorded_without_the_scale_of_a_scaler_that_scales_inside_of
     loop = Loop(OPTIONS["from the data"] | {"k": 0.5})
     loop.freezer._scaler, loop.freezer._scales_inside = torch.amp.GradScaler("cpu", init_scale=1024.0), True
     recorded = []
-    loop.freezer._state.plan.record_loss = lambda loss: recorded.append(float(loss))
+    loop.freezer._state.plan.record_loss = lambda loss, step: recorded.append(float(loss))
     batch = batches()[0]
     loop.freezer.begin_batch(batch)
     loss = loss_of(loop.network, batch)

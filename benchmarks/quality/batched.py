@@ -20,6 +20,9 @@ from lightning_gcfreeze._types import Named
 
 Optimizers = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
 """Parameters -> an optimizer with the learning rate 1, whose step does not depend on the parameters' values."""
+Change = Callable[[int, Named, torch.optim.Optimizer], tuple[Named, Tensor] | None]
+"""(steps taken, weights, optimizer, whose parameters are in the order of the weights) -> what is live from now on, as
+in `Members`, and the factors of the rate; None: as before. May set weights."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ def train(
     batches: Sequence[Batch],
     rates: Sequence[float],
     after_step: Callable[[int, Named], None] = lambda steps, weights: None,
+    change: Change | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Train on.
 
@@ -53,6 +57,7 @@ def train(
         batches: the steps to take.
         rates: the learning rate of each step, for a factor of 1.
         after_step: is given the number of steps taken, and the weights.
+        change: what the members do between steps, if they do not only train.
 
     Returns:
         The weights, {name: (M, *p.shape)}, and the loss of each batch before its step, (steps, M).
@@ -60,9 +65,12 @@ def train(
     m = len(members.factors)
     weights = {name: w.expand(m, *w.shape).clone().requires_grad_() for name, w in members.start.items()}
     deltas = [Parameter(torch.zeros_like(w)) for w in weights.values()]
-    scales = [
-        members.live[name] * members.factors.view(-1, *(1,) * (w.dim() - 1)) for name, w in weights.items()
-    ]  # 0 where frozen
+
+    def scaled(live: Named, factors: Tensor) -> list[Tensor]:
+        """The rates of all elements, 0 where they are frozen."""
+        return [live[name] * factors.view(-1, *(1,) * (w.dim() - 1)) for name, w in weights.items()]
+
+    scales = scaled(members.live, members.factors)
     optimizer = optimizers(deltas)
     for delta, (name, _) in zip(deltas, weights.items(), strict=True):
         if name in members.state:
@@ -84,8 +92,12 @@ def train(
             torch._foreach_zero_(deltas)
             optimizer.step()
             torch._foreach_addcmul_(list(weights.values()), deltas, scales, value=rate)
+            if change and (new := change(len(history), weights, optimizer)):
+                scales = scaled(*new)
             after_step(len(history), weights)
     with torch.no_grad():
+        if change:
+            return {name: w.detach() for name, w in weights.items()}, torch.stack(history)
         for name, w in weights.items():
             held = w == members.start[name]
             moved = ~held & ~members.live[name].expand_as(w) & w.isfinite()

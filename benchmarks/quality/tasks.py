@@ -152,11 +152,15 @@ class SentenceClassifier(nn.Module):
         )
         self.head = nn.Linear(self.encoder.config.hidden_size, classes)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(S, T) token numbers, 0 where there is none -> (S, classes)."""
+    def pooled(self, x: Tensor) -> Tensor:
+        """(S, T) token numbers, 0 where there is none -> (S, width)."""
         real = x != 0
         h = self.encoder(input_ids=x, attention_mask=real.long()).last_hidden_state
-        return self.head((h * real[..., None]).sum(1) / real.sum(1, keepdim=True))  # type: ignore[no-any-return]
+        return (h * real[..., None]).sum(1) / real.sum(1, keepdim=True)  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(S, T) -> (S, classes)."""
+        return self.head(self.pooled(x))  # type: ignore[no-any-return]
 
 
 def minilm() -> Path:

@@ -18,6 +18,7 @@ from lightning_gcfreeze.planning.growing import Growth, GrowthState, Verdict
 from lightning_gcfreeze.planning.losses import Losses, LossMean
 from lightning_gcfreeze.planning.schedule import FreezeSchedule
 from lightning_gcfreeze.planning.settling import Check, Settled, SettlingState
+from lightning_gcfreeze.planning.trend import Trend
 
 PlannedDecision: TypeAlias = tuple[int | Settled, int | float | Growth | Budget]
 """(t0, k): the optimizer step after which to decide, and how much to freeze then."""
@@ -112,6 +113,8 @@ class Plan:
         self.metrics: dict[str, float] = {}
         """What was found since these were last logged, by tag; whoever logs them empties the dict."""
         self._losses = Losses()
+        self._trend = Trend()  # of the loss by which k grows
+        self._planned_steps = math.inf
         self._loss_before = LossMean()  # before the first freeze
         self._validation_loss: LossMean | None = None  # that was not judged yet
 
@@ -135,6 +138,21 @@ class Plan:
     def masks_may_change(self) -> bool:
         """Whether there is a decision to come, or k may still grow."""
         return self.has_next_decision or (self.growing is not None and not self.growing.done)
+
+    @property
+    def waits_for_forecast(self) -> bool:
+        """Whether k grows as soon as the loss has less left to lose; until then nothing freezes or thaws."""
+        return self.growing is not None and self.growing.is_waiting
+
+    @property
+    def remark(self) -> str:
+        """A sentence to add to what a decision says of itself."""
+        return " More freeze as soon as the loss has less left to lose." * self.waits_for_forecast
+
+    @property
+    def may_change_soon(self) -> bool:
+        """Whether there is a decision to come, or a stage that is not judged yet."""
+        return self.masks_may_change and not self.waits_for_forecast
 
     @property
     def k(self) -> int | float | Budget:
@@ -169,7 +187,7 @@ class Plan:
         return self.settling.halfway
 
     def start(self, planned_steps: Callable[[], float]) -> str | None:
-        """Find the latest step of a decision whose step is to be found from the data.
+        """Find the latest step of a decision whose step is to be found from the data, and where training ends.
 
         Args:
             planned_steps: returns the number of optimizer steps that are planned; infinite, NaN or negative if it is
@@ -179,6 +197,9 @@ class Plan:
             The reason why the plan cannot start, if it cannot.
         """
         settled = self._settled
+        if self.growth:
+            steps = planned_steps()
+            self._planned_steps = steps if steps > 0 else math.inf  # so is NaN
         if settled is None or self.settling is not None:
             return None
         max_t0 = settled.max_t0
@@ -202,22 +223,45 @@ class Plan:
 
     def needs_loss(self, step: int) -> bool:
         """Return whether the training loss of an optimizer step is to be recorded."""
-        grows_by_training_loss = self.growth is not None and self.growth.monitor is None
-        if not self.has_next_decision:
-            return grows_by_training_loss and self.masks_may_change
-        if self.settling:
-            return True
-        return grows_by_training_loss and step > self.next_deadline - self._averaged_steps(self.next_deadline)
+        return self._follows_training_loss or (self.settling is not None and self.has_next_decision)
 
-    def record_loss(self, loss: Tensor) -> None:
-        """Record a training loss of this process, a tensor with one element. It is read from its device later."""
-        self._losses.add(loss)
+    @property
+    def _follows_training_loss(self) -> bool:
+        """Whether k grows, or is to grow, by the training loss."""
+        return self.growth is not None and self.growth.monitor is None and self.masks_may_change
 
-    def record_validation_loss(self, loss: float) -> None:
+    def record_loss(self, loss: Tensor, step: int) -> None:
+        """Record a training loss of this process, a tensor with one element. It is read from its device later.
+
+        Args:
+            loss: of the batch, or of a micro-batch.
+            step: the optimizer step that it is part of.
+        """
+        if self._follows_training_loss:
+            self._trend.add(loss)
+        if self.settling or not self.has_next_decision or step > self._reference_begins:
+            self._losses.add(loss)
+
+    @property
+    def _reference_begins(self) -> int:
+        """The last step before those whose mean loss later ones are compared with, where t0 is given."""
+        return self.next_deadline - self._averaged_steps(self.next_deadline)
+
+    def end_step(self, step: int, world: World) -> None:
+        """Note that an optimizer step has ended. All processes must call it."""
+        if self._follows_training_loss:
+            self._trend.end_step(step, world)
+
+    def record_validation_loss(self, loss: float, step: int) -> None:
         """Record the monitored loss, the same on all processes.
 
         A loss that is not finite is ignored before the freeze; afterwards NaN counts as infinite.
+
+        Args:
+            loss: of the validation.
+            step: optimizer steps before it.
         """
+        self._trend.add_validation(step, loss)
         if not self.has_next_decision:
             self._validation_loss = LossMean(math.inf if math.isnan(loss) else loss, 0.0, 1)
         elif math.isfinite(loss):
@@ -247,14 +291,17 @@ class Plan:
         if self.growth:
             loss = self._losses.read(world) if self.growth.monitor is None else LossMean()
             self.growing = GrowthState(self.growth, self._averaged_steps(step), loss if loss.n else self._loss_before)
+            self.growing.begin(self._trend.fall(step, self._planned_steps), self._first_loss)
+            self.metrics["gcfreeze/growing/forgone"] = self.growing.forgone
 
     def judge_stage(self, step: int, world: World) -> Verdict:
         """Judge the last stage right after an optimizer step, if a loss is due. All processes must call it."""
         growing, loss = self.growing, self._stage_loss(step, world)
-        if growing is None or loss is None:
+        if growing is None or loss is None or step == self._planned_steps:
             return "wait"
-        verdict = growing.judge(loss)
+        verdict = growing.judge(loss, self._trend.fall(step, self._planned_steps), self._first_loss)
         self.metrics |= {
+            "gcfreeze/growing/forgone": growing.forgone,
             "gcfreeze/growing/loss_increase": growing.increase,
             "gcfreeze/growing/loss_increase_noise": growing.noise,
             "gcfreeze/growing/stage": float(growing.stage + 1),
@@ -264,14 +311,16 @@ class Plan:
     def synchronize(self, world: World) -> None:
         """Make the recorded losses the same on all processes. All processes must call it."""
         self._losses.synchronize(world)
+        self._trend.synchronize(world)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that is needed to go on with a plan of the same arguments.
 
         Returns:
             "made" (number of decisions made): int; "t0": int or None; "settling" and "growing": the dicts of
-            `SettlingState` and `GrowthState`, or None; "losses": the lists of `Losses`; "before" (the loss before the
-            first freeze): [value, error, n]; "validated" (a validation loss that was not judged yet): float or None.
+            `SettlingState` and `GrowthState`, or None; "losses": the lists of `Losses`; "trend": the dict of `Trend`;
+            "before" (the loss before the first freeze): [value, error, n]; "validated" (a validation loss that was not
+            judged yet): float or None.
         """
         return {
             "made": self.n_decisions,
@@ -279,6 +328,7 @@ class Plan:
             "settling": self.settling.state_dict() if self.settling else None,
             "growing": self.growing.state_dict() if self.growing else None,
             "losses": self._losses.state_dict(),
+            "trend": self._trend.state_dict(),
             "before": list(self._loss_before),
             "validated": None if self._validation_loss is None else self._validation_loss.value,
         }
@@ -292,6 +342,7 @@ class Plan:
         if state["growing"] and self.growth:
             self.growing = GrowthState.from_state_dict(self.growth, state["growing"])
         self._losses.load_state_dict(state["losses"])
+        self._trend.load_state_dict(state["trend"])
         self._loss_before = LossMean(*state["before"])
         self._validation_loss = None if state["validated"] is None else LossMean(state["validated"], 0.0, 1)
 
@@ -299,6 +350,11 @@ class Plan:
     def _settled(self) -> Settled | None:
         t0 = self.decisions[0][0] if self.decisions else None
         return t0 if isinstance(t0, Settled) else None
+
+    @property
+    def _first_loss(self) -> float:
+        """The loss below a part of which losses count as that part; NaN where they count as they are."""
+        return self._trend.first if self.growth and self.growth.monitor is None else math.nan
 
     def _averaged_steps(self, t0: int) -> int:
         """Return the number of optimizer steps over which the training loss of a stage is averaged."""

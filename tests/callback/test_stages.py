@@ -68,7 +68,7 @@ def train(callback: GradCovFreezeCallback, *more: pl.Callback, module: Any = Non
 
 
 P = 57  # elements of cases.mlp
-FOUR = Growth(first=0.5, most=0.95, stages=4)
+FOUR = Growth(first=0.5, most=0.95, stages=4, forecast=False)
 
 
 # Schedules ---------------------------------------------------------------------------------------------------------

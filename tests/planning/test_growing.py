@@ -9,7 +9,7 @@ from lightning_gcfreeze import Growth
 from lightning_gcfreeze.planning.growing import GrowthState
 from lightning_gcfreeze.planning.losses import LossMean
 
-FOUR = Growth(first=0.5, most=0.95, stages=4)
+FOUR = Growth(0.01, first=0.5, most=0.95, stages=4, forecast=False)
 
 
 def mean(value, error=0.001, n=10):

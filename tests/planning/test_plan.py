@@ -1,5 +1,7 @@
 """When a plan decides, and which losses it reads, without a run."""
 
+import math
+
 import pytest
 import torch
 
@@ -7,14 +9,15 @@ from lightning_gcfreeze import FreezeSchedule, Growth, Settled
 from lightning_gcfreeze.distributed import SINGLE_PROCESS
 from lightning_gcfreeze.planning.plan import Plan, check_every, decisions_from_arguments
 
-FLAT = Growth(first=0.5, most=0.9, stages=3)
+FLAT = Growth(first=0.5, most=0.9, stages=3, forecast=False)
 
 
 def record(plan: Plan, losses: dict[int, float]) -> None:
     """Record training losses by step, where the plan needs them."""
     for step, loss in losses.items():
         if plan.needs_loss(step):
-            plan.record_loss(torch.tensor(loss))
+            plan.record_loss(torch.tensor(loss), step)
+        plan.end_step(step, SINGLE_PROCESS)
 
 
 def test_reference_with_a_given_t0_is_the_loss_of_the_last_tenth_before_it():
@@ -51,8 +54,7 @@ def test_training_loss_is_needed_only_while_a_decision_depends_on_it():
         Plan([(10, Growth(monitor="x"))], "1/t"),
         Plan([(30, FLAT)], "1/t"),
     )
-    assert [plan.needs_loss(10) for plan in (given, monitored, growing)] == [False, False, False]
-    assert growing.needs_loss(11)
+    assert [plan.needs_loss(10) for plan in (given, monitored, growing)] == [False, False, True]
     growing.record_decision(30, SINGLE_PROCESS)
     needed = []
     for step in range(31, 200):
@@ -96,14 +98,14 @@ def test_planned_steps_are_not_asked_for_if_they_do_not_matter():
 def test_monitored_loss_that_is_nan_is_ignored_before_the_freeze_and_too_high_after_it():
     """Two in a row thaw the stage."""
     plan = Plan([(10, Growth(first=0.5, monitor="x"))], "1/t")
-    plan.record_validation_loss(2.0)
-    plan.record_validation_loss(float("nan"))
+    plan.record_validation_loss(2.0, 5)
+    plan.record_validation_loss(float("nan"), 10)
     plan.record_decision(10, SINGLE_PROCESS)
     assert plan.growing is not None
     assert plan.growing.reference == (2.0, 0.0, 1)
     verdicts = []
     for step in (11, 12):
-        plan.record_validation_loss(float("nan"))
+        plan.record_validation_loss(float("nan"), step)
         verdicts.append(plan.judge_stage(step, SINGLE_PROCESS))
     assert verdicts == ["wait", "thaw"]
 
@@ -119,7 +121,8 @@ def test_plan_resumed_from_a_state_dict_goes_on_as_the_unbroken_one(decision):
         found: list[object] = []
         for step in steps:
             if plan.needs_loss(step):
-                plan.record_loss(losses[step])
+                plan.record_loss(losses[step], step)
+            plan.end_step(step, SINGLE_PROCESS)
             if plan.is_decision_step(step):
                 settled = True
                 if plan.settling:
@@ -181,3 +184,92 @@ def test_every_that_leaves_no_step_to_observe_before_a_decision_is_refused():
         check_every(5, [(Settled(max_t0=4), 0.5)])
     with pytest.raises(ValueError, match="`every=4` leaves no step to observe among those from t=5 to t=7"):
         check_every(4, [(5, 0.5), (7, 0.6)])
+
+
+# Forecasts ---------------------------------------------------------------------------------------------------------
+
+
+def grown(losses: list[float], growth: Growth, t0: int, planned: float) -> list[tuple[int, float]]:
+    """The steps at which k changes, with the fraction, in a run with these losses."""
+    plan, changes = Plan([(t0, growth)], "1/t"), list[tuple[int, float]]()
+    plan.start(lambda: planned)
+    for step, loss in enumerate(losses, start=1):
+        record(plan, {step: loss})
+        before = plan.growing.fraction if plan.growing else 0.0
+        if step == t0:
+            plan.record_decision(step, SINGLE_PROCESS)
+        else:
+            plan.judge_stage(step, SINGLE_PROCESS)
+        if plan.growing and plan.growing.fraction != before:
+            changes.append((step, round(plan.growing.fraction, 3)))
+    return changes
+
+
+def straight(steps: int, slope: float) -> list[float]:
+    return [10 - slope * math.log(t) for t in range(1, steps + 1)]
+
+
+def test_stages_come_once_what_they_forgo_of_a_falling_loss_is_allowed():
+    """A loss that is straight in log t falls by slope · log(T/t); the oracle is that formula."""
+    growth, slope, planned = Growth(first=0.5, most=0.9, stages=2, every=10, max_loss_increase=0.01), 1.0, 1000
+    changes = grown(straight(planned, slope), growth, 200, planned)
+    assert [fraction for _, fraction in changes] == [0.5, 0.9]
+
+    def forgone(step: int, share: float, left: float = 1.0) -> float:
+        return share * slope * math.log(planned / step) / left / (10 - slope * math.log(planned))
+
+    first, second = (step for step, _ in changes)
+    half, most = 0.5**1.5, 0.9**1.5
+    own = 0.01 * half / most  # the first stage's part
+    assert forgone(first, half) <= own * 1.03
+    assert forgone(first - 10, half) > own * 0.97  # not a judgement earlier
+    spent = forgone(first, half)
+    assert spent + forgone(second, most - half, 1 - half) <= 0.01 * 1.03
+    assert spent + forgone(second - 10, most - half, 1 - half) > 0.01 * 0.97
+
+
+def test_flat_loss_freezes_at_t0_and_grows_at_once():
+    growth = Growth(first=0.5, most=0.9, stages=3, every=10)
+    assert grown([5.0] * 300, growth, 100, 1000) == [(100, 0.5), (110, 0.776), (120, 0.9)]
+
+
+def test_falling_loss_freezes_nothing_long_before_the_end_and_without_a_forecast_it_does():
+    losses = straight(300, 1.0)
+    assert grown(losses, Growth(every=10), 100, 1000) == []
+    assert grown(losses, Growth(every=10, forecast=False), 100, 1000)[0] == (100, 0.6)
+
+
+def test_larger_increase_that_is_allowed_freezes_earlier():
+    losses = straight(1000, 1.0)
+    firsts = [grown(losses, Growth(allowed, every=10), 100, 1000)[0][0] for allowed in (0.3, 0.03, 0.01)]
+    assert firsts == sorted(set(firsts))
+
+
+def test_end_that_is_not_known_is_taken_for_as_many_steps_again():
+    """With 1,000 steps planned the loss has time left at step 400, with 420 it has not."""
+    losses = straight(410, 1.0)
+    assert grown(losses, Growth(0.03, every=10), 400, math.inf) == grown(losses, Growth(0.03, every=10), 400, 800) == []
+    assert grown(losses, Growth(0.03, every=10), 400, 412) == [(400, 0.6), (410, 0.8)]
+
+
+def test_training_loss_below_a_tenth_of_the_first_counts_as_that_tenth():
+    """It falls from 10 to 0.001, and on to a half of that: a hundredth of 1 is more. Monitored, it counts as it is."""
+    losses = [10.0] * 10 + [1e-3 * (100 / t) for t in range(11, 301)]
+    assert grown(losses, Growth(every=10), 150, 300)[0] == (150, 0.6)
+    plan = Plan([(150, Growth(monitor="x"))], "1/t")
+    plan.start(lambda: 300)
+    for step in range(10, 151, 10):
+        plan.record_validation_loss(losses[step - 1], step)
+    plan.record_decision(150, SINGLE_PROCESS)
+    assert plan.k == 0.0
+
+
+def test_monitored_loss_is_forecast_from_the_third_validation_on():
+    """Before, a stage follows if the loss has not risen."""
+    for validations, k in ((2, 0.6), (3, 0.0)):
+        plan = Plan([(100, Growth(monitor="x"))], "1/t")
+        plan.start(lambda: 1000)
+        for i in range(validations):
+            plan.record_validation_loss(5.0 - i, 70 + 10 * i)
+        plan.record_decision(100, SINGLE_PROCESS)
+        assert plan.k == k
