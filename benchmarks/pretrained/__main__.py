@@ -4,9 +4,9 @@
                                                                             [--jobs 2] [--out DIR] [--only-report]
 
 Each method is tuned on each task first: from the unfrozen run's best learning rate on, it goes up or down by factors of
-four until the best on the validation data, with seed 0, lies between two that are worse. What is reported is the test
-data's, and the mean over seeds at that rate. Leaves a file for each run in DIR: interrupted, the same command goes on
-where it stopped, and more seeds add to what is there.
+four until the best on the validation data, with seed 0, lies between two that are worse; steps before a freeze have the
+unfrozen run's. What is reported is the test data's, and the mean over seeds at that rate. Leaves a file for each run in
+DIR: interrupted, the same command goes on where it stopped, and more seeds add to what is there.
 """
 
 import argparse
@@ -34,14 +34,14 @@ VARIANTS: tuple[tuple[str, float], ...] = (
 STEP = 4.0
 
 
-def kept(name: str, method: str, fraction: float, lr: float, seed: int, out: Path) -> dict[str, Any]:
+def kept(name: str, method: str, fraction: float, lr: float, base: float, seed: int, out: Path) -> dict[str, Any]:
     """The run of that name in `out`, made now if it is not there."""
     file = out / f"{name}-{method}-{fraction}-{lr:.3g}-{seed}.json"
     if not file.exists():
         began = time.monotonic()
         receiving, sending = multiprocessing.Pipe(duplex=False)
         child = multiprocessing.get_context("fork").Process(  # the data are there already
-            target=lambda: sending.send(run(name, method, fraction, lr, seed))
+            target=lambda: sending.send(run(name, method, fraction, lr, base, seed))
         )
         child.start()
         sending.close()
@@ -60,13 +60,13 @@ def tuned(name: str, method: str, fraction: float, start: float, out: Path) -> f
 
     def at(i: int) -> tuple[float, float]:
         if i not in found:
-            of = kept(name, method, fraction, start * STEP**i, 0, out)
+            of = kept(name, method, fraction, start * STEP**i, start, 0, out)
             value, loss = of.get("val"), of.get("val_loss")
             found[i] = (-torch.inf, -torch.inf) if value is None or loss is None else (sign * value, -loss)
         return found[i]
 
     at(0)
-    if "left_out" in kept(name, method, fraction, start, 0, out):
+    if "left_out" in kept(name, method, fraction, start, start, 0, out):
         return None
     best = 0
     while at(best + 1) > at(best):
@@ -100,8 +100,8 @@ def compare(name: str, seeds: int, out: Path, jobs: int) -> dict[str, list[dict[
         method, fraction = variant
         lr = base if method == "full" else tuned(name, method, fraction, base, out)
         if lr is None:
-            return [kept(name, method, fraction, base, 0, out)]
-        return [kept(name, method, fraction, lr, seed, out) | {"lr": lr} for seed in range(seeds)]
+            return [kept(name, method, fraction, base, base, 0, out)]
+        return [kept(name, method, fraction, lr, base, seed, out) | {"lr": lr} for seed in range(seeds)]
 
     variants = (("full", 0.0), *VARIANTS)
     with ThreadPoolExecutor(jobs) as pool:

@@ -56,14 +56,15 @@ class Fit:
 
     task: Task
     fraction: float
-    lr: float
+    lr: float  # with frozen elements
+    base: float  # the unfrozen run's own, for steps in which all train
     seed: int
     steps: int
 
-    def module(self) -> Tuned:
+    def module(self, lr: float) -> Tuned:
         """The network as it ships, with a new head where the task has one."""
         pl.seed_everything(self.seed, verbose=False)
-        return Tuned(self.task.make(), self.task.loss, self.lr, self.steps)
+        return Tuned(self.task.make(), self.task.loss, lr, self.steps)
 
     def train(self, module: Tuned, callbacks: list[pl.Callback], steps: slice = slice(None)) -> None:
         """Take these of the run's steps."""
@@ -95,15 +96,17 @@ class Trained:
 
 def full(fit: Fit) -> Trained:
     """All parameters train."""
-    module = fit.module()
+    module = fit.module(fit.lr)
     fit.train(module, [])
     return Trained(module, _count(module, fit.task), _bytes(module.net.state_dict()))
 
 
 def recommended(fit: Fit) -> Trained:
     """The preset: the callback freezes after a fifth of the steps. What moved before is part of what is shipped."""
-    module = fit.module()
-    freeze = GradCovFreezeCallback.preset("recommended", t0=fit.steps // BEFORE, k=fit.fraction, **fit.body)
+    module, factor = fit.module(fit.base), fit.lr / fit.base
+    freeze = GradCovFreezeCallback.preset(
+        "recommended", t0=fit.steps // BEFORE, k=fit.fraction, lr_after_freeze=factor, **fit.body
+    )
     fit.train(module, [freeze])
     return _masked(module, freeze, shipped=_bytes(module.net.state_dict()))
 
@@ -112,7 +115,7 @@ def from_the_base(fit: Fit) -> Trained:
     """The masks of a fifth of the steps, then the others from the weights that ship, frozen from the first."""
     first = fit.steps // BEFORE
     find = GradCovFreezeCallback.preset("recommended", t0=first, k=fit.fraction, **fit.body)
-    fit.train(fit.module(), [find], slice(0, first))
+    fit.train(fit.module(fit.base), [find], slice(0, first))
     with tempfile.TemporaryDirectory() as folder:
         find.save_masks(Path(folder) / "masks.pt")
         again = replace(fit, steps=fit.steps - first)
@@ -146,7 +149,7 @@ METHODS: dict[str, Callable[[Fit], Trained]] = {
 }
 
 
-def run(name: str, method: str, fraction: float, lr: float, seed: int) -> dict[str, Any]:
+def run(name: str, method: str, fraction: float, lr: float, base: float, seed: int) -> dict[str, Any]:
     """Tune and judge; in a process that has done nothing yet."""
     torch.set_num_threads(1)
     task, meter = TASKS_BY_NAME[name], Meter("cpu")
@@ -155,7 +158,7 @@ def run(name: str, method: str, fraction: float, lr: float, seed: int) -> dict[s
     meter.restart()
     began = time.process_time()
     try:
-        trained = METHODS[method](Fit(task, fraction, lr, seed, task.steps))
+        trained = METHODS[method](Fit(task, fraction, lr, base, seed, task.steps))
     except NotFitting as error:
         return {"left_out": str(error)}
     seconds, peak = time.process_time() - began, meter.peak() - resting
@@ -196,7 +199,7 @@ def _batches(n: int, size: int, steps: int, seed: int) -> list[Tensor]:
 
 
 def _with_masks(fit: Fit, masks: Any) -> Trained:
-    module = fit.module()
+    module = fit.module(fit.lr)
     freeze = GradCovFreezeCallback(masks=masks, **fit.body)
     fit.train(module, [freeze])
     return _masked(module, freeze, shipped=_bytes(freeze.delta()))
@@ -207,13 +210,13 @@ def _masked(module: Tuned, freeze: GradCovFreezeCallback, shipped: int) -> Train
 
 
 def _by_scores(fit: Fit, score: Callable[[Tensor], Tensor]) -> Trained:
-    module = fit.module()
-    own = {n: p for n, p in module.named_parameters() if p.requires_grad and not _in_head(n, fit.task)}
+    named = fit.module(fit.lr).named_parameters()
+    own = {n: p for n, p in named if p.requires_grad and not _in_head(n, fit.task)}
     return _with_masks(fit, lowest({name: score(p) for name, p in own.items()}, fit.fraction))
 
 
 def _adapted(fit: Fit, kind: str) -> Trained:
-    module = fit.module()
+    module = fit.module(fit.lr)
     own = {n: p for n, p in module.named_parameters() if p.requires_grad}
     live = round((1 - fit.fraction) * sum(p.numel() for n, p in own.items() if not _in_head(n, fit.task)))
     head = {n for n in own if _in_head(n, fit.task)}

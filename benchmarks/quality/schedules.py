@@ -68,9 +68,9 @@ SCHEDULES: dict[str, dict[str, list[Stage]]] = {
     "0.8": {
         "once": [Stage(0.15, 0.8 / 0.85)],
         "once, early": [Stage(0.08, 0.8 / 0.92)],
-        "three stages": [Stage(0.05, 0.6), Stage(0.15, 0.8), Stage(0.35, 0.969)],
-        "three stages, first order": [Stage(0.05, 0.6), Stage(0.15, 0.8, "first"), Stage(0.35, 0.969, "first")],
-        "ten stages": growing(0.03, 0.25, 0.938, 10, "fresh"),
+        "three stages": [Stage(0.05, 0.6), Stage(0.15, 0.8), Stage(0.35, 0.892)],
+        "three stages, first order": [Stage(0.05, 0.6), Stage(0.15, 0.8, "first"), Stage(0.35, 0.892, "first")],
+        "ten stages": growing(0.03, 0.25, 0.93, 10, "fresh"),
         "chosen anew": [Stage(0.15 + 0.17 * i, 0.8 / 0.85, "anew") for i in range(5)],
         "random": [Stage(0.15, 0.8 / 0.85, "random")],
     },

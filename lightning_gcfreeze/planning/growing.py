@@ -228,7 +228,7 @@ class GrowthState:
         """Create the state that `state_dict` was called on."""
         growing = cls(growth, state["every"], LossMean(*state["reference"]))
         growing.stage, growing.done = state["stage"], state["done"]
-        growing.is_waiting, growing.forgone = state["waiting"], state["forgone"]
+        growing.is_waiting, growing.forgone = state.get("waiting", False), state.get("forgone", 0.0)  # 0.1.0 had none
         growing.increase, growing.noise, growing._n_too_high = state["increase"], state["noise"], state["over"]
         growing._means = [LossMean(*mean) for mean in state["means"]]
         return growing

@@ -342,7 +342,8 @@ class Plan:
         if state["growing"] and self.growth:
             self.growing = GrowthState.from_state_dict(self.growth, state["growing"])
         self._losses.load_state_dict(state["losses"])
-        self._trend.load_state_dict(state["trend"])
+        if "trend" in state:  # 0.1.0 had none
+            self._trend.load_state_dict(state["trend"])
         self._loss_before = LossMean(*state["before"])
         self._validation_loss = None if state["validated"] is None else LossMean(state["validated"], 0.0, 1)
 
