@@ -56,11 +56,11 @@ class GradCovFreezeCallback(_lightning.Callback):
         granularity: what freezes together: "element", each element on its own; "row", what has the same first index (an
             output neuron, a filter, a word's embedding); "tensor", a whole parameter; rows and tensors by their mean
             score, as many as fit into `k`. "mixed": rows and columns of weights where that saves work, else elements.
-        hold: "compact", the optimizer receives only the live elements, which saves its memory and its work; "restore",
-            frozen values are put back after each step; "auto", "compact" if the optimizer is elementwise and no code
-            looks its state up by parameter, else "restore". Until the last stage of a `schedule`, "restore" is used.
+        hold: "compact", the optimizer receives only the live elements; "restore", frozen values are put back after each
+            step; "auto", "compact" if the optimizer is elementwise, no code looks its state up by parameter and, until
+            the last stage of a `schedule`, `order` reads no gradients, as "movement", and nothing may thaw.
         skip_frozen_gradients: skip computing weight gradients of fully frozen parameters, rows and columns. Where code
-            of the user may look at gradients, and until the last stage, all gradients are computed, and stay in place.
+            of the user may look at gradients, and until such a stage, all are computed, and stay in place.
         include: patterns (fnmatch) of the parameter names that are eligible; None: all. Only parameters that require
             a gradient and that the optimizer has are ever eligible.
         exclude: patterns of the names that are not.

@@ -54,10 +54,10 @@ class Stages:
         seen_reading: Callable[[], list[str]],
         trained: dict[str, Parameter],
     ) -> None:
-        self._options, self._state, self._around = options, state, around
-        self._parameters, self._shards, self._trained = parameters, shards, trained
-        self._uses, self._seen_reading = uses, seen_reading
+        self._options, self._state, self._around, self._shards = options, state, around, shards
+        self._parameters, self._trained, self._uses, self._seen_reading = parameters, trained, uses, seen_reading
         self.n_eligible = sum(p.numel() for p in parameters.values())
+        self._group_of = momentum.group_indices(around.optimizer, parameters)  # before vectors take their places
         self._held_since = 0  # the optimizer step
         self._rates: LearningRates | None = None
         if options.lr_after_freeze is not None:
@@ -115,6 +115,7 @@ class Stages:
             self._refuse_unreadable_state()  # which is there by now
         if state.observing and state.plan.is_decision_step(state.steps):
             if self._is_time(state.observing):
+                self.release()  # so that the optimizer's state is that of whole parameters
                 self._change(self._decide(state.observing))
         elif before:
             self._learn_uses(before)
@@ -134,7 +135,7 @@ class Stages:
 
     def _begin_movement(self, observing: Observing) -> None:
         if "movement" in self._from_optimizer:
-            rates = momentum.learning_rates(self._around.optimizer, self._parameters)
+            rates = momentum.learning_rates(self._around.optimizer, self._group_of)
             observing.begin_movement(self.weights(), rates)
 
     def weights(self) -> dict[str, Tensor]:
@@ -144,10 +145,9 @@ class Stages:
     def scores(self) -> Named:
         """Return the scores by what was observed so far; empty before the first observed step."""
         state, options = self._state, self._options
-        if (observing := state.observing) is None or not observing.observed:
+        observing, no_step_yet = state.observing, self._from_optimizer and not state.steps
+        if observing is None or not observing.observed or no_step_yet:  # the first one is observed, but not taken yet
             return {}
-        if self._from_optimizer and not state.steps:
-            return {}  # the first step is observed, but not taken yet
         moments = self._moments(observing)
         return scores_now(observing, options.ordering, self.weights(), state.seed, options.granularity, moments)
 
@@ -159,7 +159,7 @@ class Stages:
         optimizer, found = self._around.optimizer, dict[str, Named]()
         read = momentum.moments(optimizer, self._parameters, self._from_optimizer)
         if "movement" in self._from_optimizer:
-            rates = momentum.learning_rates(optimizer, self._parameters)
+            rates = momentum.learning_rates(optimizer, self._group_of)
             found["movement"] = observing.movement(self.weights(), rates)
         return found | {field: getattr(read, field) for field in sorted(self._from_optimizer - found.keys())}
 
@@ -274,15 +274,15 @@ class Stages:
             resumed: whether the optimizer's state already is that of a run with this decision.
             in_trial: whether a tuner tries steps that do not count.
         """
-        state, around = self._state, self._around
+        state, around, options = self._state, self._around, self._options
         self.release()
-        self.learns_uses = self._options.masks is not None and not state.steps and not in_trial
+        self.learns_uses = options.masks is not None and not state.steps and not in_trial
         plan, sends_live_only = plan_holding(
-            self._options,
+            options,
             around,
             self._parameters,
             self._seen_reading(),
-            whole_gradients=state.observing is not None,
+            whole_gradients=(seen := state.observing) is not None and (seen.reads_gradients or not options.monotone),
             in_trial=in_trial,
         )
         if plan.mode == "compact" and not plan.late:  # which takes them away; the states are yet to be gathered

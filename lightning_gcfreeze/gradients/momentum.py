@@ -107,9 +107,20 @@ def moments(
     )
 
 
-def learning_rates(optimizer: Optimizer, parameters: Mapping[str, Parameter]) -> dict[str, float]:
-    """Return the learning rate of each parameter now, by name; 1 where its group has none."""
-    rates = {name: group.get("lr") for name, group in _groups(optimizer, parameters).items()}
+def group_indices(optimizer: Optimizer, parameters: Mapping[str, Parameter]) -> dict[str, int]:
+    """Return which group of the optimizer each parameter is in, by name; those that it does not have are left out."""
+    groups = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    return {name: groups[p] for name, p in parameters.items() if p in groups}
+
+
+def learning_rates(optimizer: Optimizer, groups: Mapping[str, int]) -> dict[str, float]:
+    """Return the learning rate of each parameter now, by name; 1 where its group has none.
+
+    Args:
+        optimizer: its groups may hold vectors in the place of parameters by now.
+        groups: see `group_indices`.
+    """
+    rates = {name: optimizer.param_groups[i].get("lr") for name, i in groups.items()}
     return {name: 1.0 if rate is None else float(rate) for name, rate in rates.items()}
 
 

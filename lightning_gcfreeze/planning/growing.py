@@ -32,7 +32,7 @@ a training loss of nearly nothing, and a hundredth of that says nothing of the l
 def share_forgone(fraction: float) -> float:
     """Return which share of what the loss still falls a frozen fraction forgoes at most: fraction^1.5.
 
-    Found on eighteen small trainings, frozen after a half and three quarters of their steps; see docs/choosing.md.
+    Found on seventeen small trainings, frozen after a half and three quarters of their steps; see docs/choosing.md.
     """
     return float(fraction**EXPONENT)
 

@@ -136,6 +136,70 @@ def test_monotone_schedule_keeps_what_the_order_would_thaw():
         assert sum(int((first[n] & second[n]).sum()) for n in first) == kept
 
 
+@pytest.mark.parametrize("order", ["movement", "momentum"])
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_stages_of_a_schedule_are_compact_where_the_order_reads_no_gradients(order, optimizer):
+    """The same elements freeze, and the weights are the same, as where values are put back after each step."""
+    stages = [(6, 0.3), (12, 0.6), (20, 0.9)]
+
+    def optimizers(parameters: Any) -> Any:
+        if optimizer == "sgd":
+            return torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
+        return torch.optim.Adam(parameters, lr=0.01)
+
+    found = {}
+    for hold in ("auto", "restore"):
+        sizes = Sizes()
+        callback = GradCovFreezeCallback(schedule=stages, order=order, hold=hold)
+        module = cases.Regression(cases.mlp(), optimizers)
+        found[hold] = train(callback, sizes, module=module), sizes.live
+    (compact, live), (restored, whole) = found["auto"], found["restore"]
+    assert compact.counts() == restored.counts()
+    assert live == [P] * 5 + [P - round(0.3 * P)] * 6 + [P - round(0.6 * P)] * 8 + [P - round(0.9 * P)] * 13
+    assert set(whole) == {P}
+    for a, b in zip(compact.masks, restored.masks, strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    for name, w in compact.weights[-1].items():
+        torch.testing.assert_close(w, restored.weights[-1][name])
+
+
+class Sizes(pl.Callback):
+    """Of how many elements the optimizer has a state, after each of its steps."""
+
+    def __init__(self) -> None:
+        self.live: list[int] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        key = "exp_avg" if isinstance(trainer.optimizers[0], torch.optim.Adam) else "momentum_buffer"
+        self.live.append(sum(state[key].numel() for state in trainer.optimizers[0].state.values() if key in state))
+
+
+def test_movement_of_a_stage_counts_from_halfway_with_the_rates_of_its_groups():
+    """Of two groups whose rates are far apart, one falls: by hand, from the weights before and after."""
+    stages = [(6, 0.3), (14, 0.7)]
+    weights = []
+
+    class Weights(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            weights.append({n: p.detach().clone() for n, p in pl_module.named_parameters()})
+
+    def optimizers(parameters: Any) -> Any:
+        first, *others = parameters
+        return torch.optim.SGD([{"params": [first], "lr": 1e-4}, {"params": others, "lr": 0.02}])
+
+    callback = GradCovFreezeCallback(schedule=stages, order="movement")
+    diary = train(callback, Weights(), module=cases.Regression(cases.mlp(), optimizers))
+    before, half, now = (weights[i - 1] for i in (6, 10, 14))
+    first = next(iter(now))
+    rates = {name: 1e-4 if name == first else 0.02 for name in now}
+    score = {n: ((now[n] - half[n]) / rates[n]).square().masked_fill(diary.masks[6][n], -1.0) for n in now}
+    flat = torch.cat([s.flatten() for s in score.values()])
+    expected = flat.argsort(stable=True)[: round(0.7 * P)]
+    frozen = torch.cat([m.flatten() for m in callback.frozen.values()])
+    assert set(expected.tolist()) == set(frozen.nonzero().flatten().tolist())
+    assert any(not torch.equal(before[n], half[n]) for n in now)
+
+
 def test_loss_of_a_stage_does_not_depend_on_accumulation():
     """Lightning divides them by the number of micro-batches."""
     callback = GradCovFreezeCallback(t0=6, k=Growth(every=5))
@@ -361,6 +425,7 @@ def test_t0_auto_and_k_auto_freeze_at_least_half():
 
 PLANS: dict[str, dict[str, Any]] = {
     "monotone": {"schedule": FreezeSchedule([(4, 0.3), (9, 0.6), (13, 0.8)])},
+    "compact": {"schedule": [(4, 0.3), (9, 0.6), (13, 0.8)], "order": "movement"},
     "thawing": {"schedule": FreezeSchedule([(4, 0.8), (9, 0.3), (13, 0.5)], monotone=False)},
     "settling": {"t0": Settled(first=2, growth=1.3, overlap=0.0, improvement=0.9), "k": 0.5},
     "growing": {"t0": 5, "k": Growth(every=3, max_loss_increase=0.5)},

@@ -267,4 +267,5 @@ def test_learning_rates_are_those_of_the_groups_and_1_without_any():
     a, b, c = (Parameter(torch.ones(1)) for _ in range(3))
     groups = [{"params": [a], "lr": 0.5}, {"params": [b], "lr": torch.tensor(0.25)}, {"params": [c], "lr": None}]
     optimizer = Custom(groups, lambda p: {})
-    assert momentum.learning_rates(optimizer, {"a": a, "b": b, "c": c}) == {"a": 0.5, "b": 0.25, "c": 1.0}
+    groups = momentum.group_indices(optimizer, {"a": a, "b": b, "c": c})
+    assert momentum.learning_rates(optimizer, groups) == {"a": 0.5, "b": 0.25, "c": 1.0}
