@@ -47,6 +47,31 @@ class FreezeSchedule:
                 )
 
 
+    @classmethod
+    def growing(cls, begin: int, end: int, k: float, stages: int = 10) -> "FreezeSchedule":
+        """Make a monotone schedule that freezes as much more at each of several stages, at equal distances.
+
+        At equal cost it loses less than one freeze; see docs/orders.md, "When to freeze".
+
+        Args:
+            begin: optimizer step of the first stage, which freezes ``k / stages``.
+            end: optimizer step of the last stage, which freezes `k`.
+            k: fraction of the eligible elements.
+            stages: how many, at least 2.
+
+        Raises:
+            TypeError: an argument of the wrong kind.
+            ValueError: an argument outside its range, or fewer steps between `begin` and `end` than stages need.
+        """
+        _checks.integer("stages", stages, at_least=2)
+        _checks.integer("begin", begin, at_least=1)
+        _checks.integer("end", end, at_least=begin + stages - 1)
+        _checks.number("k", k, above=0.0)
+        _checks.count_or_fraction("k", float(k))
+        distance = (end - begin) / (stages - 1)
+        return cls([(round(begin + i * distance), k * (i + 1) / stages) for i in range(stages)])
+
+
 def _stage(i: int, given: object) -> Stage:
     if not isinstance(given, Sequence) or isinstance(given, str) or len(given) != 2:
         raise TypeError(f"`stages[{i}]` must be a pair (t, k), got {given!r}.")

@@ -29,3 +29,27 @@ def test_stages_given_as_lists_become_tuples():
 def test_stages_that_are_no_schedule_are_refused(arguments, error, message):
     with pytest.raises(error, match=message):
         FreezeSchedule(*arguments)
+
+
+def test_growing_schedule_adds_as_much_at_each_of_its_stages():
+    stages = FreezeSchedule.growing(100, 190, 0.9).stages
+    assert [t for t, _ in stages] == list(range(100, 191, 10))
+    assert [k for _, k in stages] == pytest.approx([0.09 * i for i in range(1, 11)])
+    assert FreezeSchedule.growing(3, 5, 1.0, stages=2) == FreezeSchedule([(3, 0.5), (5, 1.0)])
+    assert FreezeSchedule.growing(7, 16, 0.5).stages[-1] == (16, 0.5)  # a stage a step
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((100, 105, 0.9), ValueError, "`end` must be at least 109, got 105"),
+        ((0, 105, 0.9), ValueError, "`begin` must be at least 1"),
+        ((10, 105, 1.5), ValueError, r"`k` as a float is a fraction and must lie in \[0, 1\], got 1.5"),
+        ((10, 105, 0.0), ValueError, "`k` must be above 0"),
+        ((10, 105, 0.9, 1), ValueError, "`stages` must be at least 2"),
+        ((10.5, 105, 0.9), TypeError, "`begin`"),
+    ],
+)
+def test_growing_schedule_of_wrong_arguments_is_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        FreezeSchedule.growing(*arguments)
