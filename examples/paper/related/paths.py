@@ -129,7 +129,8 @@ def shrunken(at: Snapshot, ridge: bool) -> Tensor:
 
     λ₁‖w‖₁, or with `ridge` λ₁‖w‖₁ and λ₂/2 ‖w‖₂² in equal parts, weigh at t0 `NETWORK_PENALTY` times as much as the
     loss. The last soft threshold is left out of the score: (|u| - s λ₁) / (1 + s λ₂) is |w| where w is not zero, and
-    weights at zero differ by how far below the threshold they end.
+    weights at zero differ by how far below the threshold they end: by |∇L|, as u = -s ∇L once w = 0. Those whose
+    gradient is exactly zero, of a dead unit or a dark pixel, are equal; then their place decides.
     """
     weight = NETWORK_PENALTY * float(at.loss(at.weights)) / (2 if ridge else 1)
     l1 = weight / float(at.weights.abs().sum())
