@@ -123,6 +123,14 @@ def test_the_report_has_growth_and_differences_with_their_intervals(boston):
         assert _columns(text, heading)["snr"][2] == f"{found['mean'][2]:#.3g} [{low:#.3g}, {high:#.3g}]"
 
 
+def test_the_report_ends_its_table_of_growth_with_the_whole_curve(boston):
+    columns = _columns(tables.report(boston, "title"), "## Growth, train")
+    found = boston["growth_over_curve"]["snr"]["train"]
+    low, high = found["interval"]
+    assert columns["frozen"][-1] == "curve"
+    assert columns["snr"][-1] == f"{found['mean']:#.3g} [{low:#.3g}, {high:#.3g}]"
+
+
 def test_the_report_says_under_what_settings(boston):
     assert "3 runs, t0 = 100 of 200 steps, S = 32, learning rate 0.1, p = 301, seed 0." in tables.report(boston, "t")
     assert "1000 objects, noise 1" in tables.report(made("synthetic3"), "title")
