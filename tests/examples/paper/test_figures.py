@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from examples.paper import figures, tables
 from examples.paper.related import RELATED
@@ -96,6 +97,23 @@ def test_a_scan_draws_the_growth_at_the_middle_by_t0():
     for order, (t0s, growth) in drawn.items():
         assert t0s.tolist() == [20, 80]
         np.testing.assert_allclose(growth, [summary["growth"][order]["train"]["mean"][2] for summary in summaries])
+
+
+def test_the_legend_of_a_scan_with_many_orders_hides_no_curve():
+    """All orders are in it, below both panels and not in one of them."""
+    orders = tuple(figures.ALL_STYLES)
+    summaries = []
+    for t0 in (20, 80):
+        one = made("boston", t0)
+        growth = dict.fromkeys((order for order in orders if order != "random"), one["growth"]["variance"])
+        summaries.append({**one, "growth": growth})
+    figure = figures.scan(summaries, "title")
+    FigureCanvasAgg(figure).draw()
+    (legend,) = figure.legends
+    assert {text.get_text() for text in legend.get_texts()} == set(orders)
+    for axes in figure.axes:
+        assert not axes.get_window_extent().overlaps(legend.get_window_extent())
+    assert figure.axes[1].get_legend() is None
 
 
 def _columns(text, heading):
