@@ -7,8 +7,9 @@ Sources: R. Tibshirani, "Regression Shrinkage and Selection via the Lasso" (1996
 cross-entropy, as is usual for each. The path of a linear model is that of its features and starts from no weights: it
 is the same at every t0, and all that it knows of a run is its training data.
 
-Of a network there is no path from zero: all weights being zero is a stationary point. There the weights at t0 go some
-steps down the penalised loss, and are ranked by what is left of them. Scores are (p,), lowest first.
+Of a network there is no path from zero: with all weights at zero none but the output's biases has a gradient. There the
+weights at t0 go some steps down the penalised loss, and are ranked by what is left of them. Scores are (p,), lowest
+first.
 """
 
 from collections.abc import Callable
