@@ -27,9 +27,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from examples.paper import figures, study, tables
+from examples.paper.progress import work
 from examples.paper.related import RELATED, left_out
 from examples.paper.summary import summarise
-from examples.paper.tasks import TASKS, Name, Settings, n_parameters, work
+from examples.paper.tasks import TASKS, Name, Settings, n_parameters
 
 Number = TypeVar("Number", int, float)
 QUICK = (5, tuple(i / 4 for i in range(5)))  # runs, fractions

@@ -38,9 +38,8 @@ SPREAD = ("variance", "random")  # the two whose spread is drawn: more bands wou
 
 def loss(summary: Mapping[str, Any], title: str) -> Figure:
     """Mean loss over the runs, training and test, a line per order; two have a band of one standard deviation."""
-    columns = 7 if len(summary["orders"]) <= 7 else 5  # long names among more of them
-    rows = -(-len(summary["orders"]) // columns)
-    figure = Figure(figsize=(10, 4.2 + 0.2 * rows), layout="constrained")
+    columns, height = _legend_below(len(summary["orders"]))
+    figure = Figure(figsize=(10, 4.2 + height), layout="constrained")
     panels = figure.subplots(1, 2)
     _, done = words(summary)
     for axes, stage in zip(panels, ("train", "test"), strict=True):
@@ -148,7 +147,8 @@ def stability(summary: Mapping[str, Any], title: str) -> Figure:
 
 def scan(summaries: Sequence[Mapping[str, Any]], title: str) -> Figure:
     """By t0: what freezing everything costs, and which part of chance's cost each order pays for freezing a half."""
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    columns, height = _legend_below(1 + len(summaries[0]["growth"]))
+    figure = Figure(figsize=(10, 4.2 + height), layout="constrained")
     ends, costs = figure.subplots(1, 2)
     t0s = [summary["t0"] for summary in summaries]
     half = middle(summaries[0]["fractions"])
@@ -173,9 +173,16 @@ def scan(summaries: Sequence[Mapping[str, Any]], title: str) -> Figure:
         axes.set_xticks(t0s, [f"{t0:,}" for t0 in t0s], minor=False)
         axes.minorticks_off()
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
+    ends.legend(frameon=False, fontsize=8)
+    figure.legend(*costs.get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False)
     figure.suptitle(f"{title}: {summaries[0]['runs']} runs", fontsize=11)
     return figure
+
+
+def _legend_below(entries: int) -> tuple[int, float]:
+    """In how many columns, and how high in inches: fewer where there are long names among the entries."""
+    columns = 7 if entries <= 7 else 5
+    return columns, 0.2 * -(-entries // columns)
 
 
 def _staircase(axes: Axes, counts: list[float], **style: Any) -> None:

@@ -110,8 +110,9 @@ class SummedLosses(Members):
 
     A reading of the published curves: for the callback, g_S is then the gradient of the sum, while g_1, the gradient on
     the first sample alone, stays what it was. As a variance, (g_1 - S g)² is the second moment up to terms of 1/S:
-    its mean is (S - 1) (Σ + (S - 1) μ²) with the noise Σ and the mean μ of a sample's gradient. Adam takes the same
-    steps, but for its ε.
+    its mean is (S - 1) (Σ + (S - 1) μ²) with the noise Σ and the mean μ of a sample's gradient. While all batches have
+    S objects, Adam takes the same steps but for its ε, as its step does not depend on the scale of the loss. A short
+    last batch of an epoch weighs less here than where losses are means, so with one the run goes a little another way.
     """
 
     @override

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import numpy as np
+import scipy
+import sklearn
 import torch
 
 from examples.paper.run import Run, run
@@ -90,7 +92,8 @@ def _code() -> str:
     """What a run is computed by: results of other code are other results."""
     root = Path(__file__).parents[2]
     sources = [path.read_bytes() for pattern in _SOURCES for path in sorted(root.glob(pattern))]
-    return hashlib.sha256(b"\0".join([*sources, torch.__version__.encode(), pl.__version__.encode()])).hexdigest()
+    versions = [library.__version__.encode() for library in (torch, pl, np, scipy, sklearn)]
+    return hashlib.sha256(b"\0".join([*sources, *versions])).hexdigest()
 
 
 def _prepare() -> None:

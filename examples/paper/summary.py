@@ -54,6 +54,7 @@ def summarise(settings: Settings, runs: Sequence[Run], left_out: Mapping[str, st
         "orders": {order: {stage: curve(losses[order][stage]) for stage in STAGES} for order in losses},
         "paired": against_random(paired),
         "growth": against_random(growth),
+        "growth_over_curve": against_random(growth_over_curve),
         "alpha": {order: by_fraction(masks, lambda m: m.mean(0).round(6).tolist()) for order, masks in frozen.items()},
         "stability": {
             "chance": by_fraction(frozen["random"], chance),
@@ -95,6 +96,15 @@ def growth(losses: Losses, baseline: Losses) -> dict[str, Any]:
             root = np.sqrt(max(b**2 - a * c, 0.0))
             mean[j], interval[j] = cost / unit, ((b - root) / a, (b + root) / a)
     return {"mean": _plain(mean), "interval": _plain(interval)}
+
+
+def growth_over_curve(losses: Losses, baseline: Losses) -> dict[str, Any]:
+    """`growth` of a whole curve: in each run the rises at the fractions between 0 and 1 are added up.
+
+    Both (R, F), from freezing nothing to freezing everything. One mean, and one interval.
+    """
+    summed = [np.column_stack([0 * one[:, 0], (one[:, 1:-1] - one[:, :1]).sum(1)]) for one in (losses, baseline)]
+    return {key: values[1] for key, values in growth(*summed).items()}
 
 
 def stability(masks: Masks, shapes: Shapes) -> dict[str, Any]:

@@ -27,7 +27,11 @@ def report(summary: Summary, title: str) -> str:
             columns[f"{order}, published"] = [_number(at.get(f)) for f in fractions]
         parts += [f"## Loss, {stage}: mean ± standard deviation over runs", _by_fraction(done, fractions, columns)]
     for key, heading in (
-        ("growth", f"Growth, {{stage}}: cost of {freezing}, of which random's is 1, with 95 % interval"),
+        (
+            "growth",
+            f"Growth, {{stage}}: cost of {freezing}, of which random's is 1, with 95 % interval;"
+            " curve: costs at all fractions between 0 and 1 added up",
+        ),
         ("paired", "Loss minus that of random, {stage}, with 95 % interval"),
     ):
         for stage in ("train", "test"):
@@ -35,7 +39,11 @@ def report(summary: Summary, title: str) -> str:
                 order: [_interval(*pair) for pair in zip(found[stage]["mean"], found[stage]["interval"], strict=True)]
                 for order, found in summary[key].items()
             }
-            parts += [f"## {heading.format(stage=stage)}", _by_fraction(done, fractions, columns)]
+            rows = _by_fraction(done, fractions, columns)
+            if key == "growth":
+                whole = [over[stage] for over in summary["growth_over_curve"].values()]
+                rows += "\n" + _row(["curve", *(_interval(one["mean"], one["interval"]) for one in whole)])
+            parts += [f"## {heading.format(stage=stage)}", rows]
     overlap = {"chance": [_number(summary["stability"]["chance"][str(f)]["jaccard"]) for f in fractions]}
     for order in orders:
         found = [summary["stability"][order][str(f)] for f in fractions]
@@ -105,7 +113,11 @@ def _by_fraction(done: str, fractions: Sequence[float], columns: Mapping[str, Se
 
 
 def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
+    return "\n".join(map(_row, [header, ["---"] * len(header), *rows]))
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 def _number(value: float | None, digits: int = 3) -> str:

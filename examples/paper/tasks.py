@@ -151,9 +151,3 @@ TASKS: dict[Name, Task] = {
 def n_parameters(data: Name) -> int:
     """The number p of parameters of an experiment's model."""
     return sum(w.numel() for w in TASKS[data].model().parameters())
-
-
-def work(settings: Settings) -> float:
-    """How much there is to do in a run, in steps of a small model; measured on two cores, for the time left."""
-    p, members = n_parameters(settings.data), len(settings.orders) * len(settings.fractions)
-    return settings.t0 * 2 + (settings.steps - settings.t0) * (1 + 6e-6 * p * members)

@@ -40,13 +40,14 @@ def belsley_noise(at: Snapshot) -> Tensor:
 
 
 def belsley_laplace(at: Snapshot) -> Tensor:
-    """The order on the inverse Hessian, the covariance of the parameters' posterior by Laplace's approximation.
+    """The order on G⁻¹, the covariance of the parameters' posterior by Laplace's approximation.
 
-    H, damped where it must be (`Snapshot.damped_hessian`), stands where XᵀX stands, scaled to a diagonal of ones as X
-    is to columns of unit length. On the linear regression H = 2 XᵀX / n, and these are Belsley's diagnostics of X. The
-    matrix of those that remain is a part of H, as the one of X without a column is.
+    G, the Gauss-Newton matrix, stands where XᵀX stands, scaled to a diagonal of ones as X is to columns of unit length;
+    the exact Hessian of a network, being indefinite, is the inverse of no covariance. It is damped where it must be
+    (`Snapshot.damped_gauss_newton`). On a linear regression G = 2 XᵀX / n, and undamped these are Belsley's diagnostics
+    of X. The matrix of those that remain is a part of G, as the one of X without a column is.
     """
-    return eliminated(at.damped_hessian, laplace_proportions)
+    return eliminated(at.damped_gauss_newton, laplace_proportions)
 
 
 def noise_proportions(covariance: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ RELATED: dict[str, Related] = {
 }
 """In the order of tables and legends."""
 
-MAX_INVERTED = 5000  # p of a Hessian that is inverted: 200 MB and ten seconds
+MAX_INVERTED = 5000  # p of a matrix that is inverted: 200 MB and ten seconds
 MAX_ELIMINATED = 1000  # p of a matrix that is decomposed anew for each parameter
 _INVERTING = ("obs", "obd_freeze", "obs_freeze")
 _ELIMINATING = ("belsley_noise", "belsley_laplace")
@@ -41,7 +41,7 @@ _ELIMINATING = ("belsley_noise", "belsley_laplace")
 def left_out(order: str, p: int) -> str | None:
     """Why an order is not computed for a model of p parameters; None if it is."""
     if order in _INVERTING and p > MAX_INVERTED:
-        return f"it inverts a {p:,} x {p:,} Hessian, and {MAX_INVERTED:,} is the most that is inverted"
+        return f"it inverts a {p:,} x {p:,} matrix, and {MAX_INVERTED:,} is the most that is inverted"
     if order in _ELIMINATING and p > MAX_ELIMINATED:
         return (
             f"it decomposes a {p:,} x {p:,} matrix anew after each of its parameters, and {MAX_ELIMINATED:,} is the"

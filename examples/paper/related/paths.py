@@ -7,8 +7,9 @@ Sources: R. Tibshirani, "Regression Shrinkage and Selection via the Lasso" (1996
 cross-entropy, as is usual for each. The path of a linear model is that of its features and starts from no weights: it
 is the same at every t0, and all that it knows of a run is its training data.
 
-Of a network there is no path from zero: all weights being zero is a stationary point. There the weights at t0 go some
-steps down the penalised loss, and are ranked by what is left of them. Scores are (p,), lowest first.
+Of a network there is no path from zero: with all weights at zero none but the output's biases has a gradient. There the
+weights at t0 go some steps down the penalised loss, and are ranked by what is left of them. Scores are (p,), lowest
+first.
 """
 
 from collections.abc import Callable
@@ -129,7 +130,8 @@ def shrunken(at: Snapshot, ridge: bool) -> Tensor:
 
     λ₁‖w‖₁, or with `ridge` λ₁‖w‖₁ and λ₂/2 ‖w‖₂² in equal parts, weigh at t0 `NETWORK_PENALTY` times as much as the
     loss. The last soft threshold is left out of the score: (|u| - s λ₁) / (1 + s λ₂) is |w| where w is not zero, and
-    weights at zero differ by how far below the threshold they end.
+    weights at zero differ by how far below the threshold they end: by |∇L|, as u = -s ∇L once w = 0. Those whose
+    gradient is exactly zero, of a dead unit or a dark pixel, are equal; then their place decides.
     """
     weight = NETWORK_PENALTY * float(at.loss(at.weights)) / (2 if ridge else 1)
     l1 = weight / float(at.weights.abs().sum())

@@ -7,12 +7,11 @@
 Sources: A. Graves, "Practical Variational Inference for Neural Networks" (2011), for the posterior and for removing
 weights by |μ_i| / σ_i; D. Kingma, M. Welling, "Auto-Encoding Variational Bayes" (2014), for the reparametrised
 gradient; M. Titsias, M. Lázaro-Gredilla, "Doubly Stochastic Variational Bayes for non-Conjugate Inference" (2014), for
-automatic relevance determination, a prior variance to each weight. With one for all, as in Graves, the posterior of
-the larger perceptrons collapses: what most weights, which are of no use, want of α leaves no room for the others.
+automatic relevance determination, a prior variance to each weight, where Graves has one for all.
 
 The likelihood is that of the loss: of a class its probability; of a regression N(y | h, s²), s² at its best too, which
-makes its part n/2 log E[(y - h)²]. What the order costs is a training of its own, from the weights at t0 on: it has
-seen as many batches as that.
+makes its part n/2 log E[(y - h)²]. What the order costs is a training of its own, from the weights at t0 on, over
+`STEPS` batches of `BATCH_SIZE` objects.
 """
 
 import torch

@@ -3,7 +3,7 @@
 Everything is float64, and flat: p parameters in the order of ``named_parameters()``, each row by row.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +16,7 @@ from torch.func import functional_call, grad, jacrev, vmap
 from examples.models import LinearRegression, LogisticRegression, SupervisedModule
 
 RELATIVE_DAMPING = 1e-4
-CHUNK = 128  # rows of a Hessian, or objects, at once
+CHUNK = 128  # objects whose Jacobians are held at once
 
 
 @dataclass(frozen=True)
@@ -68,46 +68,61 @@ class Snapshot:
         return g.detach()
 
     @cached_property
-    def hessian(self) -> Tensor:
-        """∇²L at the weights, (p, p), exact: p vector-Jacobian products of the gradient, `CHUNK` at a time."""
-        h: Tensor = jacrev(grad(self.loss), chunk_size=CHUNK)(self.weights).detach()
-        return (h + h.T) / 2  # symmetric but for rounding
+    def gauss_newton(self) -> Tensor:
+        """G, (p, p), the Gauss-Newton matrix of the loss at the weights.
 
-    @cached_property
-    def damped_hessian(self) -> Tensor:
-        """H + μI, (p, p), with the smallest μ >= 0 that leaves no eigenvalue below 1e-4 of the largest.
+            G = 1/n Σ_s J_sᵀ R_s J_s,   J_s = ∂output_s/∂w,   R_s = ∂²loss_s/∂output_s²
 
-        Away from a minimum the Hessian of a network has negative eigenvalues, and a unit that no object activates has
-        rows of zeros: without μ neither H⁻¹ nor a step towards the minimum would mean anything. A Hessian of a
-        condition number below 10,000, as those of the linear models with more objects than features, stays as it is.
+        The Hessian is G + 1/n Σ_s ∂loss_s/∂output_s · ∂²output_s/∂w², and G itself in the linear models. In a network
+        the second term makes it indefinite away from a minimum, and what is added to make it positive definite leaves
+        the direction of the most negative curvature with the least eigenvalue: the inverse is little else than that
+        direction, and on Synthetic 1 `obs_freeze` then freezes half at 1.55 times the cost of chance. G is positive
+        semidefinite: a sum of outer products, as the matrix of Hassibi and Stork is (see `surgery.obs`).
+
+        The sum goes over `CHUNK` objects at a time, so that their Jacobians never lie in memory all at once.
         """
-        low, high = _ends(self.hessian)
-        mu = max(0.0, RELATIVE_DAMPING * high - low)
-        return self.hessian + mu * torch.eye(len(self.hessian), dtype=self.hessian.dtype)
+        total = self.weights.new_zeros(len(self.weights), len(self.weights))
+        for rows in self._curvature_rows():
+            total += rows.T @ rows
+        return total / len(self.x)
 
     @cached_property
-    def inverse_hessian(self) -> Tensor:
-        """(H + μI)⁻¹, (p, p)."""
-        return torch.cholesky_inverse(torch.linalg.cholesky(self.damped_hessian))
+    def damped_gauss_newton(self) -> Tensor:
+        """G + μI, (p, p), with the smallest μ >= 0 that leaves no eigenvalue below 1e-4 of the largest.
+
+        With more weights than objects, or a unit that no object activates, G is singular. One of a condition number
+        below 10,000, as those of the linear models with enough more objects than features, stays as it is.
+        """
+        low, high = _ends(self.gauss_newton)
+        mu = max(0.0, RELATIVE_DAMPING * high - low)
+        return self.gauss_newton + mu * torch.eye(len(self.weights), dtype=self.weights.dtype)
+
+    @cached_property
+    def inverse_gauss_newton(self) -> Tensor:
+        """(G + μI)⁻¹, (p, p)."""
+        return torch.cholesky_inverse(torch.linalg.cholesky(self.damped_gauss_newton))
 
     @cached_property
     def hessian_diagonal(self) -> Tensor:
-        """h_ii, (p,): exact for models that are piecewise affine in each single weight, as all of table 1 are.
+        """h_ii, (p,): the diagonal of G, and of the Hessian of models that are piecewise affine in each single weight.
 
-            h_ii = 1/n Σ_s j_siᵀ R_s j_si,   j_si = ∂output_s/∂w_i,   R_s = ∂²loss_s/∂output_s²
-
-        The term that is left out, ∂loss/∂output · ∂²output/∂w_i², is zero with ReLU, which bends in no single weight
-        but at its kink. So h_ii >= 0, in a network too. Costs a Jacobian, and no p backward passes as the matrix does.
+        All of table 1 are: ReLU bends in no single weight but at its kink. So h_ii >= 0, in a network too. For any
+        number of parameters: G itself is not built.
         """
         total = torch.zeros_like(self.weights)
+        for rows in self._curvature_rows():
+            total += rows.square().sum(0)
+        return total / len(self.x)
+
+    def _curvature_rows(self) -> Iterator[Tensor]:
+        """A_sᵀ J_s with A_s A_sᵀ = R_s, one below the other, (S K, p), of `CHUNK` objects after the other."""
         for x in self.x.split(CHUNK):
             root = self._curvature_root(self.output(self.weights, x).detach())  # (S, K, K)
 
             def outputs(w: Tensor, x_s: Tensor, root_s: Tensor) -> Tensor:
                 return root_s.T @ self.output(w, x_s[None]).reshape(-1)
 
-            total += vmap(jacrev(outputs), (None, 0, 0))(self.weights, x, root).square().sum((0, 1)).detach()
-        return total / len(self.x)
+            yield vmap(jacrev(outputs), (None, 0, 0))(self.weights, x, root).flatten(0, 1).detach()
 
     def _curvature_root(self, output: Tensor) -> Tensor:
         """A with A Aᵀ = R_s for each object, (S, K, K), of the three losses of examples/models.py.

@@ -5,8 +5,11 @@
 Sources: Y. LeCun, J. Denker, S. Solla, "Optimal Brain Damage" (NIPS 1989); B. Hassibi, D. Stork, "Second Order
 Derivatives for Network Pruning: Optimal Brain Surgeon" (NIPS 1992). Both are at a minimum, g = 0, and set w_q to zero.
 To freeze a weight is to do without a step that is still to come: here the expansion is at a point before the minimum,
-and d = -H⁻¹g, Newton's step, is what is left to go. On a linear regression it is exactly that; H is ∇²L, or, where a
-network makes that indefinite, H + μI (see `Snapshot.damped_hessian`).
+and d = -H⁻¹g is the step to the minimum of the expansion, which is what is left to go if the loss is quadratic.
+
+H is the Gauss-Newton matrix, and where that is singular or nearly so, H + μI (`Snapshot.damped_gauss_newton`). On a
+linear regression with more objects than weights and a condition number below 10,000 that is ∇²L itself, and d exact;
+in a network d is the way to the minimum of a damped quadratic, a step of Levenberg and Marquardt's method.
 
 Scores are (p,), lowest first, in units of the loss.
 """
@@ -27,10 +30,11 @@ def obd(at: Snapshot) -> Tensor:
 def obs(at: Snapshot) -> Tensor:
     """w_i² / (2 [H⁻¹]_ii): the same, once the other weights have been adjusted for it.
 
-    Hassibi and Stork, their L_q, Eq. (5). They build H⁻¹ from products of gradients; here it is the exact inverse,
-    damped where H is not positive definite. The other weights are not adjusted here: it is used as an order.
+    Hassibi and Stork, their L_q, Eq. (5). Their H, too, is a sum of outer products of the outputs' gradients; they
+    build its inverse object by object from that of a small multiple of I, here it is inverted once, damped. The other
+    weights are not adjusted here: it is used as an order.
     """
-    return at.weights.square() / (2 * at.inverse_hessian.diagonal())
+    return at.weights.square() / (2 * at.inverse_gauss_newton.diagonal())
 
 
 def obd_freeze(at: Snapshot) -> Tensor:
@@ -38,16 +42,16 @@ def obd_freeze(at: Snapshot) -> Tensor:
 
     `obd` with the way that is left in the place of the weight.
     """
-    return at.hessian_diagonal * _newton_step(at).square() / 2
+    return at.hessian_diagonal * _step(at).square() / 2
 
 
 def obs_freeze(at: Snapshot) -> Tensor:
     """d_i² / (2 [H⁻¹]_ii), d = -H⁻¹g: the same, once the other weights have gone where it is least with w_i held.
 
-    `obs` with the way that is left in the place of the weight. On a linear regression this is the exact rise of the
-    least loss that training can reach when w_i alone is frozen.
+    `obs` with the way that is left in the place of the weight. On a linear regression that needs no damping this is
+    exactly by how much the least loss that training can reach rises when w_i alone is frozen.
     """
-    return _newton_step(at).square() / (2 * at.inverse_hessian.diagonal())
+    return _step(at).square() / (2 * at.inverse_gauss_newton.diagonal())
 
 
 def obd_freeze_diagonal(at: Snapshot) -> Tensor:
@@ -60,5 +64,5 @@ def obd_freeze_diagonal(at: Snapshot) -> Tensor:
     return (at.gradient.square() / (2 * h)).where(h > 0, 0.0)
 
 
-def _newton_step(at: Snapshot) -> Tensor:
-    return -at.inverse_hessian @ at.gradient
+def _step(at: Snapshot) -> Tensor:
+    return -at.inverse_gauss_newton @ at.gradient

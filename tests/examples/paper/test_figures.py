@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from examples.paper import figures, tables
 from examples.paper.related import RELATED
@@ -98,6 +99,23 @@ def test_a_scan_draws_the_growth_at_the_middle_by_t0():
         np.testing.assert_allclose(growth, [summary["growth"][order]["train"]["mean"][2] for summary in summaries])
 
 
+def test_the_legend_of_a_scan_with_many_orders_hides_no_curve():
+    """All orders are in it, below both panels and not in one of them."""
+    orders = tuple(figures.ALL_STYLES)
+    summaries = []
+    for t0 in (20, 80):
+        one = made("boston", t0)
+        growth = dict.fromkeys((order for order in orders if order != "random"), one["growth"]["variance"])
+        summaries.append({**one, "growth": growth})
+    figure = figures.scan(summaries, "title")
+    FigureCanvasAgg(figure).draw()
+    (legend,) = figure.legends
+    assert {text.get_text() for text in legend.get_texts()} == set(orders)
+    for axes in figure.axes:
+        assert not axes.get_window_extent().overlaps(legend.get_window_extent())
+    assert figure.axes[1].get_legend() is None
+
+
 def _columns(text, heading):
     """The table below a heading of a Markdown text, by its first row."""
     lines = text.split(heading)[1].strip().splitlines()
@@ -121,6 +139,14 @@ def test_the_report_has_growth_and_differences_with_their_intervals(boston):
         found = boston[key]["snr"]["test"]
         low, high = found["interval"][2]
         assert _columns(text, heading)["snr"][2] == f"{found['mean'][2]:#.3g} [{low:#.3g}, {high:#.3g}]"
+
+
+def test_the_report_ends_its_table_of_growth_with_the_whole_curve(boston):
+    columns = _columns(tables.report(boston, "title"), "## Growth, train")
+    found = boston["growth_over_curve"]["snr"]["train"]
+    low, high = found["interval"]
+    assert columns["frozen"][-1] == "curve"
+    assert columns["snr"][-1] == f"{found['mean']:#.3g} [{low:#.3g}, {high:#.3g}]"
 
 
 def test_the_report_says_under_what_settings(boston):

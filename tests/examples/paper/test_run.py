@@ -135,6 +135,17 @@ def test_variance_of_the_sum_is_that_of_a_sample_around_the_gradient_of_the_sum(
     assert overlap > 70
 
 
+@pytest.mark.parametrize(("batch_size", "same"), [(48, True), (50, False)])
+def test_training_on_sums_differs_by_the_short_batches_only(batch_size, same):
+    """720 objects are 15 batches of 48, or 14 of 50 and one of 20, whose gradient Adam sees at two fifths."""
+    settings = of("synthetic3", t0=40, steps=60, batch_size=batch_size, orders=("variance",))
+    experiment = in_float64(prepare(settings, index=1))
+    means, sums = (flat(warm_up(experiment, members=members).weights.values()) for members in (Members, SummedLosses))
+    way = (means - flat(experiment.model.parameters())).norm()
+    assert ((sums - means).norm() < 1e-5 * way) == same
+    assert (sums - means).norm() < 0.1 * way
+
+
 @pytest.mark.parametrize(
     "mistake",
     [

@@ -125,6 +125,18 @@ def test_runs_are_computed_again_when_the_code_changes(tmp_path, monkeypatch):
     assert study.missing([(SHORT, 0)], tmp_path) == []
 
 
+@pytest.mark.parametrize("library", ["torch", "pl", "np", "scipy", "sklearn"])
+def test_runs_are_computed_again_with_another_version_of_a_library(library, tmp_path, monkeypatch):
+    before = study._file(tmp_path, SHORT, 0)
+    study._code.cache_clear()
+    assert study._file(tmp_path, SHORT, 0) == before
+    monkeypatch.setattr(getattr(study, library), "__version__", "0.0.0")
+    study._code.cache_clear()
+    changed = study._file(tmp_path, SHORT, 0)
+    study._code.cache_clear()
+    assert changed != before
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
 def test_workers_end_with_a_killed_command(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from examples.paper.run import Run
-from examples.paper.summary import chance, curve, growth, middle, paired, stability, summarise
+from examples.paper.summary import chance, curve, growth, growth_over_curve, middle, paired, stability, summarise
 from examples.paper.tasks import Settings
 
 RNG = np.random.default_rng(0)
@@ -62,6 +62,20 @@ def test_growth_interval_holds_the_ratios_that_a_t_test_does_not_reject():
     for ratio in found["interval"][1]:
         assert stats.ttest_1samp((order - 1) - ratio * (random - 1), 0).pvalue == pytest.approx(0.05)
     assert found["interval"][1][0] < found["mean"][1] < found["interval"][1][1]
+
+
+def test_growth_over_a_curve_is_that_of_the_rises_between_its_ends_added_up():
+    """By loops; the interval's ends are the ratios that a t-test just does not reject. Both ends of curves may vary."""
+    none = RNG.normal(1, 0.5, (9, 1))
+    random, order = (none + np.hstack([0 * none, unit + RNG.normal(0, 0.3, (9, 4))]) for unit in (2.0, 1.0))
+    random[:, -1] = order[:, -1] = 50.0
+    cost, unit = ([sum(row[j] - row[0] for j in (1, 2, 3)) for row in one] for one in (order, random))
+    found = growth_over_curve(order, random)
+    assert found["mean"] == pytest.approx(sum(cost) / sum(unit))
+    assert found["interval"][0] < found["mean"] < found["interval"][1]
+    for ratio in found["interval"]:
+        assert stats.ttest_1samp(np.array(cost) - ratio * np.array(unit), 0).pvalue == pytest.approx(0.05)
+    assert growth_over_curve(order, 2 * none - random) == {"mean": None, "interval": [None, None]}
 
 
 @pytest.mark.parametrize("cost", [-2.0, 0.0])

@@ -30,3 +30,16 @@ def snapshot(kind, objects=40, seed=0, weights=None, scale=1.0, observe=None):
     model = MODELS[kind]()
     w = torch.nn.utils.parameters_to_vector(model.parameters()).detach() * scale if weights is None else weights
     return related.take(model, w, (torch.as_tensor(x), torch.as_tensor(y)), seed, observe)
+
+
+def gauss_newton(at):
+    """1/n Σ_s J_sᵀ R_s J_s in NumPy, by a loop over objects and outputs, R_s being autograd's Hessian of one loss."""
+    total = 0.0
+    for x, y in zip(at.x, at.y, strict=True):
+        w = at.weights.clone().requires_grad_()
+        outputs = at.output(w, x[None])
+        rows = [torch.autograd.grad(output, w, retain_graph=True)[0] for output in outputs.flatten()]
+        curvature = torch.autograd.functional.hessian(lambda o, y=y: at.model.loss(o, y[None]), outputs.detach())
+        jacobian = torch.stack(rows)
+        total = total + jacobian.T @ curvature.reshape(len(rows), len(rows)) @ jacobian
+    return (total / len(at.x)).numpy()

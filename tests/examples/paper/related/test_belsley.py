@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from examples.paper.related import belsley
-from tests.examples.paper.related.cases import snapshot
+from tests.examples.paper.related.cases import gauss_newton, snapshot
 
 
 def proportions_of(x):
@@ -21,7 +21,7 @@ def proportions_of(x):
 def test_proportions_of_the_laplace_approximation_are_belsleys_of_x():
     at = snapshot("linear")
     pi, indices = proportions_of(at.x.numpy())
-    found = belsley.laplace_proportions(at.damped_hessian)
+    found = belsley.laplace_proportions(at.damped_gauss_newton)
     np.testing.assert_allclose(found, pi[indices.argmax()], rtol=1e-8)
     np.testing.assert_allclose(pi.sum(0), 1)
 
@@ -47,6 +47,17 @@ def test_laplace_order_removes_columns_of_x_one_by_one():
     assert removed != list(np.argsort(-once[0][once[1].argmax()]))  # looking again after each makes a difference
 
 
+def test_laplace_order_of_a_network_begins_with_the_largest_proportion_on_the_scaled_gauss_newton_matrix():
+    at = snapshot("regressor", scale=2.0)
+    g = gauss_newton(at)
+    values = np.linalg.eigvalsh(g)
+    g += max(0.0, 1e-4 * values[-1] - values[0]) * np.eye(len(g))
+    scaled = g / np.sqrt(np.outer(g.diagonal(), g.diagonal()))
+    squares, vectors = np.linalg.eigh(scaled)
+    pi = vectors[:, 0] ** 2 / squares[0] / np.linalg.inv(scaled).diagonal()
+    assert int(belsley.belsley_laplace(at).argmin()) == pi.argmax()
+
+
 def test_the_collinear_pair_is_named_first_and_then_left_in_peace():
     """x₀ and x₁ nearly equal: one of them goes first; the other is collinear with nothing any more."""
     random = np.random.default_rng(1)
@@ -54,7 +65,7 @@ def test_the_collinear_pair_is_named_first_and_then_left_in_peace():
     x = torch.as_tensor(random.normal(size=(400, 6)))
     x[:, 1] = x[:, 0] + 0.01 * x[:, 1]
     at = replace(at, x=x)
-    pi = belsley.laplace_proportions(at.damped_hessian)
+    pi = belsley.laplace_proportions(at.damped_gauss_newton)
     assert pi[:2].min() > 0.99 > 0.1 > pi[2:].max()
     first, second = belsley.belsley_laplace(at).argsort().tolist()[:2]
     assert first in (0, 1)

@@ -1,6 +1,7 @@
 """Paths against scikit-learn's solvers at single penalties, and proximal steps against their definition."""
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -149,3 +150,17 @@ def test_steps_never_raise_the_penalised_loss_of_a_network():
     values = [penalised(paths.proximal_steps(at, 0.3, 0.2, steps)[0]) for steps in range(12)]
     assert values == sorted(values, reverse=True)
     assert values[0] > 2 * values[-1]
+
+
+def test_weights_at_zero_are_told_apart_by_their_gradient_and_tie_without_one(monkeypatch):
+    """Of a feature that is 0 for every object, a dark pixel, comes no gradient."""
+    monkeypatch.setattr(paths, "NETWORK_PENALTY", 0.5)
+    monkeypatch.setattr(paths, "NETWORK_STEPS", 10)  # after more whole units have no gradient
+    at = snapshot("classifier")
+    at = replace(at, x=at.x * (torch.arange(6) != 2))
+    score = paths.l1_path(at)
+    dark, others = score[2:30:6], torch.cat([score[:2], score[3:8], score[9:14]])
+    assert (dark < 0).all()
+    assert len(dark.unique()) == 1
+    others = others[others < 0]
+    assert len(others.unique()) == len(others) > 3

@@ -1,4 +1,4 @@
-"""Curvature against second differences and closed forms."""
+"""Curvature against a loop over objects, autograd's Hessian and closed forms."""
 
 import numpy as np
 import pytest
@@ -6,48 +6,68 @@ import torch
 
 from examples.paper import related
 from examples.paper.related.relevance import posterior
-from tests.examples.paper.related.cases import MODELS, snapshot
+from tests.examples.paper.related.cases import MODELS, gauss_newton, snapshot
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_hessian_and_gradient_are_the_differences_of_the_loss(kind):
+def test_gradient_is_the_difference_of_the_loss(kind):
     at = snapshot(kind)
-    p, h = len(at.weights), 1e-5
-    steps = h * torch.eye(p, dtype=torch.float64)
-    gradients = []
-    for w in (*(at.weights + steps), *(at.weights - steps)):
-        w = w.clone().requires_grad_()
-        gradients.append(torch.autograd.grad(at.loss(w), w)[0])
-    found = (torch.stack(gradients[:p]) - torch.stack(gradients[p:])) / (2 * h)
-    torch.testing.assert_close(at.hessian, found, rtol=1e-5, atol=1e-6)  # the error of differences
+    h = 1e-5
+    steps = h * torch.eye(len(at.weights), dtype=torch.float64)
     losses = torch.stack([at.loss(at.weights + s) - at.loss(at.weights - s) for s in steps]) / (2 * h)
-    torch.testing.assert_close(at.gradient, losses, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(at.gradient, losses, rtol=1e-5, atol=1e-7)  # the error of differences
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_diagonal_by_jacobians_is_the_diagonal_of_the_hessian(kind):
-    """More objects than in a chunk; a network's Hessian has other elements that no Jacobian gives."""
+def test_gauss_newton_matrix_is_the_sum_over_objects(kind):
+    """More of them than in a chunk."""
     at = snapshot(kind, objects=150)
-    torch.testing.assert_close(at.hessian_diagonal, at.hessian.diagonal(), rtol=1e-10, atol=1e-13)
+    np.testing.assert_allclose(at.gauss_newton, gauss_newton(at), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["linear", "logistic"])
+def test_gauss_newton_matrix_of_a_linear_model_is_its_hessian(kind):
+    at = snapshot(kind, objects=150)
+    hessian = torch.autograd.functional.hessian(at.loss, at.weights)
+    torch.testing.assert_close(at.gauss_newton, hessian, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("kind", ["regressor", "classifier"])
+def test_gauss_newton_matrix_of_a_network_has_no_negative_eigenvalue_where_its_hessian_has(kind):
+    at = snapshot(kind, objects=150, scale=2.0)
+    hessian = torch.autograd.functional.hessian(at.loss, at.weights)
+    ours, exact = (np.linalg.eigvalsh(h.numpy()) for h in (at.gauss_newton, hessian))
+    assert ours[0] > -1e-12 * ours[-1]
+    assert exact[0] < -1e-3 * exact[-1]
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_diagonal_is_that_of_the_hessian(kind):
+    """A network's Hessian differs from the Gauss-Newton matrix, but not there."""
+    at = snapshot(kind, objects=150)
+    hessian = torch.autograd.functional.hessian(at.loss, at.weights)
+    torch.testing.assert_close(at.hessian_diagonal, hessian.diagonal(), rtol=1e-10, atol=1e-13)
     assert at.hessian_diagonal.max() > 0.01
 
 
-def test_linear_regression_has_the_hessian_2_xtx_over_n_undamped():
+def test_linear_regression_has_the_curvature_2_xtx_over_n_undamped():
     at = snapshot("linear")
     x, y, w = (tensor.numpy() for tensor in (at.x, at.y, at.weights))
     closed = 2 * x.T @ x / len(x)
-    np.testing.assert_allclose(at.hessian, closed, rtol=1e-10)
+    np.testing.assert_allclose(at.gauss_newton, closed, rtol=1e-10)
     np.testing.assert_allclose(at.gradient, 2 * x.T @ (x @ w - y) / len(x), rtol=1e-10)
-    torch.testing.assert_close(at.damped_hessian, at.hessian, rtol=0, atol=0)
-    np.testing.assert_allclose(at.inverse_hessian, np.linalg.inv(closed), rtol=1e-8)
+    torch.testing.assert_close(at.damped_gauss_newton, at.gauss_newton, rtol=0, atol=0)
+    np.testing.assert_allclose(at.inverse_gauss_newton, np.linalg.inv(closed), rtol=1e-8)
 
 
-def test_hessian_of_a_network_is_damped_by_the_least_shift_to_its_limit():
-    at = snapshot("regressor", scale=2.0)
-    before, after = (np.linalg.eigvalsh(h.numpy()) for h in (at.hessian, at.damped_hessian))
-    assert before[0] < -1e-3
-    np.testing.assert_allclose(after - before, 1e-4 * before[-1] - before[0], rtol=1e-9)
-    assert after[0] == pytest.approx(1e-4 * before[-1])
+@pytest.mark.parametrize(("kind", "objects"), [("regressor", 20), ("linear", 4)])
+def test_singular_curvature_is_damped_by_the_least_shift_to_its_limit(kind, objects):
+    """Fewer objects than weights."""
+    at = snapshot(kind, objects)
+    before, after = (np.linalg.eigvalsh(h.numpy()) for h in (at.gauss_newton, at.damped_gauss_newton))
+    assert abs(before[0]) < 1e-12 * before[-1]
+    np.testing.assert_allclose(after - before, 1e-4 * before[-1], rtol=1e-9)
+    np.testing.assert_allclose(at.inverse_gauss_newton, np.linalg.inv(at.damped_gauss_newton), rtol=1e-7, atol=1e-9)
 
 
 def test_snapshot_is_a_copy_in_float64_with_the_weights_given():
