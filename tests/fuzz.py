@@ -189,7 +189,7 @@ def plans(draw: st.DrawFn, steps: int, count: int) -> dict[str, Any]:
         growth = Growth(
             draw(st.sampled_from([1e-4, 0.5, 10.0])), draw(st.sampled_from(["val_loss", None])), first,
             draw(st.floats(first, 0.95)), draw(st.integers(1, 3)), draw(st.sampled_from(["geometric", "linear"])),
-            draw(st.integers(1, 3)), 2,
+            draw(st.integers(1, 3)), 2, draw(st.booleans()),
         )  # fmt: skip
         return {"t0": t0, "k": growth}
     at = sorted(draw(st.sets(st.integers(1, steps - 1), min_size=1, max_size=3)))

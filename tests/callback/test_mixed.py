@@ -111,7 +111,7 @@ def test_resumed_run_has_the_bits_of_the_unbroken_one(tmp_path):
     "arguments",
     [
         {"t0": None, "k": None, "schedule": FreezeSchedule([(3, 0.5), (5, 0.8), (7, 0.9)])},
-        {"k": Growth(first=0.5, most=0.9, stages=3, every=1, max_loss_increase=0.9)},
+        {"k": Growth(first=0.5, most=0.9, stages=3, every=1, max_loss_increase=0.9, forecast=False)},
     ],
 )
 def test_elements_stay_frozen_from_stage_to_stage(arguments):

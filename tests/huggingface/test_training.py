@@ -195,7 +195,7 @@ def test_best_weights_are_in_the_model_after_the_end(tmp_path, best):
 
 def test_monitored_loss_of_each_evaluation_decides_whether_more_freezes(tmp_path):
     """A metric that never rises lets every stage freeze."""
-    growth = Growth(monitor="eval_loss", max_loss_increase=10.0, every=2, stages=3, most=0.9)
+    growth = Growth(monitor="eval_loss", max_loss_increase=10.0, every=2, stages=3, most=0.9, forecast=False)
     options = {"t0": 2, "k": growth, "order": "progress"}
     trainer = train(tmp_path, options, eval_strategy="steps", eval_steps=1, num_train_epochs=2)
     assert trainer.freezing.freezer.frozen_fraction == pytest.approx(0.9, abs=0.01)

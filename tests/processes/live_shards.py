@@ -85,8 +85,8 @@ def masks_that_change_are_those_of_one_process(layout: tuple[int, int]) -> None:
     """Elements that thaw go on with the state they froze with; where k grows, stage by stage."""
     for name, arguments in {
         "thaws": {"schedule": FreezeSchedule([(3, 0.7), (5, 0.2), (7, 0.6), (8, 0.3)], monotone=False), "t0": None},
-        "grows": {"k": Growth(first=0.5, most=0.8, stages=2, every=1, max_loss_increase=0.9)},
-        "grows too far": {"k": Growth(first=0.3, most=0.5, stages=2, every=1, max_loss_increase=1e-9), "rise": 1.0},
+        "grows": {"k": Growth(0.9, first=0.5, most=0.8, stages=2, every=1, forecast=False)},
+        "grows too far": {"k": Growth(1e-9, first=0.3, most=0.5, stages=2, every=1, forecast=False), "rise": 1.0},
     }.items():
         callback, module, look = fit("AdamW", layout, order="random", **arguments)
         counts = [sum(int(mask.sum()) for mask in of_step.values()) for of_step in look.masks]
