@@ -10,9 +10,15 @@ Runs = Mapping[str, Sequence[Mapping[str, Any]]]
 """By "method@fraction"; a run has the entries of `run.run`."""
 
 TITLES = {
-    "full": "all train", "recommended": "the preset, in place", "from_the_base": "its masks, from the base",
-    "random": "random elements", "last_layers": "last layers", "lora": "LoRA", "shira": "SHiRA",
-}  # fmt: skip
+    "full": "all train",
+    "recommended": "the preset, in place",
+    "from_the_base": "its masks, from the base",
+    "probed": "masks of a probe",
+    "random": "random elements",
+    "last_layers": "last layers",
+    "lora": "LoRA",
+    "shira": "SHiRA",
+}
 
 
 def of_task(name: str, before: Mapping[str, float], runs: Runs) -> str:

@@ -22,7 +22,7 @@ from typing_extensions import override
 from benchmarks.memory import Meter
 from benchmarks.pretrained.tasks import TASKS_BY_NAME, Inputs, Split, Task
 from benchmarks.quality import adapters
-from lightning_gcfreeze import GradCovFreezeCallback
+from lightning_gcfreeze import GradCovFreezeCallback, ProbeCallback
 from lightning_gcfreeze._types import Named
 from lightning_gcfreeze.masks import lowest
 
@@ -122,6 +122,15 @@ def from_the_base(fit: Fit) -> Trained:
         return _with_masks(again, Path(folder) / "masks.pt")
 
 
+def probed(fit: Fit) -> Trained:
+    """The masks of a probe: the gradients of as many batches at the weights that ship, without a step."""
+    first = fit.steps // BEFORE
+    with tempfile.TemporaryDirectory() as folder:
+        masks = Path(folder) / "masks.pt"
+        fit.train(fit.module(fit.base), [ProbeCallback(masks, fit.fraction, **fit.body)], slice(0, first))
+        return _with_masks(replace(fit, steps=fit.steps - first), masks)
+
+
 def random(fit: Fit) -> Trained:
     """Random elements train."""
     draw = torch.Generator().manual_seed(fit.seed)
@@ -145,7 +154,7 @@ def shira(fit: Fit) -> Trained:
 
 
 METHODS: dict[str, Callable[[Fit], Trained]] = {
-    method.__name__: method for method in (full, recommended, from_the_base, random, last_layers, lora, shira)
+    method.__name__: method for method in (full, recommended, from_the_base, probed, random, last_layers, lora, shira)
 }
 
 

@@ -46,7 +46,6 @@ class FreezeSchedule:
                     " schedule. Raise k, or set `monotone=False`, so that elements may thaw."
                 )
 
-
     @classmethod
     def growing(cls, begin: int, end: int, k: float, stages: int = 10) -> "FreezeSchedule":
         """Make a monotone schedule that freezes as much more at each of several stages, at equal distances.

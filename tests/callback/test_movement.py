@@ -140,7 +140,9 @@ def test_resumed_run_equals_the_unbroken_one(tmp_path, after):
 
 def test_settled_t0_counts_the_way_since_the_last_check():
     """Two thirds of the way to the check, which is where the one before was; with k that grows."""
-    callback = GradCovFreezeCallback(Settled(first=4, max_t0=9), Growth(first=0.5, every=2, forecast=False), order="movement")
+    callback = GradCovFreezeCallback(
+        Settled(first=4, max_t0=9), Growth(first=0.5, every=2, forecast=False), order="movement"
+    )
     records, _ = fit(callback, OPTIMIZERS["SGD"][0], max_epochs=4)
     t0 = callback._state.plan.t0
     since = {4: 2, 6: 4, 9: 6}[t0]
