@@ -24,7 +24,7 @@ Verdict: TypeAlias = Literal["wait", "grow", "keep", "stay", "thaw"]
 lets in the next; "stay" for good; or "thaw" it and keep the one before."""
 
 EXPONENT = 1.5
-FLOOR = 0.1
+FLOOR = 0.03
 """Of the training loss at the start: what is lower counts as this much. A model that has learned its data by heart has
 a training loss of nearly nothing, and a hundredth of that says nothing of the loss on other data."""
 
@@ -46,7 +46,7 @@ class Growth:
     Args:
         max_loss_increase: by how much the loss at the end of training may be above that of the unfrozen run, relative
             to it. A forecast keeps to it before a stage freezes, and afterwards the loss may not rise by more above the
-            lowest loss since t0. A training loss below a tenth of what it began with counts as that tenth.
+            lowest loss since t0. A training loss below 3 % of what it began with counts as those 3 %.
         monitor: name of a logged loss, which is read after each validation. None: the training loss, averaged over
             `every` steps.
         first: fraction of the eligible elements that the first stage freezes, at t0 or when the forecast allows it.

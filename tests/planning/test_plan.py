@@ -252,8 +252,8 @@ def test_end_that_is_not_known_is_taken_for_as_many_steps_again():
     assert grown(losses, Growth(0.03, every=10), 400, 412) == [(400, 0.6), (410, 0.8)]
 
 
-def test_training_loss_below_a_tenth_of_the_first_counts_as_that_tenth():
-    """It falls from 10 to 0.001, and on to a half of that: a hundredth of 1 is more. Monitored, it counts as it is."""
+def test_training_loss_far_below_the_first_counts_as_3_percent_of_it():
+    """It falls from 10 to 0.001, and on to a half of that: 2 % of 0.3 is more. Monitored, it counts as it is."""
     losses = [10.0] * 10 + [1e-3 * (100 / t) for t in range(11, 301)]
     assert grown(losses, Growth(every=10), 150, 300)[0] == (150, 0.6)
     plan = Plan([(150, Growth(monitor="x"))], "1/t")
