@@ -12,11 +12,12 @@ True = held constant, everywhere.
 
 from lightning_gcfreeze.masks.files import load, load_order, save, save_gathered, save_order
 from lightning_gcfreeze.masks.resolving import Masks, check, resolve
-from lightning_gcfreeze.masks.selections import Selection, everything, layer, lowest, pattern, rows
+from lightning_gcfreeze.masks.selections import Selection, at_random, everything, layer, lowest, pattern, rows
 
 __all__ = [
     "Masks",
     "Selection",
+    "at_random",
     "check",
     "everything",
     "layer",

@@ -16,6 +16,8 @@ from lightning_gcfreeze._types import Granularity, Named
 from lightning_gcfreeze.masks.files import load_order
 
 _SIGNS = {"logical_or": "|", "logical_and": "&"}
+_AXES: dict[str, int | None] = {"element": None, "row": 1, "tensor": 0}
+"""Of a parameter, those that tell its units apart; None: all."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,23 @@ def lowest(order: str | PathLike[str] | Named, k: int | float, granularity: Gran
     return Selection(_lowest, (order, _checks.count_or_fraction("k", k), granularity))
 
 
+def at_random(k: int | float, granularity: Granularity = "element", seed: int = 0) -> Selection:
+    """Select k elements at random, the same ones wherever the seed is the same.
+
+    Args:
+        k: how many of the elements: an int is a count, a float in [0, 1] a fraction.
+        granularity: what is selected together: "element", "row" or "tensor"; see `GradCovFreezeCallback`.
+        seed: of the draw.
+
+    Raises:
+        TypeError: `k` or `seed` is no number.
+        ValueError: `k` or `granularity` is not among what is allowed.
+    """
+    _checks.one_of("granularity", granularity, list(_AXES))
+    count, seed = _checks.count_or_fraction("k", k), _checks.integer("seed", seed, at_least=0)
+    return Selection(_at_random, (count, granularity, seed))
+
+
 def _names(function: str, *names: Any) -> tuple[str, ...]:
     """Return names that are given one by one."""
     if not names or not all(isinstance(name, str) for name in names):
@@ -223,6 +242,15 @@ def _lowest(names: Names, order: Any, k: int | float, granularity: Granularity) 
     selection.check_scores(scores, parameters)
     count = selection.resolve_count(k, sum(shape.numel() for shape in names.shapes.values()))
     return selection.lowest_k(selection.pooled(scores, granularity), count, granularity)
+
+
+def _at_random(names: Names, k: int | float, granularity: Granularity, seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    scores = dict[str, Tensor]()
+    for name, shape in names.shapes.items():
+        drawn = torch.rand(shape[: _AXES[granularity]], generator=generator)  # one for each unit
+        scores[name] = drawn.reshape(drawn.shape + (1,) * (len(shape) - drawn.dim())).expand(shape)
+    return _lowest(names, scores, k, granularity)
 
 
 def _combined(names: Names, operation: str, a: Selection, b: Selection) -> dict[str, Tensor]:

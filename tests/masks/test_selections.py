@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gcfreeze.distributed import UNSHARDED
-from lightning_gcfreeze.masks import everything, layer, lowest, pattern, resolve, rows, save_order
+from lightning_gcfreeze.masks import at_random, everything, layer, lowest, pattern, resolve, rows, save_order
 
 
 class Encoder(nn.Module):
@@ -185,6 +185,37 @@ def test_argument_of_lowest_outside_its_range_is_refused(k, granularity, message
     """Likewise."""
     with pytest.raises(ValueError, match=message):
         lowest("order.pt", k, granularity)
+
+
+@pytest.mark.parametrize("granularity", ["element", "row", "tensor"])
+@pytest.mark.parametrize("k", [30, 0.5, 1.0])
+def test_random_elements_are_as_many_as_asked_for_and_whole_units(granularity, k):
+    count = k if isinstance(k, int) else round(k * len(EVERYTHING))
+    found = chosen(at_random(k, granularity))
+    assert len(found) == count if granularity == "element" else len(found) <= count
+    assert chosen(at_random(k, granularity)) == found
+    if granularity == "row":
+        assert {(name, *index[:1]) for name, index in found}.isdisjoint(
+            {(name, *index[:1]) for name, index in EVERYTHING - found}
+        )
+
+
+def test_random_elements_are_spread_evenly_and_differ_from_seed_to_seed():
+    """Over 200 seeds each element is chosen in about half of them, and in no pattern with its neighbour."""
+    draws = [chosen(at_random(0.5, seed=seed)) for seed in range(200)]
+    times = [sum(place in draw for draw in draws) for place in EVERYTHING]
+    assert min(times) > 65
+    assert max(times) < 135
+    assert len({frozenset(draw) for draw in draws}) == 200
+
+
+def test_argument_of_at_random_outside_its_range_is_refused():
+    with pytest.raises(ValueError, match="`k`"):
+        at_random(1.5)
+    with pytest.raises(ValueError, match="`granularity` must be one of 'element', 'row', 'tensor', got 'mixed'"):
+        at_random(0.5, "mixed")
+    with pytest.raises(TypeError, match="`seed`"):
+        at_random(0.5, seed="a")
 
 
 class Tied(nn.Module):
