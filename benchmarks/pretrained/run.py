@@ -24,7 +24,7 @@ from benchmarks.pretrained.tasks import TASKS_BY_NAME, Inputs, Split, Task
 from benchmarks.quality import adapters
 from lightning_gcfreeze import GradCovFreezeCallback, ProbeCallback
 from lightning_gcfreeze._types import Named
-from lightning_gcfreeze.masks import lowest
+from lightning_gcfreeze.masks import at_random, lowest
 
 BEFORE = 5
 """One of so many steps comes before the freeze."""
@@ -133,14 +133,20 @@ def probed(fit: Fit) -> Trained:
 
 def random(fit: Fit) -> Trained:
     """Random elements train."""
-    draw = torch.Generator().manual_seed(fit.seed)
-    return _by_scores(fit, lambda p: torch.rand(p.shape, generator=draw))
+    return _with_masks(fit, at_random(fit.fraction, seed=fit.seed))
+
+
+def random_rows(fit: Fit) -> Trained:
+    """Random rows train: whole output neurons, filters, words."""
+    return _with_masks(fit, at_random(fit.fraction, "row", seed=fit.seed))
 
 
 def last_layers(fit: Fit) -> Trained:
     """What comes last trains."""
-    place = iter(range(10**6))
-    return _by_scores(fit, lambda p: torch.full(p.shape, float(next(place))))
+    named = fit.module(fit.lr).named_parameters()
+    own = [(n, p) for n, p in named if p.requires_grad and not _in_head(n, fit.task)]
+    places = {name: torch.full(p.shape, float(i)) for i, (name, p) in enumerate(own)}
+    return _with_masks(fit, lowest(places, fit.fraction))
 
 
 def lora(fit: Fit) -> Trained:
@@ -154,7 +160,8 @@ def shira(fit: Fit) -> Trained:
 
 
 METHODS: dict[str, Callable[[Fit], Trained]] = {
-    method.__name__: method for method in (full, recommended, from_the_base, probed, random, last_layers, lora, shira)
+    method.__name__: method
+    for method in (full, recommended, from_the_base, probed, random, random_rows, last_layers, lora, shira)
 }
 
 
@@ -216,12 +223,6 @@ def _with_masks(fit: Fit, masks: Any) -> Trained:
 
 def _masked(module: Tuned, freeze: GradCovFreezeCallback, shipped: int) -> Trained:
     return Trained(module, sum(int((~mask).sum()) for mask in freeze.frozen.values()), shipped)
-
-
-def _by_scores(fit: Fit, score: Callable[[Tensor], Tensor]) -> Trained:
-    named = fit.module(fit.lr).named_parameters()
-    own = {n: p for n, p in named if p.requires_grad and not _in_head(n, fit.task)}
-    return _with_masks(fit, lowest({name: score(p) for name, p in own.items()}, fit.fraction))
 
 
 def _adapted(fit: Fit, kind: str) -> Trained:

@@ -210,7 +210,7 @@ TASKS_BY_NAME: dict[str, Task] = {
         "CREPE tiny, pitches of rough tones", "pitches found", "ordinary pitches found",
         networks.Crepe, pitches, pitch_loss, pitch_accuracy,
         lambda outputs, _, cents: pitch_accuracy(outputs, cents),  # type: ignore[arg-type]
-        batch_size=32, steps=150, lr=1e-3,
+        batch_size=32, steps=100, lr=1e-3,
     ),
     "voices": Task(
         "Resemblyzer, synthetic voices in noise", "accuracy", "order of similarities",

@@ -56,8 +56,8 @@ class Growth:
             difference.
         every: optimizer steps over which the training loss is averaged; None: a tenth of t0, at least 20.
         patience: loss means to collect before an undecided stage is kept.
-        forecast: whether a stage waits until the forecast allows it, which with a monitor takes three validations in
-            the second half of the steps so far. False: each stage follows once the loss has not risen.
+        forecast: whether a stage waits until the forecast allows it: of the monitored loss, from the third validation
+            in the second half of the steps on, else of the training loss. False: it follows once no loss has risen.
 
     Raises:
         TypeError: an argument of the wrong kind.
@@ -141,7 +141,9 @@ class GrowthState:
         if not loss.n:
             return "wait"
         if self.is_waiting:
-            self.reference = loss
+            self.increase = self.noise = math.nan  # nothing is judged
+            if math.isfinite(loss.value):
+                self.reference = min(self.reference, loss) if self.reference.n else loss
             return self._next(fall, first, "wait")
         if not self.reference.n:
             self.reference = loss
@@ -177,7 +179,7 @@ class GrowthState:
     def _admits(self, stage: int, fall: Fall, first: float) -> bool:
         """Whether the forecast lets a stage in; count what it forgoes if so."""
         is_unknown = math.isnan(fall.value)
-        if not self.growth.forecast or (is_unknown and self.growth.monitor is not None):
+        if not self.growth.forecast:
             return True
         shares = [share_forgone(fraction) for fraction in self.growth.fractions()]
         now = shares[stage - 1] if stage else 0.0

@@ -18,7 +18,7 @@ from lightning_gcfreeze.planning.growing import Growth, GrowthState, Verdict
 from lightning_gcfreeze.planning.losses import Losses, LossMean
 from lightning_gcfreeze.planning.schedule import FreezeSchedule
 from lightning_gcfreeze.planning.settling import Check, Settled, SettlingState
-from lightning_gcfreeze.planning.trend import Trend
+from lightning_gcfreeze.planning.trend import Fall, Trend
 
 PlannedDecision: TypeAlias = tuple[int | Settled, int | float | Growth | Budget]
 """(t0, k): the optimizer step after which to decide, and how much to freeze then."""
@@ -113,7 +113,7 @@ class Plan:
         self.metrics: dict[str, float] = {}
         """What was found since these were last logged, by tag; whoever logs them empties the dict."""
         self._losses = Losses()
-        self._trend = Trend()  # of the loss by which k grows
+        self._trend, self._validations = Trend(), Trend()  # of the training loss, and of a monitored one
         self._planned_steps = math.inf
         self._loss_before = LossMean()  # before the first freeze
         self._validation_loss: LossMean | None = None  # that was not judged yet
@@ -223,12 +223,12 @@ class Plan:
 
     def needs_loss(self, step: int) -> bool:
         """Return whether the training loss of an optimizer step is to be recorded."""
-        return self._follows_training_loss or (self.settling is not None and self.has_next_decision)
+        return self._may_grow or (self.settling is not None and self.has_next_decision)
 
     @property
-    def _follows_training_loss(self) -> bool:
-        """Whether k grows, or is to grow, by the training loss."""
-        return self.growth is not None and self.growth.monitor is None and self.masks_may_change
+    def _may_grow(self) -> bool:
+        """Whether k grows, or is to grow."""
+        return self.growth is not None and self.masks_may_change
 
     def record_loss(self, loss: Tensor, step: int) -> None:
         """Record a training loss of this process, a tensor with one element. It is read from its device later.
@@ -237,9 +237,12 @@ class Plan:
             loss: of the batch, or of a micro-batch.
             step: the optimizer step that it is part of.
         """
-        if self._follows_training_loss:
+        if self._may_grow:
             self._trend.add(loss)
-        if self.settling or not self.has_next_decision or step > self._reference_begins:
+        checks = self.settling is not None and self.has_next_decision
+        by_training_loss = self._may_grow and self.monitor is None
+        judges = by_training_loss and (not self.has_next_decision or step > self._reference_begins)
+        if checks or judges:
             self._losses.add(loss)
 
     @property
@@ -249,7 +252,7 @@ class Plan:
 
     def end_step(self, step: int, world: World) -> None:
         """Note that an optimizer step has ended. All processes must call it."""
-        if self._follows_training_loss:
+        if self._may_grow:
             self._trend.end_step(step, world)
 
     def record_validation_loss(self, loss: float, step: int) -> None:
@@ -261,7 +264,7 @@ class Plan:
             loss: of the validation.
             step: optimizer steps before it.
         """
-        self._trend.add_validation(step, loss)
+        self._validations.add_validation(step, loss)
         if not self.has_next_decision:
             self._validation_loss = LossMean(math.inf if math.isnan(loss) else loss, 0.0, 1)
         elif math.isfinite(loss):
@@ -291,7 +294,7 @@ class Plan:
         if self.growth:
             loss = self._losses.read(world) if self.growth.monitor is None else LossMean()
             self.growing = GrowthState(self.growth, self._averaged_steps(step), loss if loss.n else self._loss_before)
-            self.growing.begin(self._trend.fall(step, self._planned_steps), self._first_loss)
+            self.growing.begin(*self._forecast(step))
             self.metrics["gcfreeze/growing/forgone"] = self.growing.forgone
 
     def judge_stage(self, step: int, world: World) -> Verdict:
@@ -299,7 +302,7 @@ class Plan:
         growing, loss = self.growing, self._stage_loss(step, world)
         if growing is None or loss is None or step == self._planned_steps:
             return "wait"
-        verdict = growing.judge(loss, self._trend.fall(step, self._planned_steps), self._first_loss)
+        verdict = growing.judge(loss, *self._forecast(step))
         self.metrics |= {
             "gcfreeze/growing/forgone": growing.forgone,
             "gcfreeze/growing/loss_increase": growing.increase,
@@ -318,9 +321,9 @@ class Plan:
 
         Returns:
             "made" (number of decisions made): int; "t0": int or None; "settling" and "growing": the dicts of
-            `SettlingState` and `GrowthState`, or None; "losses": the lists of `Losses`; "trend": the dict of `Trend`;
-            "before" (the loss before the first freeze): [value, error, n]; "validated" (a validation loss that was not
-            judged yet): float or None.
+            `SettlingState` and `GrowthState`, or None; "losses": the lists of `Losses`; "trend" and "validations": the
+            dicts of `Trend`; "before" (the loss before the first freeze): [value, error, n]; "validated" (a validation
+            loss that was not judged yet): float or None.
         """
         return {
             "made": self.n_decisions,
@@ -329,6 +332,7 @@ class Plan:
             "growing": self.growing.state_dict() if self.growing else None,
             "losses": self._losses.state_dict(),
             "trend": self._trend.state_dict(),
+            "validations": self._validations.state_dict(),
             "before": list(self._loss_before),
             "validated": None if self._validation_loss is None else self._validation_loss.value,
         }
@@ -344,6 +348,7 @@ class Plan:
         self._losses.load_state_dict(state["losses"])
         if "trend" in state:  # 0.1.0 had none
             self._trend.load_state_dict(state["trend"])
+            self._validations.load_state_dict(state["validations"])
         self._loss_before = LossMean(*state["before"])
         self._validation_loss = None if state["validated"] is None else LossMean(state["validated"], 0.0, 1)
 
@@ -352,10 +357,15 @@ class Plan:
         t0 = self.decisions[0][0] if self.decisions else None
         return t0 if isinstance(t0, Settled) else None
 
-    @property
-    def _first_loss(self) -> float:
-        """The loss below a part of which losses count as that part; NaN where they count as they are."""
-        return self._trend.first if self.growth and self.growth.monitor is None else math.nan
+    def _forecast(self, step: int) -> tuple[Fall, float]:
+        """What the loss still falls, and the training loss at the start; NaN for that where a monitored loss tells.
+
+        Where there are too few validations for that, the training loss does.
+        """
+        fall = self._validations.fall(step, self._planned_steps)
+        if not math.isnan(fall.value):
+            return fall, math.nan
+        return self._trend.fall(step, self._planned_steps), self._trend.first
 
     def _averaged_steps(self, t0: int) -> int:
         """Return the number of optimizer steps over which the training loss of a stage is averaged."""

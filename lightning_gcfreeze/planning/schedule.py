@@ -68,7 +68,7 @@ class FreezeSchedule:
         _checks.number("k", k, above=0.0)
         _checks.count_or_fraction("k", float(k))
         distance = (end - begin) / (stages - 1)
-        return cls([(round(begin + i * distance), k * (i + 1) / stages) for i in range(stages)])
+        return cls([(round(begin + i * distance), k * ((i + 1) / stages)) for i in range(stages)])
 
 
 def _stage(i: int, given: object) -> Stage:

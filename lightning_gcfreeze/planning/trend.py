@@ -5,8 +5,9 @@ in log t, so that line is fitted to the steps in (t/2, t] and followed to the en
 
     L(s) ≈ a - b log s,    what L still falls until T:  b log(T/t)
 
-Losses that level off fall less than that, so the forecast errs to the careful side; not so losses that have only begun
-to fall, nor those that fall faster towards the end since the learning rate does.
+Losses that level off fall less than that, so the forecast errs to the careful side. The line of (t/√2, t] does so less,
+and is noisier: it counts where it promises less with two standard errors than the other with one. Not on the careful
+side are losses that have only begun to fall, and those that fall faster at the end as the learning rate does.
 """
 
 import math
@@ -28,7 +29,7 @@ class Fall(NamedTuple):
 
     value: float = math.nan
     error: float = math.nan
-    """Standard error of `value`, by the scatter of the means around the line."""
+    """Standard error of `value`, by the scatter of the means around the line; or two of them, see above."""
     end: float = math.nan
 
 
@@ -56,7 +57,12 @@ class Trend:
 
     def add_validation(self, step: int, loss: float) -> None:
         """Add the loss of a validation after an optimizer step, the same on all processes."""
-        if math.isfinite(loss) and step:
+        if not (math.isfinite(loss) and step):
+            return
+        if self._means and step == self._begun:  # another one after the same step: their mean is one point of the line
+            x, mean, n = self._means.pop()
+            self._means.append((x, mean + (loss - mean) / (n + 1), n + 1))
+        else:
             self._close(step, step, LossMean(loss, 0.0, 1))
 
     def _close(self, middle: float, step: int, mean: LossMean) -> None:
@@ -81,20 +87,16 @@ class Trend:
             step: t.
             planned_steps: T; if it is not known, as many steps again as there have been.
         """
-        if len(self._means) < 3:
-            return Fall()
         left = math.log(planned_steps / step) if step < planned_steps < math.inf else math.log(2)
         if planned_steps == step:
             left = 0.0
-        weight = sum(n for _, _, n in self._means)
-        x_mean = sum(n * x for x, _, n in self._means) / weight
-        y_mean = sum(n * y for _, y, n in self._means) / weight
-        xx = sum(n * (x - x_mean) ** 2 for x, _, n in self._means)
-        slope = sum(n * (x - x_mean) * (y - y_mean) for x, y, n in self._means) / xx
-        scatter = sum(n * (y - y_mean - slope * (x - x_mean)) ** 2 for x, y, n in self._means)
-        error = math.sqrt(scatter / (len(self._means) - 2) / xx)
-        now = y_mean + slope * (math.log(step) - x_mean)
-        return Fall(-slope * left, error * left, now + slope * left)
+        late = [one for one in self._means if one[0] > math.log(step / math.sqrt(2))]
+        falls = []
+        for means, errors in ((self._means, 1.0), (late, 2.0)):
+            if len(means) >= 3:
+                slope, error, now = _line(means, math.log(step))
+                falls.append(Fall(-slope * left, errors * error * left, now + slope * left))
+        return min(falls, key=lambda fall: fall.value + fall.error, default=Fall())
 
     def synchronize(self, world: World) -> None:
         """Make the losses of the mean that is not closed the same on all processes."""
@@ -119,6 +121,17 @@ class Trend:
         self._losses.load_state_dict(state["losses"])
         self._begun, self._first = state["begun"], LossMean(*state["first"])
         self._means = [(x, y, n) for x, y, n in state["means"]]
+
+
+def _line(means: list[tuple[float, float, int]], x: float) -> tuple[float, float, float]:
+    """Fit a line to three means or more by least squares: its slope, the standard error of that, its value at x."""
+    weight = sum(n for _, _, n in means)
+    x_mean = sum(n * x for x, _, n in means) / weight
+    y_mean = sum(n * y for _, y, n in means) / weight
+    xx = sum(n * (x - x_mean) ** 2 for x, _, n in means)
+    slope = sum(n * (x - x_mean) * (y - y_mean) for x, y, n in means) / xx
+    scatter = sum(n * (y - y_mean - slope * (x - x_mean)) ** 2 for x, y, n in means)
+    return slope, math.sqrt(scatter / (len(means) - 2) / xx), y_mean + slope * (x - x_mean)
 
 
 def _ends_mean(step: int) -> bool:

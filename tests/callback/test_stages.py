@@ -415,7 +415,7 @@ def train_only(callback: GradCovFreezeCallback) -> None:
 def test_t0_auto_and_k_auto_freeze_at_least_half():
     """With the defaults, on a task that converges."""
     callback = GradCovFreezeCallback(t0="auto", k="auto")
-    diary = train(callback, max_epochs=60)
+    diary = train(callback, max_epochs=120)
     counts = diary.counts()
     assert counts[31] == 0 < counts[-1]
     assert callback.frozen_fraction >= 0.5

@@ -48,13 +48,13 @@ def test_reference_with_settling_is_the_loss_since_the_last_check():
 
 
 def test_training_loss_is_needed_only_while_a_decision_depends_on_it():
-    """Not if t0 and k are given, not if another loss is monitored, and not any more once k has stopped growing."""
+    """Not if t0 and k are given, and not any more once k has stopped growing."""
     given, monitored, growing = (
         Plan([(10, 0.5)], "1/t"),
         Plan([(10, Growth(monitor="x"))], "1/t"),
         Plan([(30, FLAT)], "1/t"),
     )
-    assert [plan.needs_loss(10) for plan in (given, monitored, growing)] == [False, False, True]
+    assert [plan.needs_loss(10) for plan in (given, monitored, growing)] == [False, True, True]
     growing.record_decision(30, SINGLE_PROCESS)
     needed = []
     for step in range(31, 200):
@@ -97,7 +97,7 @@ def test_planned_steps_are_not_asked_for_if_they_do_not_matter():
 
 def test_monitored_loss_that_is_nan_is_ignored_before_the_freeze_and_too_high_after_it():
     """Two in a row thaw the stage."""
-    plan = Plan([(10, Growth(first=0.5, monitor="x"))], "1/t")
+    plan = Plan([(10, Growth(first=0.5, monitor="x", forecast=False))], "1/t")
     plan.record_validation_loss(2.0, 5)
     plan.record_validation_loss(float("nan"), 10)
     plan.record_decision(10, SINGLE_PROCESS)
@@ -264,12 +264,29 @@ def test_training_loss_far_below_the_first_counts_as_3_percent_of_it():
     assert plan.k == 0.0
 
 
-def test_monitored_loss_is_forecast_from_the_third_validation_on():
-    """Before, a stage follows if the loss has not risen."""
-    for validations, k in ((2, 0.6), (3, 0.0)):
+@pytest.mark.parametrize("training", ["flat", "falling"])
+def test_monitored_loss_is_forecast_from_the_third_validation_on(training):
+    """Before, the training loss tells; without either nothing freezes."""
+    losses = [5.0] * 100 if training == "flat" else straight(100, 1.0)
+    for validations, k in ((2, 0.6 if training == "flat" else 0.0), (3, 0.0), (0, None)):
         plan = Plan([(100, Growth(monitor="x"))], "1/t")
         plan.start(lambda: 1000)
         for i in range(validations):
             plan.record_validation_loss(5.0 - i, 70 + 10 * i)
+        record(plan, {step: losses[step - 1] for step in range(1, 101)} if k is not None else {})
         plan.record_decision(100, SINGLE_PROCESS)
-        assert plan.k == k
+        assert plan.k == (k or 0.0)
+
+
+def test_loss_while_waiting_does_not_raise_the_reference():
+    """It is the lowest since t0, however the loss rises, and what is not finite is left out."""
+    plan = Plan([(100, Growth(monitor="x"))], "1/t")
+    plan.start(lambda: 10**6)
+    record(plan, {step: loss for step, loss in enumerate(straight(140, 1.0), start=1) if step <= 100})
+    plan.record_decision(100, SINGLE_PROCESS)
+    for step, loss in ((110, 4.0), (120, 9.0), (130, math.inf), (140, math.nan)):
+        record(plan, {step: straight(140, 1.0)[step - 1]})
+        plan.record_validation_loss(loss, step)
+        assert plan.judge_stage(step, SINGLE_PROCESS) == "wait"
+    assert plan.growing is not None
+    assert plan.growing.reference.value == 4.0

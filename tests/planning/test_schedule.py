@@ -36,7 +36,8 @@ def test_growing_schedule_adds_as_much_at_each_of_its_stages():
     assert [t for t, _ in stages] == list(range(100, 191, 10))
     assert [k for _, k in stages] == pytest.approx([0.09 * i for i in range(1, 11)])
     assert FreezeSchedule.growing(3, 5, 1.0, stages=2) == FreezeSchedule([(3, 0.5), (5, 1.0)])
-    assert FreezeSchedule.growing(7, 16, 0.5).stages[-1] == (16, 0.5)  # a stage a step
+    for k in (0.5, 0.87, 0.91, 0.47):
+        assert FreezeSchedule.growing(7, 16, k).stages[-1] == (16, k)  # a stage a step
 
 
 @pytest.mark.parametrize(

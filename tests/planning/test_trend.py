@@ -43,14 +43,16 @@ def test_forecast_of_a_loss_that_levels_off_is_never_too_small(law):
             assert followed(law(np.arange(1, step + 1))).fall(step, end).value > law(step) - law(end)
 
 
-def test_error_is_that_of_least_squares_on_noisy_losses():
-    """Of 300 draws of noise the forecasts scatter by about as much as each of them says."""
+def test_forecast_of_noisy_losses_is_not_too_small_with_its_error():
+    """Of 300 draws of noise: on the mean, and in most; and the error is about what the forecasts scatter by."""
     draw, step = np.random.default_rng(0), 300
     law = 5 - 0.3 * np.log(np.arange(1, step + 1))
     falls = [followed(law + draw.normal(0, 0.2, step)).fall(step, 600) for _ in range(300)]
     values, errors = np.array([f.value for f in falls]), np.array([f.error for f in falls])
-    assert values.mean() == pytest.approx(0.3 * math.log(2), abs=0.01)
-    assert np.sqrt((errors**2).mean()) == pytest.approx(values.std(), rel=0.15)
+    fall = 0.3 * math.log(2)
+    assert fall < (values + errors).mean() < 1.5 * fall
+    assert np.mean(values + errors > fall) > 0.6
+    assert 1 / 3 < np.median(errors) / values.std() < 3
 
 
 def test_slope_is_that_of_single_steps():
@@ -59,7 +61,7 @@ def test_slope_is_that_of_single_steps():
     losses = 2 / np.arange(1, step + 1) ** 0.3 + draw.normal(0, 1e-3, step)
     steps = np.arange(step // 2 + 1, step + 1)
     slope, _ = np.polyfit(np.log(steps), losses[steps - 1], 1)
-    assert followed(losses).fall(step, 2 * step).value == pytest.approx(-slope * math.log(2), rel=0.02)
+    assert followed(losses).fall(step, 2 * step).value == pytest.approx(-slope * math.log(2), rel=0.05)
 
 
 def test_end_that_is_not_known_is_twice_as_far():
@@ -90,6 +92,28 @@ def test_validations_count_one_by_one():
         trend.add_validation(step, 4 - math.log(step) if step else 99.0)
     trend.add_validation(101, math.nan)
     assert trend.fall(100, 200).value == pytest.approx(math.log(2))
+
+
+def test_validations_after_the_same_step_are_one_point():
+    """As of several validation sets, or while no optimizer step is taken."""
+    trend, single = Trend(), Trend()
+    for step in (60, 70, 80, 100):
+        single.add_validation(step, 4 - math.log(step))
+        for shift in (-0.5, 0.2, 0.3):
+            trend.add_validation(step, 4 - math.log(step) + shift)
+    assert trend.fall(100, 200).value == pytest.approx(single.fall(100, 200).value)
+    same = Trend()
+    for loss in (1.0, 2.0, 3.0):
+        same.add_validation(50, loss)
+    assert math.isnan(same.fall(50, 100).value)
+
+
+def test_loss_that_has_levelled_off_is_found_by_the_second_half_of_the_octave():
+    """It falls until 70 of 100 steps; the line through all of the octave would go on falling."""
+    losses = np.r_[np.linspace(10, 1, 70), np.ones(30)]
+    assert followed(losses).fall(100, 200).value == pytest.approx(0.0, abs=0.05)
+    slope, _ = np.polyfit(np.log(np.arange(51, 101)), losses[50:], 1)
+    assert -slope * math.log(2) > 1
 
 
 def test_means_do_not_depend_on_micro_batches():
