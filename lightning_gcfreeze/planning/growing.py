@@ -5,10 +5,10 @@ fraction forgoes at most a share (`share_forgone`). A stage is let in if what al
 at most `max_loss_increase` above that of the unfrozen run; until then it is waited for. A loss that goes on falling
 never rises, however much of its fall is lost: only a forecast can tell.
 
-*After each stage* a look back: the mean loss is compared with a reference, the mean before the first freeze, or the
-lowest mean since. A stage is good if the increase, plus one standard error, is at most what is allowed. It costs too
-much if the increase, minus one standard error, is more than that, twice in a row. In between, noise hides the cost:
-more means are collected, and after `patience` of them the current stage is kept.
+*After each stage* a look back: the mean loss is compared with a reference, the lowest mean since shortly before t0. A
+stage is good if the increase, plus one standard error, is at most what is allowed. It costs too much if the increase,
+minus one standard error, is more than that, twice in a row. In between, noise hides the cost: more means are collected,
+and after `patience` of them the current stage is kept.
 """
 
 import math

@@ -50,7 +50,7 @@ class FreezeSchedule:
     def growing(cls, begin: int, end: int, k: float, stages: int = 10) -> "FreezeSchedule":
         """Make a monotone schedule that freezes as much more at each of several stages, at equal distances.
 
-        At equal cost it loses less than one freeze; see docs/orders.md, "When to freeze".
+        Where much freezes it loses less than one freeze that saves as much; see docs/orders.md, "When to freeze".
 
         Args:
             begin: optimizer step of the first stage, which freezes ``k / stages``.

@@ -137,8 +137,9 @@ def is_foreign(value: Any) -> bool:
 def is_known(function: Any) -> bool:
     """Return whether a function or class was defined in one of the known packages."""
     # Not ``__module__``, which `functools.wraps` copies.
-    scope = getattr(function, "__globals__", {}).get("__name__") or getattr(function, "__module__", None)
-    return str(scope).split(".")[0] in KNOWN_PACKAGES
+    scope = getattr(function, "__globals__", None)  # of the class of a compiled function it is a descriptor
+    name = scope.get("__name__") if isinstance(scope, dict) else None
+    return str(name or getattr(function, "__module__", None)).split(".")[0] in KNOWN_PACKAGES
 
 
 def _foreign_methods(owner: Any) -> Iterator[tuple[str, Any]]:

@@ -426,6 +426,7 @@ def test_t0_auto_and_k_auto_freeze_at_least_half():
 PLANS: dict[str, dict[str, Any]] = {
     "monotone": {"schedule": FreezeSchedule([(4, 0.3), (9, 0.6), (13, 0.8)])},
     "compact": {"schedule": [(4, 0.3), (9, 0.6), (13, 0.8)], "order": "movement"},
+    "compact everywhere": {"schedule": [(4, 0.5), (9, 0.7), (13, 0.9)], "order": "movement", "include": "*.weight"},
     "thawing": {"schedule": FreezeSchedule([(4, 0.8), (9, 0.3), (13, 0.5)], monotone=False)},
     "settling": {"t0": Settled(first=2, growth=1.3, overlap=0.0, improvement=0.9), "k": 0.5},
     "growing": {"t0": 5, "k": Growth(every=3, max_loss_increase=0.5)},

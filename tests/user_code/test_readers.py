@@ -345,3 +345,31 @@ def test_functions_of_known_packages_are_not_walked(package):
         scope: dict[str, Any] = {"__name__": name}
         exec(code, scope)
         assert len(reached.reached_functions(reached.Code(scope["step"]))) == functions
+
+
+class Compiled:
+    """What a compiled extension makes of a function: its class has descriptors where a function has its globals."""
+
+    __slots__ = ("__globals__",)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x
+
+
+compiled = Compiled()
+
+
+class Crystals(cases.Regression):
+    """Its step calls a compiled function, as graph networks do."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        return super().training_step((compiled(x), y), batch_idx)
+
+
+def test_compiled_functions_are_passed_by():
+    """And code beside them is found all the same."""
+    module = Crystals(cases.mlp())
+    assert found(module) == []
+    module.on_before_optimizer_step = types.MethodType(lambda self, optimizer: halve(self), module)  # type: ignore
+    assert found(module)
