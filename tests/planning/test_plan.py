@@ -211,7 +211,7 @@ def straight(steps: int, slope: float) -> list[float]:
 
 def test_stages_come_once_what_they_forgo_of_a_falling_loss_is_allowed():
     """A loss that is straight in log t falls by slope · log(T/t); the oracle is that formula."""
-    growth, slope, planned = Growth(first=0.5, most=0.9, stages=2, every=10, max_loss_increase=0.01), 1.0, 1000
+    growth, slope, planned = Growth(first=0.5, most=0.9, stages=2, every=2, max_loss_increase=0.01), 1.0, 1000
     changes = grown(straight(planned, slope), growth, 200, planned)
     assert [fraction for _, fraction in changes] == [0.5, 0.9]
 
@@ -222,10 +222,10 @@ def test_stages_come_once_what_they_forgo_of_a_falling_loss_is_allowed():
     half, most = 0.5**1.5, 0.9**1.5
     own = 0.01 * half / most  # the first stage's part
     assert forgone(first, half) <= own * 1.03
-    assert forgone(first - 10, half) > own * 0.97  # not a judgement earlier
+    assert forgone(first - 2, half) > own * 0.97  # not a judgement earlier
     spent = forgone(first, half)
     assert spent + forgone(second, most - half, 1 - half) <= 0.01 * 1.03
-    assert spent + forgone(second - 10, most - half, 1 - half) > 0.01 * 0.97
+    assert spent + forgone(second - 2, most - half, 1 - half) > 0.01 * 0.97
 
 
 def test_flat_loss_freezes_at_t0_and_grows_at_once():
