@@ -314,7 +314,7 @@ def warm_up(step: Step, data: Callable[[], Batch], steps: int) -> None:
     weights = {name: p.detach() for name, p in step.parameters.items()}
     for i in range(steps):
         if i == steps // 2:
-            step.statistics.begin_movement(weights, momentum.learning_rates(step.optimizer, step.parameters))
+            step.statistics.begin_movement(weights, _rates(step))
         step.batch = data()
         step()
 
@@ -325,10 +325,13 @@ def scores_of(step: Step, order: str) -> dict[str, Tensor]:
     ordering = orderings.resolve(order)
     needed = orderings.needed_from_optimizer(ordering)
     read = momentum.moments(step.optimizer, step.parameters, needed)
-    rates = momentum.learning_rates(step.optimizer, step.parameters)
-    moved = {"movement": step.statistics.movement(weights, rates)} if "movement" in needed else {}
+    moved = {"movement": step.statistics.movement(weights, _rates(step))} if "movement" in needed else {}
     moments = moved | {field: getattr(read, field) for field in needed - moved.keys()}
     return dict(scores_now(step.statistics, ordering, weights, 0, "element", moments))
+
+
+def _rates(step: Step) -> dict[str, float]:
+    return momentum.learning_rates(step.optimizer, momentum.group_indices(step.optimizer, step.parameters))
 
 
 def in_its_own_process(maker: Maker, model: nn.Module, batch: Batch) -> Figures:

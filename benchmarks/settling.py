@@ -61,7 +61,7 @@ def measure(name: str, rounds: int) -> tuple[list[float], ...]:
 
     def record() -> None:
         for _ in range(100):
-            plan.record_loss(loss * 1.0)
+            plan.record_loss(loss * 1.0, 1)
 
     def check() -> None:
         weights = {n: p.detach() for n, p in plain.parameters.items()}

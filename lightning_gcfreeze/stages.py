@@ -254,7 +254,7 @@ class Stages:
             )
 
     def _tell_savings(self) -> None:
-        if self._state.savings and self._state.frozen_fraction and not self._state.plan.may_change_soon:
+        if self._state.savings and not self._state.plan.may_change_soon:
             self._around.inform(self._state.savings.table())
             for sentence in shortfalls(self._options, self._state.savings):
                 self._around.warn(sentence)

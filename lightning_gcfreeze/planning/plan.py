@@ -151,8 +151,8 @@ class Plan:
 
     @property
     def may_change_soon(self) -> bool:
-        """Whether there is a decision to come, or a stage that is not judged yet."""
-        return self.masks_may_change and not self.waits_for_forecast
+        """Whether there is a decision to come, or a stage that is not judged yet, or the first one."""
+        return self.masks_may_change and not (self.waits_for_forecast and self.k)
 
     @property
     def k(self) -> int | float | Budget:
