@@ -1,7 +1,7 @@
 """What is a freeze worth where a model is pre-trained? Quality, what is forgotten, bytes to ship, seconds, memory.
 
     uv run --group bench --group pretrained python -m benchmarks.pretrained [--tasks minilm,crepe] [--seeds 1]
-                                                                            [--jobs 2] [--out DIR] [--only-report]
+                                                                            [--jobs 2] [--out DIR]
 
 Each method is tuned on each task first: from the unfrozen run's best learning rate on, it goes up or down by factors of
 four until the best on the validation data, with seed 0, lies between two that are worse; steps before a freeze have the
@@ -84,7 +84,7 @@ def untuned(name: str) -> dict[str, float]:
     net: Any = task.make().eval()
     features = over(net, data.source, features=True)
     return {
-        "test": task.quality(over(net, data.test[0]), data.test[1]),
+        "test": float(task.quality(over(net, data.test[0]), data.test[1])),
         "kept": task.kept(features, features, data.source_y),
     }
 

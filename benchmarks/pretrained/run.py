@@ -182,7 +182,7 @@ def run(name: str, method: str, fraction: float, lr: float, base: float, seed: i
     found: dict[str, Any] = {"live": trained.live, "shipped": trained.shipped, "seconds": seconds, "peak": peak}
     for split, (x, y) in (("val", data.val), ("test", data.test)):
         outputs = over(net, x)
-        found[split] = task.quality(outputs, y)
+        found[split] = float(task.quality(outputs, y))
         found[f"{split}_loss"] = float(task.loss(outputs, y))
     pl.seed_everything(seed, verbose=False)
     before = over(task.make().eval(), data.source, features=True)

@@ -18,7 +18,7 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from benchmarks.pretrained import networks, sounds
-from benchmarks.quality.tasks import PACKAGES, TASKS, TOKENS, minilm
+from benchmarks.quality.tasks import PACKAGES, TASKS, TOKENS, accuracy, minilm
 
 Inputs = Tensor | Sequence[Any]
 Split = tuple[Inputs, Tensor]
@@ -46,17 +46,13 @@ class Task:
     make: Callable[[], nn.Module]
     data: Callable[[], Data]
     loss: Callable[[Tensor, Tensor], Tensor]
-    quality: Callable[[Tensor, Tensor], float]  # (outputs, y)
+    quality: Callable[[Tensor, Tensor], float | Tensor]  # (outputs, y)
     kept: Callable[[Tensor, Tensor, Tensor | None], float]  # (features, those of the untuned network, source_y)
     batch_size: int
     steps: int
     lr: float  # where the search for the unfrozen run's learning rate begins
     new_head: bool = False  # always trains, and does not count
     higher_is_better: bool = True
-
-
-def accuracy(outputs: Tensor, y: Tensor) -> float:
-    return float((outputs.argmax(1) == y).float().mean())
 
 
 def similarity(features: Tensor, before: Tensor, _: Tensor | None) -> float:

