@@ -33,6 +33,18 @@ SHORT = Settings(
 )
 
 
+def trained_by_hand(experiment):
+    """The experiment's own model after all of its steps, without a Trainer."""
+    model = experiment.model
+    optimizer = torch.optim.Adam(model.parameters(), lr=experiment.settings.lr)
+    for batch in experiment.batches:
+        x, y = experiment.train[batch]
+        optimizer.zero_grad()
+        model.loss(model(x), y).backward()
+        optimizer.step()
+    return model
+
+
 def of(data, **changes):
     return replace(SHORT, data=data, **changes)
 
@@ -204,13 +216,7 @@ def test_curves_begin_at_no_freeze_and_end_at_the_state_of_t0(tmp_path):
     at_t0 = Members(experiment.model, 1, SHORT.lr)
     at_t0.load_state_dict(dict(evidence.weights))
     np.testing.assert_allclose(found.train[:, -1], at_t0.evaluate(experiment.train)[0], rtol=1e-6)
-    model = experiment.model
-    optimizer = torch.optim.Adam(model.parameters(), lr=SHORT.lr)
-    for batch in experiment.batches:
-        x, y = experiment.train[batch]
-        optimizer.zero_grad()
-        model.loss(model(x), y).backward()
-        optimizer.step()
+    model = trained_by_hand(experiment)
     for curves, data in ((found.train, experiment.train), (found.test, experiment.test)):
         x, y = data.tensors
         np.testing.assert_allclose(curves[:, 0], float(model.loss(model(x), y).detach()), rtol=1e-4)
@@ -319,13 +325,7 @@ def test_pruning_sets_weights_of_the_trained_model_to_zero():
     settings = of("boston", t0=20, orders=("variance", "random", "magnitude", "obd"), prune=True)
     found = run(settings, index=0)
     experiment = prepare(settings, index=0)
-    model = experiment.model
-    optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr)
-    for batch in experiment.batches:
-        x, y = experiment.train[batch]
-        optimizer.zero_grad()
-        model.loss(model(x), y).backward()
-        optimizer.step()
+    model = trained_by_hand(experiment)
     w = flat(model.parameters()).clone()
     smallest = w.abs().argsort()
     for column, k in enumerate((0, 90, 241, 301)):
