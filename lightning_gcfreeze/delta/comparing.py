@@ -79,12 +79,11 @@ def merge(base: nn.Module, *deltas: Source, on_conflict: str = "error") -> dict[
         for entry in checked_entries(base, delta):
             old = entry.target.detach()
             current = new.setdefault(entry.name, old.clone())
-            known = written.setdefault(entry.name, torch.zeros_like(old, dtype=torch.bool))
-            touched = torch.zeros_like(known)
-            entry._replace(values=torch.ones_like(entry.values, dtype=torch.bool)).write_(touched)
+            known = written.setdefault(entry.name, torch.zeros(old.shape, dtype=torch.bool))
+            touched = entry.written()
             before = current.clone()
             entry.write_(current)
-            conflicts = int((known & touched & ~same_bits(before, current)).sum())
+            conflicts = int((known & touched & ~same_bits(before, current).cpu()).sum())
             if conflicts and on_conflict == "error":
                 raise ConflictError(
                     f"Delta {number} writes other bits than an earlier one to {conflicts} elements of {entry.name!r}."
@@ -93,7 +92,7 @@ def merge(base: nn.Module, *deltas: Source, on_conflict: str = "error") -> dict[
             known |= touched
     merged = {"format": torch.tensor(FORMAT)}
     for name, tensor in new.items():
-        merged |= parts_of(name, tensor, ~written[name].cpu())
+        merged |= parts_of(name, tensor, ~written[name])
     return merged
 
 

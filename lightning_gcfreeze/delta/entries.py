@@ -96,6 +96,12 @@ class Entry(NamedTuple):
         indices = self.indices.long().to(tensor.device)
         return self._replace(values=_units(tensor.detach(), self.unit).index_select(0, indices).to(self.values.device))
 
+    def written(self) -> Tensor:
+        """Return which elements the entry writes, bool, of the target's shape, on the CPU."""
+        mask = torch.zeros(self.target.shape, dtype=torch.bool)
+        self._replace(values=torch.ones(self.values.shape, dtype=torch.bool)).write_(mask)
+        return mask
+
     def parts(self) -> dict[str, Tensor]:
         """Return the entry as the parts of a delta."""
         if self.unit == "whole":
