@@ -9,12 +9,10 @@ from torch import Tensor, nn
 
 from lightning_gcfreeze._names import shortened
 from lightning_gcfreeze._types import Named
-from lightning_gcfreeze.delta.entries import checked_entries, fingerprint, parts_of, tensors_of
+from lightning_gcfreeze.delta.entries import bits, checked_entries, fingerprint, parts_of, tensors_of
 from lightning_gcfreeze.delta.errors import ConflictError, MismatchError
 from lightning_gcfreeze.delta.files import FORMAT, Source, as_tensor, by_name, content, load, unit_of
 from lightning_gcfreeze.distributed import whole
-
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Overlap(NamedTuple):
@@ -173,10 +171,9 @@ def patches(model: nn.Module | Named, delta: Source) -> list[Patch]:
 
 def same_bits(first: Tensor, second: Tensor) -> Tensor:
     """Return which elements of two tensors of one shape and dtype are the same to the bit."""
-    size = first.element_size()
-    if size not in _INTEGERS:  # complex128
+    if first.dtype == torch.complex128:
         return same_bits(torch.view_as_real(first), torch.view_as_real(second)).all(-1)
-    return first.contiguous().view(_INTEGERS[size]) == second.contiguous().view(_INTEGERS[size])
+    return bits(first) == bits(second)
 
 
 def _saved(model: nn.Module | Named) -> Named:
