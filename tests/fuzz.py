@@ -9,6 +9,7 @@ as the first did, to the bit. What fails is printed with its arguments, the smal
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import fnmatch
 import inspect
@@ -34,7 +35,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_gcfreeze import Evidence, FreezeSchedule, GradCovFreezeCallback, Growth, Settled
+from lightning_gcfreeze import Evidence, FreezeSchedule, GradCovFreezeCallback, Growth, Settled, delta
 from tests import cases
 from tests.cases import OPTIMIZERS
 from tests.interruptions import DropoutByStep, Interrupted, SaveAndStop
@@ -303,6 +304,7 @@ class Diary(pl.Callback):
         self.weights: list[Named] = []
         self.masks: list[Named] = []
         self.stages: dict[int, Named] = {}
+        self.base: Named = {}
         self.loss_scales: list[float] = []
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
@@ -310,6 +312,7 @@ class Diary(pl.Callback):
         last, now = self.masks[-1] if self.masks else {}, self.callback.frozen
         if now and not (last and all(torch.equal(now[name], last[name]) for name in now)):
             self.stages[trainer.global_step] = now
+            self.base = self.base or copy.deepcopy(pl_module.state_dict())
         self.masks.append(now)
         self.loss_scales.append(_loss_scale(trainer))
 
@@ -366,11 +369,24 @@ def _outcome(module: Module, trainer: pl.Trainer, callback: GradCovFreezeCallbac
     }
 
 
+def _follow(example: Example, folder: Path, base: Named, end: Named) -> None:
+    """Check that a stream leads from the base to the end, to the bit."""
+    serving = Module(example).to(next(iter(base.values())).dtype)
+    serving.load_state_dict(base)
+    follower = delta.Follower(serving, folder)
+    assert follower.poll()
+    with follower.tenants.use("stream"):
+        for name, tensor in serving.state_dict().items():
+            assert torch.equal(bits(tensor), bits(end[name])), f"the stream's {name}"
+    assert follower.tenants.verify() == follower.tenants.base
+
+
 def check(example: Example) -> str:
     """Raise if a run does not keep what is promised; else say what was compared."""
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("ignore")
-        callback = GradCovFreezeCallback(**example.arguments)
+        whole_run, in_pieces = (delta.Stream(Path(folder, name), every=2) for name in ("whole run", "in pieces"))
+        callback = GradCovFreezeCallback(**example.arguments, stream=whole_run)
         diary = Diary(callback, coarse=example.precision == "bf16-true")  # in which a step may be less than rounding
         module, trainer = _fit(example, callback, diary)
         unbroken = _outcome(module, trainer, callback)
@@ -378,12 +394,15 @@ def check(example: Example) -> str:
 
         path = Path(folder, "run.ckpt")
         with contextlib.suppress(Interrupted):
-            _fit(example, GradCovFreezeCallback(**example.arguments), SaveAndStop(path, example.stop))
-        callback = GradCovFreezeCallback(**example.arguments)
+            callback = GradCovFreezeCallback(**example.arguments, stream=in_pieces)
+            _fit(example, callback, SaveAndStop(path, example.stop))
+        callback = GradCovFreezeCallback(**example.arguments, stream=in_pieces)
         cases.assert_identical(_outcome(*_fit(example, callback, ckpt=path), callback), unbroken, "resumed ")
 
         if not diary.stages:
             return "resumed, nothing was frozen"
+        for stream in (whole_run, in_pieces):
+            _follow(example, Path(stream.folder), diary.base, unbroken["weights"])
         if diary.thaws():
             return "resumed, thawed"
         reference = PlainStages(diary.stages, example.arguments.get("lr_after_freeze"))
