@@ -75,8 +75,7 @@ def test_delta_of_the_first_task_gives_the_network_after_it(learnt):
 
 
 def test_check_finds_an_element_of_an_earlier_task_that_moved(learnt):
-    base, stages, live = learnt
-    parts = continual.own_deltas(base, stages, live)
+    _, stages, live = learnt
     own = {task: stages[task] for task in TASKS}
     continual.check(stages, live, own)
     damaged = copy.deepcopy(stages)
@@ -84,7 +83,6 @@ def test_check_finds_an_element_of_an_earlier_task_that_moved(learnt):
     weight[live["A"]["body.2.weight"]] += 1
     with pytest.raises(AssertionError):
         continual.check(damaged, live, own)
-    assert len(parts) == 3
 
 
 @pytest.mark.slow
