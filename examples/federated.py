@@ -134,10 +134,7 @@ def client(connection: Connection, digits: bytes, base: bytes, seed: int) -> Non
         if not delta.inspect(message).values_only:  # places: start from the base
             network.load_state_dict(load(base))
             first, order = delta.load(message), seed
-            frozen = {name: torch.ones_like(p, dtype=torch.bool) for name, p in network.named_parameters()}
-            for patch in delta.patches(network, first):
-                live = slice(None) if patch.indices is None else patch.indices.long()
-                frozen[patch.name].view(-1)[live] = False
+            frozen = delta.masks(network, first)
             freezes = any(mask.any() for mask in frozen.values())
         delta.apply(network, delta.load(message, mask=first))
         order += N_CLIENTS

@@ -7,7 +7,7 @@ model. A delta is a flat dict of CPU tensors. For a parameter or buffer ``name``
     name:rows,     name:values, name:shape, name:frozen     every row, an index along the first axis, is wholly frozen
                                                             or wholly live
     name:shape,    name:frozen                              nothing is live
-    name:whole                                              everything is live, or storing all takes no more memory
+    name:whole                                              everything is live
 
 ``elements`` and ``rows`` ascend, int32 or, from 2³¹ on, int64; elements count row by row, whatever the memory format.
 ``values`` are the new values, not differences, so applying a delta is exact to the bit. ``shape`` is the tensor's.
@@ -18,7 +18,7 @@ looks like is in `lightning_gcfreeze.delta.files`.
 
 from lightning_gcfreeze.delta.applying import apply, apply_delta, revert, swap
 from lightning_gcfreeze.delta.comparing import Overlap, Patch, diff, merge, overlap, patches, state_dict
-from lightning_gcfreeze.delta.entries import fingerprint, of
+from lightning_gcfreeze.delta.entries import fingerprint, masks, of
 from lightning_gcfreeze.delta.errors import (
     ChainError,
     ConflictError,
@@ -53,6 +53,7 @@ __all__ = [
     "fingerprint",
     "inspect",
     "load",
+    "masks",
     "merge",
     "of",
     "overlap",

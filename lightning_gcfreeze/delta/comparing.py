@@ -24,7 +24,7 @@ class Overlap(NamedTuple):
     """Those of them to which they write different bits."""
 
 
-def diff(base: nn.Module | Named, tuned: nn.Module | Named) -> dict[str, Tensor]:
+def diff(base: nn.Module | Named, tuned: nn.Module | Named, *, frozen: Named | None = None) -> dict[str, Tensor]:
     """Return the delta that turns one model into another, however that was trained.
 
     Bits are compared, so -0.0 differs from 0.0 and a NaN equals itself. A tensor in which nothing differs is named as
@@ -33,9 +33,11 @@ def diff(base: nn.Module | Named, tuned: nn.Module | Named) -> dict[str, Tensor]
     Args:
         base: a module, or a state dict as ``safetensors.torch.load_file`` returns it.
         tuned: the same, after training.
+        frozen: ``{name: bool (*p.shape)}``: of these tensors the delta has all places with False, differing or not, and
+            no others: places that are known in advance, or one share of what changed.
 
     Raises:
-        MismatchError: they have other names, or a tensor has another shape or dtype.
+        MismatchError: they have other names, or a tensor or mask has another shape or dtype.
     """
     before, after = _saved(base), _saved(tuned)
     if isinstance(base, nn.Module) != isinstance(tuned, nn.Module):  # a state dict has a tied tensor twice
@@ -53,7 +55,15 @@ def diff(base: nn.Module | Named, tuned: nn.Module | Named) -> dict[str, Tensor]
                 f"{name!r} is {old.dtype} of {tuple(old.shape)} in the base and {new.dtype} of {tuple(new.shape)} in"
                 " the tuned model."
             )
-        delta |= parts_of(name, new, same_bits(old.cpu(), new.cpu()))
+        mask = None if frozen is None else frozen.get(name)
+        if mask is None:
+            delta |= parts_of(name, new, same_bits(old.cpu(), new.cpu()))
+            continue
+        if mask.dtype != torch.bool or mask.shape != old.shape:
+            raise MismatchError(
+                f"The mask of {name!r} must be bool of {tuple(old.shape)}, got {mask.dtype} of {tuple(mask.shape)}."
+            )
+        delta |= parts_of(name, torch.where(whole(mask).to(old.device), old, new.to(old.device)), whole(mask).cpu())
     return delta
 
 
@@ -73,7 +83,8 @@ def merge(base: nn.Module, *deltas: Source, on_conflict: str = "error") -> dict[
         raise ValueError(f'`on_conflict` must be "error" or "last", got {on_conflict!r}.')
     new: dict[str, Tensor] = {}
     written: dict[str, Tensor] = {}
-    for number, delta in enumerate(deltas):
+    found = [load(delta) for delta in deltas]
+    for number, delta in enumerate(found):
         for entry in checked_entries(base, delta):
             old = entry.target.detach()
             current = new.setdefault(entry.name, old.clone())
@@ -88,7 +99,10 @@ def merge(base: nn.Module, *deltas: Source, on_conflict: str = "error") -> dict[
                     ' `overlap` compares two deltas; on_conflict="last" lets the last one win.'
                 )
             known |= touched
+    bases = [delta.get("base") for delta in found]
     merged = {"format": torch.tensor(FORMAT)}
+    if bases and bases[0] is not None and all(b is not None and torch.equal(b, bases[0]) for b in bases):
+        merged["base"] = bases[0]
     for name, tensor in new.items():
         merged |= parts_of(name, tensor, ~written[name])
     return merged

@@ -51,6 +51,26 @@ def of(module: nn.Module, frozen: Named) -> dict[str, Tensor]:
     return delta | {f"{name}:whole": _copy(buffer) for name, buffer in module.named_buffers() if name in saved}
 
 
+def masks(model: nn.Module | Named, delta: Source) -> dict[str, Tensor]:
+    """Return what a delta leaves unchanged, as masks: ``{name: bool (*p.shape)}``, True = unchanged.
+
+    A training with these masks has a delta of the same places: of its values alone, there is an update.
+
+    Args:
+        model: the base, or its state dict.
+        delta: as for `apply`.
+
+    Returns:
+        Masks of the parameters that the delta names, of a state dict of all tensors; False where one is stored whole.
+
+    Raises:
+        MismatchError, CorruptFileError: as for `apply`.
+    """
+    entries = fitting_entries(model, delta)
+    maskable = dict(model.named_parameters()) if isinstance(model, nn.Module) else model
+    return {entry.name: ~entry.written() for entry in entries if entry.name in maskable}
+
+
 def fingerprint(model: nn.Module | Named) -> str:
     """Return the name of a base: the SHA-256, in hex, of all tensors of a module's state dict.
 
@@ -108,9 +128,9 @@ class Entry(NamedTuple):
     def parts(self) -> dict[str, Tensor]:
         """Return the entry as the parts of a delta."""
         if self.unit == "whole":
-            return {f"{self.name}:whole": self.values}
+            return {f"{self.name}:whole": self.values.cpu()}
         assert self.fingerprint is not None
-        live = {self.unit: self.indices, "values": self.values} if self.unit != "frozen" else {}
+        live = {self.unit: self.indices.cpu(), "values": self.values.cpu()} if self.unit != "frozen" else {}
         shape = torch.tensor(self.target.shape, dtype=torch.int64)
         return {f"{self.name}:{part}": t for part, t in (live | {"shape": shape, "frozen": self.fingerprint}).items()}
 
@@ -189,17 +209,15 @@ def _entry(name: str, target: Tensor, parts: Mapping[str, Tensor]) -> Entry:
 
 
 def parts_of(name: str, tensor: Tensor, frozen: Tensor) -> dict[str, Tensor]:
-    """Return the parts of a tensor with a mask, in the form that takes least memory."""
+    """Return the parts of a tensor with a mask: the live places, of rows or of elements, if any element is frozen."""
     if not frozen.any():
         return {f"{name}:whole": _copy(tensor)}
     rows = frozen.reshape(len(frozen), -1) if tensor.dim() > 1 else frozen.reshape(1, -1)
     by_row = tensor.dim() > 1 and bool((rows == rows[:, :1]).all())
     unit = "rows" if by_row else "elements"
     live = ~(rows[:, 0] if by_row else rows.flatten())
-    indices = live.nonzero().squeeze(1).to(torch.int32 if live.numel() < 2**31 else torch.int64)
+    indices = live.nonzero().squeeze(1).to(_place_dtype(len(live)))
     values = _copy(bits(_units(tensor, unit)).index_select(0, indices.to(tensor.device)).view(tensor.dtype))
-    if indices.nbytes + values.nbytes >= tensor.nbytes:
-        return {f"{name}:whole": _copy(tensor)}
     entry = Entry(name, tensor, unit, indices, values, unchanged(tensor, unit, indices))
     return (entry if len(indices) else entry._replace(unit="frozen")).parts()
 
@@ -208,9 +226,13 @@ def unchanged(tensor: Tensor, unit: str, indices: Tensor) -> Tensor:
     """Return the SHA-256, (32,) uint8, of dtype, shape, live indices, and the bits of all other elements."""
     units = bits(_units(_copy(tensor), unit)).index_fill_(0, indices.long(), 0)
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    digest.update(indices.numpy().data)
+    digest.update(indices.to(_place_dtype(len(units))).numpy().data)
     digest.update(units.reshape(-1).view(torch.uint8).numpy().data)
     return torch.tensor(list(digest.digest()), dtype=torch.uint8)
+
+
+def _place_dtype(units: int) -> torch.dtype:
+    return torch.int32 if units < 2**31 else torch.int64
 
 
 def bits(tensor: Tensor) -> Tensor:

@@ -311,7 +311,7 @@ def _item(
         or (dtype is not None and dtype not in _DTYPES)
         or any(type(number) is not int or not 0 <= number < 2**62 for number in numbers)
         or math.prod(max(size, 1) for size in shape) >= 2**62
-        or (unit == "rows" and not shape)
+        or (unit in ("elements", "rows") and (0 in shape or (unit == "rows" and not shape)))
     ):
         raise ValueError(f"{[name, dtype, shape, unit, n_live, low_bits, code_bytes]!s:.200}")
     return _Item(name, _DTYPES[dtype] if dtype else None, tuple(shape), unit, n_live, low_bits, code_bytes)

@@ -50,6 +50,10 @@ class _Tenant:
     swap_seconds: float = 0.0
 
 
+_ALONE = object()
+"""Whom nobody shares the module with."""
+
+
 class Tenants:
     """Serve many fine-tuned versions from one copy of their base.
 
@@ -60,8 +64,8 @@ class Tenants:
 
     Values are written to the module in place, at the live places alone, and the base's are kept for these places. So a
     forward pass and a swap must not meet: `use` is a lock. Passes of one tenant run side by side; another tenant waits
-    until they are over, in the order of asking. The other way, tensors of each tenant's own for the time of a pass,
-    would copy every matrix that has a live element, which is nearly the whole model.
+    until they are over, in the order of asking, and all who wait for it by then go in together. The other way, a copy
+    of what a tenant touches for the time of a pass, would copy every matrix that has a live element: most of the model.
 
     While tenants are served, nothing else may write to the module, and it stays on its device. In training mode a
     forward pass writes to buffers: call ``model.eval()`` before.
@@ -79,7 +83,8 @@ class Tenants:
         self._current: str | None = None
         self._readers = 0
         self._changed = threading.Condition()
-        self._queue: deque[object] = deque()
+        self._queue: deque[tuple[object, object]] = deque()  # who waits, and for whom
+        self._invited: set[object] = set()  # of these
         self._held = threading.local()
 
     def __len__(self) -> int:
@@ -109,7 +114,9 @@ class Tenants:
         tenant = self._of(name)
         return as_delta(tenant.entries) | tenant.about
 
-    def add(self, name: str, delta: Source, *, mask: Source | None = None) -> None:
+    def add(
+        self, name: str, delta: Source, *, mask: Source | None = None, save: Callable[[], object] = lambda: None
+    ) -> None:
         """Take in a tenant, checked against the base.
 
         The first tenant of some places waits until no pass runs, and hashes what it leaves unchanged; tenants of the
@@ -117,30 +124,32 @@ class Tenants:
 
         Args:
             name: what to call it.
-            delta, mask: see `apply`.
+            delta: see `apply`.
+            mask: see `apply`.
+            save: called when the delta has been checked, and before it is served: to keep it on disk. If it raises, all
+                is as it was.
 
         Raises:
             ValueError: the name is taken.
             DeltaError, TypeError, OSError, ImportError: as `apply` does. All is as it was.
         """
-        if name in self._tenants:
-            raise ValueError(f"There is a tenant {name!r} already: `update` replaces its delta, `remove` takes it out.")
-        self._put(name, load(delta, mask=mask), is_new=True)
+        self._put(name, load(delta, mask=mask), True, save)
 
-    def update(self, name: str, delta: Source) -> None:
+    def update(self, name: str, delta: Source, *, save: Callable[[], object] = lambda: None) -> None:
         """Replace a tenant's delta, after the passes that run with it.
 
         Args:
             name: whose.
             delta: a delta of any places, or values alone for the places that the tenant has. One that says its number
                 in a stream must have a higher one than the last.
+            save: see `add`.
 
         Raises:
             ChainError: its number is not higher.
             DeltaError, TypeError, OSError, ImportError: as `apply` does. All is as it was.
             KeyError: there is no such tenant.
         """
-        self._put(name, load(delta, mask=self.delta(name)), is_new=False)
+        self._put(name, load(delta, mask=self.delta(name)), False, save)
 
     def remove(self, name: str) -> None:
         """Forget a tenant, after the passes that run with it.
@@ -177,8 +186,10 @@ class Tenants:
         if name is not None:
             self._of(name)
         with self._changed:
-            self._wait(lambda: not self._readers or self._current == name)
-            self._write(name)
+            self._wait(name)
+            if self._current != name:
+                self._write(name)
+                self._invited = {ticket for ticket, wanted in self._queue if wanted == name}
             self._readers += 1
         self._held.names = [name]
         try:
@@ -202,29 +213,39 @@ class Tenants:
             raise KeyError(f"There is no tenant {name!r}; there are: {shortened(sorted(self._tenants))}.")
         return self._tenants[name]
 
-    def _put(self, name: str, delta: dict[str, Tensor], is_new: bool) -> None:
+    def _put(self, name: str, delta: dict[str, Tensor], is_new: bool, save: Callable[[], object]) -> None:
         entries = fitting_entries(self.model, delta)
         key = _key_of(entries)
         fingerprints = [None if e.fingerprint is None else content(e.fingerprint) for e in entries]
         with self._alone():
-            if is_new and name in self._tenants:
-                raise ValueError(f"There is a tenant {name!r} already.")
-            number, last = scalar(delta, "number"), None if is_new else scalar(self._of(name).about, "number")
-            if number is not None and last is not None and number <= last:
-                raise ChainError(f"Update {number} of {name!r} comes after update {last}: it is an old one.")
+            self._check_turn(name, delta, is_new)
             mask = self._masks.get(key)
             if mask is None or mask.fingerprints != fingerprints:
                 self._write(None)
                 check_unchanged(entries)
                 places = [e._replace(indices=e.indices.long().to(e.target.device)) for e in entries]
-                mask = self._masks[key] = _Mask([e.read(e.target) for e in places], fingerprints)
+                mask = _Mask([e.read(e.target) for e in places], fingerprints)
+        entries = [
+            e._replace(indices=of_base.indices, values=e.values.to(e.target.device))
+            for e, of_base in zip(entries, mask.base, strict=True)
+        ]
+        save()
+        with self._alone():
+            self._check_turn(name, delta, is_new)
             if self._current == name:
                 self._write(None)
-            entries = [
-                e._replace(indices=of_base.indices, values=e.values.to(e.target.device))
-                for e, of_base in zip(entries, mask.base, strict=True)
-            ]
-            self._tenants[name] = _Tenant(mask, entries, about(delta))
+            mask = self._masks.setdefault(key, mask)
+            old = None if is_new else self._of(name)
+            swaps, seconds = (old.swaps, old.swap_seconds) if old else (0, 0.0)
+            self._tenants[name] = _Tenant(mask, entries, about(delta), swaps, seconds)
+
+    def _check_turn(self, name: str, delta: dict[str, Tensor], is_new: bool) -> None:
+        """Refuse a name that is taken, and an update that is older than the last one."""
+        if is_new and name in self._tenants:
+            raise ValueError(f"There is a tenant {name!r} already: `update` replaces its delta, `remove` takes it out.")
+        number, last = scalar(delta, "number"), None if is_new else scalar(self._of(name).about, "number")
+        if number is not None and last is not None and number <= last:
+            raise ChainError(f"Update {number} of {name!r} comes after update {last}: it is an old one.")
 
     def _write(self, name: str | None) -> None:
         """Write a tenant's values to the module, or the base's; nobody else is in it."""
@@ -252,17 +273,27 @@ class Tenants:
         if held := getattr(self._held, "names", []):
             raise RuntimeError(f"This thread uses {held[-1]!r}: leave the `with` block first.")
         with self._changed:
-            self._wait(lambda: not self._readers)
+            self._wait(_ALONE)
             yield
 
-    def _wait(self, may_enter: Callable[[], bool]) -> None:
-        """Wait in the order of asking. Other threads are told of it when they get the lock."""
+    def _wait(self, name: object) -> None:
+        """Wait until the module is free, in the order of asking, or has the tenant's values.
+
+        Who waits for a tenant when its values are written goes in with the first; who comes later queues behind all.
+        """
         ticket = object()
-        self._queue.append(ticket)
+        self._queue.append((ticket, name))
+
+        def may_enter() -> bool:
+            if self._current == name and ticket in self._invited:
+                return True
+            return self._queue[0][0] is ticket and (not self._readers or self._current == name)
+
         try:
-            self._changed.wait_for(lambda: self._queue[0] is ticket and may_enter())
+            self._changed.wait_for(may_enter)
         finally:
-            self._queue.remove(ticket)
+            self._queue.remove((ticket, name))
+            self._invited.discard(ticket)
             self._changed.notify_all()
 
 
@@ -271,5 +302,5 @@ def _key_of(entries: list[Entry]) -> bytes:
     found = hashlib.sha256()
     for name, _, unit, indices, _, _ in entries:
         found.update(f"{name} {unit} {len(indices)}\n".encode())
-        found.update(content(indices))
+        found.update(content(indices.long()))
     return found.digest()

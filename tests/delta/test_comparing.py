@@ -113,6 +113,56 @@ def test_disjoint_deltas_merge_to_the_model_that_has_them_all():
     assert not delta.overlap(deltas[0], deltas[1])
 
 
+def test_disjoint_masks_of_which_one_leaves_most_live_merge():
+    """Places are kept however many there are: what is not written does not conflict."""
+    base, live = nn.Linear(10, 10, bias=False), torch.rand(10, 10) < 0.6
+    deltas = []
+    for mask in (live, ~live):
+        tuned = copy.deepcopy(base)
+        with torch.no_grad():
+            tuned.weight.add_(mask.float())
+        deltas.append(delta.of(tuned, {"weight": ~mask}))
+    assert not delta.overlap(*deltas)
+    both = copy.deepcopy(base)
+    delta.apply(both, delta.merge(base, *deltas))
+    assert content(both.weight) == content(base.weight + 1)
+
+
+def test_a_share_of_what_changed_by_masks():
+    """Of two trainings one after the other, each part from the base; places that did not move are there as well."""
+    base = nn.Linear(10, 4)
+    first = changed(base, {"weight": [1, 2, 3]})
+    second = changed(first, {"weight": [5, 6], "bias": [0]})
+    frozen = {"weight": torch.ones(4, 10, dtype=torch.bool)}
+    frozen["weight"].view(-1)[[5, 6, 7]] = False
+    part = delta.diff(base, second, frozen=frozen)
+    assert part["weight:elements"].tolist() == [5, 6, 7]
+    assert part["bias:elements"].tolist() == [0]
+    assert torch.equal(delta.masks(base, part)["weight"], frozen["weight"])
+    model = copy.deepcopy(base)
+    delta.apply(model, part)
+    assert contents(model) == contents(changed(base, {"weight": [5, 6], "bias": [0]}))
+    merged = delta.merge(base, part, delta.diff(base, first))
+    assert delta.inspect(merged).base == delta.fingerprint(base)
+    unnamed = delta.of(
+        first, {"weight": ~torch.arange(10).lt(4).expand(4, 10), "bias": torch.ones(4, dtype=torch.bool)}
+    )
+    assert "base" not in delta.merge(base, {key: part[key] for key in part if "weight" not in key}, unnamed)
+    with pytest.raises(
+        delta.MismatchError, match=r"mask of 'weight' must be bool of \(4, 10\), got torch.float32 of \(4,\)"
+    ):
+        delta.diff(base, second, frozen={"weight": torch.ones(4)})
+
+
+def test_masks_give_a_training_of_the_same_places():
+    """Of every form of entry; only parameters have masks."""
+    found = delta.of(train_(Bag(), masks()), masks())
+    given = delta.masks(Bag(), found)
+    assert all(torch.equal(given[name], mask) for name, mask in masks().items())
+    assert given.keys() == masks().keys() | {"without_mask"}
+    assert delta.pack(delta.of(Bag(), given), mask=found)
+
+
 def test_overlapping_deltas():
     """The same bits are no conflict; other ones are an error that names the tensor, or the last wins."""
     base = nn.Linear(10, 4)

@@ -105,6 +105,7 @@ FORGED = {
     "10¹² elements": lambda found: [[*found[0][:2], [10**12], *found[0][3:]], *found[1:]],
     "10³⁰⁰ elements": lambda found: [[*found[0][:2], [10**300], *found[0][3:]], *found[1:]],
     "an empty axis": lambda found: [["a", "float32", [0, 10**18], "whole"], *found],
+    "rows of nothing": lambda found: [["a", "float32", [10**9, 0], "rows", 8, 0, 1], *found],
     "a negative size": lambda found: [[*found[0][:2], [-1], *found[0][3:]], *found[1:]],
     "no dtype": lambda found: [[found[0][0], None, *found[0][2:]], *found[1:]],
     "another dtype": lambda found: [[found[0][0], "object", *found[0][2:]], *found[1:]],

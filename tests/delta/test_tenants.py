@@ -65,12 +65,14 @@ def test_threads_get_their_own_tenants_answers_while_deltas_are_updated(other_pl
     """Eight threads; two more replace, remove and add. Each answer is one that its tenant had at some time."""
     tenants, models = served(4, other_places)
     updates = {str(i): tuned(10 + i, mask_seed=i if other_places else 0) for i in range(4)}
+    first = {name: tenants.delta(name) for name in tenants}
+    warm = network()  # torch sets a thread's number of threads at its first operation, which rounds in another way
     allowed = {name: [model(X)] + ([updates[name][0](X)] if name in updates else []) for name, model in models.items()}
     wrong, done = [], threading.Event()
 
     def ask(seed):
         draw = random.Random(seed)
-        network()(X)  # torch sets a thread's number of threads at its first operation, which rounds in another way
+        warm(X)
         for _ in range(150):
             name = draw.choice(list(models))
             with tenants.use(name) as model:
@@ -84,7 +86,7 @@ def test_threads_get_their_own_tenants_answers_while_deltas_are_updated(other_pl
         draw = random.Random(9)
         while not done.is_set():
             name = draw.choice(list(updates))
-            tenants.update(name, draw.choice([updates[name][1], tuned(int(name), int(name) if other_places else 0)[1]]))
+            tenants.update(name, draw.choice([updates[name][1], first[name]]))
             tenants.add("new", updates[name][1])
             tenants.remove("new")
 
@@ -129,6 +131,34 @@ def test_passes_of_one_tenant_run_side_by_side_and_another_waits():
     for thread in (*holders, *waiting):
         thread.join(10)
     assert order == ["1", "0"]
+
+
+def test_who_waits_for_a_tenant_goes_in_together():
+    """One swap serves all who have asked by then, whoever asked between them."""
+    tenants, _ = served(2)
+    leave, order = threading.Event(), []
+
+    def hold():
+        with tenants.use(None):
+            leave.wait(10)
+
+    def ask(name):
+        with tenants.use(name):
+            order.append(name)
+            time.sleep(0.02)
+
+    threads = [threading.Thread(target=hold)]
+    threads[0].start()
+    for name in ("0", "1", "0", "1", "0"):
+        time.sleep(0.02)
+        threads.append(threading.Thread(target=ask, args=(name,)))
+        threads[-1].start()
+    time.sleep(0.05)
+    leave.set()
+    for thread in threads:
+        thread.join(10)
+    assert order == ["0", "0", "0", "1", "1"]
+    assert [tenants.info(name).swaps for name in "01"] == [1, 1]
 
 
 def test_memory_is_that_of_the_live_places():
@@ -184,8 +214,40 @@ def test_a_tenants_delta_can_be_saved_and_given_to_another_server():
     tenants, models = served(2)
     other = delta.Tenants(network())
     other.add("copy", delta.pack(tenants.delta("1")))
-    with other.use("copy") as model:
-        assert torch.equal(model(X), models["1"](X))
+    other.add("in memory", tenants.delta("1"))
+    other.update("in memory", tenants.delta("1"))
+    for name in other:
+        with other.use(name) as model:
+            assert torch.equal(model(X), models["1"](X))
+    model = network()
+    delta.apply(model, tenants.delta("1"))
+    assert torch.equal(model(X), models["1"](X))
+
+
+def test_a_delta_is_saved_when_it_is_checked_and_before_it_is_served():
+    """If it cannot be saved, or does not fit, the tenant has the one that it had."""
+    tenants, models = served(1)
+    saved = []
+
+    def save():
+        with tenants.use("0") as model:
+            saved.append(torch.equal(model(X), models["0"](X)))
+
+    def fail():
+        raise OSError(28, "No space left on device")
+
+    for name, put in (("0", tenants.update), ("1", tenants.add)):
+        with pytest.raises(OSError, match="No space"):
+            put(name, tuned(5)[1], save=fail)
+        with pytest.raises(delta.DeltaError):
+            put(name, {**tuned(5)[1], "0.weight:values": torch.ones(1)}, save=save)
+    assert (saved, list(tenants)) == ([], ["0"])
+    with tenants.use("0") as model:
+        assert torch.equal(model(X), models["0"](X))
+    tenants.update("0", tuned(5)[1], save=save)
+    assert saved == [True]
+    with tenants.use("0") as model:
+        assert torch.equal(model(X), tuned(5)[0](X))
 
 
 def test_what_cannot_be_served_is_refused_and_the_rest_goes_on():
