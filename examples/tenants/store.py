@@ -1,0 +1,254 @@
+"""Tenants' deltas in a folder and over one model: what was acknowledged is on the disk.
+
+A tenant is ``NAME.safetensors``, the file of its delta, and optionally ``NAME.json``, ``{"classes": ["ham", "spam"]}``. A
+file is replaced in one step and reaches the disk before the call returns, so a process killed at any moment leaves the last
+acknowledged delta or, if it was killed while it wrote, the next one. A store is the only writer of its folder.
+"""
+
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gcfreeze import delta
+
+Encode = Callable[[list[str]], Tensor]
+SUFFIX = ".safetensors"
+_TEMPORARY = ".tenants-"
+_NAME = re.compile(r"[a-z0-9_-]{1,64}")
+
+
+class UnknownTenantError(LookupError):
+    """No tenant has this name."""
+
+
+class RefusedError(ValueError):
+    """A name or classes that no tenant may have."""
+
+
+class TakenError(RefusedError):
+    """The name is taken, or the store is full."""
+
+
+@dataclass
+class Record:
+    """What a store tells of a tenant. Counts are since the store was opened."""
+
+    classes: list[str] = field(default_factory=list)
+    """By index of the logit; empty if unknown."""
+    file_bytes: int = 0
+    memory_bytes: int = 0
+    live_elements: int = 0
+    updates: int = 0
+    requests: int = 0
+    swap_ms: float | None = None
+    """Of the last answer that had to swap."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The class of a text by one tenant's model."""
+
+    label: str
+    scores: list[float]
+    """Softmax of the logits, by class."""
+    swap_ms: float
+    """Until the tenant's weights were in the model, waiting for other answers included; 0 if they were there."""
+
+
+class Store:
+    """Answer texts by tenants' models, and keep their deltas in a folder. Safe to call from several threads.
+
+    Args:
+        model: maps what `encode` returns to logits, (texts, classes). Has the base's weights; written to from now on.
+        encode: turns texts into the model's input. Called by one thread at a time.
+        folder: is made if it is missing. Temporary files of a killed process are removed.
+        max_tenants: the most tenants that `add` allows.
+
+    Raises:
+        DeltaError: a delta in the folder does not fit the model, or is damaged.
+        RefusedError: a file in the folder has a name that is no tenant's, or classes that are none.
+    """
+
+    def __init__(self, model: nn.Module, encode: Encode, folder: str | Path, *, max_tenants: int = 64) -> None:
+        self._encode, self._folder, self._max_tenants = encode, Path(folder), max_tenants
+        self._tenants = delta.Tenants(model.eval())
+        self._records: dict[str, Record] = {}
+        self._writing, self._encoding, self._counting = threading.Lock(), threading.Lock(), threading.Lock()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self._folder.glob(f"{_TEMPORARY}*"):
+            leftover.unlink()
+        for file in sorted(self._folder.glob(f"*{SUFFIX}")):
+            name = _checked_name(file.stem)
+            loaded = delta.load(file)
+            self._tenants.add(name, loaded)
+            self._records[name] = Record(_read_classes(self._file(name, ".json")))
+            self._measure(self._records[name], name, loaded)
+
+    @property
+    def base(self) -> str:
+        """Fingerprint of the weights that all tenants share."""
+        return self._tenants.base
+
+    def records(self) -> dict[str, Record]:
+        """Return what is known of every tenant, by name."""
+        return dict(sorted(self._records.copy().items()))
+
+    def answer(self, name: str, text: str) -> Answer:
+        """Classify a text by one tenant's model.
+
+        Raises:
+            UnknownTenantError: no tenant has this name.
+            ArithmeticError: the tenant's weights give scores that are no numbers.
+        """
+        record = self._record(name)
+        with self._encoding:
+            tokens = self._encode([text])
+        there, began = self._tenants.current == name, time.perf_counter()
+        try:
+            with self._tenants.use(name) as model, torch.inference_mode():
+                swap_ms = 0.0 if there else 1e3 * (time.perf_counter() - began)
+                scores = model(tokens)[0].softmax(-1).tolist()
+        except KeyError:
+            self._record(name)  # removed in the meantime?
+            raise
+        best = max(range(len(scores)), key=scores.__getitem__)
+        if not all(0.0 <= score <= 1.0 for score in scores):
+            raise ArithmeticError(f"The weights of {name!r} give scores that are no numbers.")
+        with self._counting:
+            record.requests += 1
+            record.swap_ms = swap_ms or record.swap_ms
+        label = record.classes[best] if best < len(record.classes) else str(best)
+        return Answer(label, scores, swap_ms)
+
+    def add(self, name: str, body: bytes, classes: Sequence[str] = ()) -> None:
+        """Take in a new tenant with the whole file of its delta.
+
+        Raises:
+            DeltaError: the delta is damaged or does not fit.
+            RefusedError: the name or the classes are not allowed; as TakenError, the name is taken or the store full.
+            OSError: the folder could not be written, and the tenant is not there.
+        """
+        record = Record(_checked_classes(list(classes)))
+        _checked_name(name)
+        with self._writing:
+            if name in self._records:
+                raise TakenError(f"There is a tenant {name!r}: update or delete it.")
+            if len(self._records) >= self._max_tenants:
+                raise TakenError(f"There are {self._max_tenants} tenants, the most allowed: delete one first.")
+            new = delta.load(body)
+            self._tenants.add(name, new)
+            try:
+                # First the classes: the delta's file is what makes a tenant.
+                self._write(self._file(name, ".json"), json.dumps({"classes": record.classes}).encode())
+                self._write(self._file(name), delta.pack(new))
+            except OSError:
+                self._tenants.remove(name)
+                raise
+            self._measure(record, name, new)
+            self._records[name] = record
+
+    def update(self, name: str, body: bytes) -> None:
+        """Replace a tenant's delta by another, whole or values-only.
+
+        Raises:
+            UnknownTenantError: no tenant has this name.
+            DeltaError: the delta is damaged or does not fit, and the tenant is as it was.
+            OSError: the folder could not be written, and the tenant is as it was.
+        """
+        with self._writing:
+            record = self._record(name)
+            current = delta.load(self._file(name))
+            new = delta.load(body, mask=current)
+            self._tenants.update(name, new)
+            try:
+                self._write(self._file(name), delta.pack(new))
+            except OSError:
+                self._tenants.update(name, current)
+                raise
+            self._measure(record, name, new)
+            record.updates += 1
+
+    def remove(self, name: str) -> None:
+        """Forget a tenant and delete its files.
+
+        Raises:
+            UnknownTenantError: no tenant has this name.
+            OSError: its file could not be deleted, and the tenant is as it was.
+        """
+        with self._writing:
+            self._record(name)
+            self._file(name).unlink(missing_ok=True)
+            self._sync_folder()
+            del self._records[name]
+            self._tenants.remove(name)
+            self._file(name, ".json").unlink(missing_ok=True)
+
+    def _record(self, name: str) -> Record:
+        if (record := self._records.get(name)) is None:
+            raise UnknownTenantError(f"There is no tenant {name!r:.80}.")
+        return record
+
+    def _file(self, name: str, suffix: str = SUFFIX) -> Path:
+        return self._folder / f"{name}{suffix}"
+
+    def _measure(self, record: Record, name: str, new: Mapping[str, Tensor]) -> None:
+        record.file_bytes = self._file(name).stat().st_size
+        record.memory_bytes = self._tenants.nbytes(name)
+        record.live_elements = sum(t.numel() for key, t in new.items() if key.endswith((":values", ":whole")))
+
+    def _write(self, file: Path, content: bytes) -> None:
+        """Replace a file by another in one step, which is on the disk on return.
+
+        If the last sync of the folder fails, which takes a failing disk, either file may be there after a restart.
+        """
+        temporary = None
+        try:
+            with NamedTemporaryFile(dir=self._folder, prefix=_TEMPORARY, delete=False) as opened:
+                temporary = Path(opened.name)
+                opened.write(content)
+                opened.flush()
+                os.fsync(opened.fileno())
+            os.replace(temporary, file)
+        except OSError:
+            if temporary is not None:
+                temporary.unlink(missing_ok=True)
+            raise
+        self._sync_folder()
+
+    def _sync_folder(self) -> None:
+        """Make renames and deletions last."""
+        descriptor = os.open(self._folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _checked_name(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise RefusedError(f"A tenant's name has 1 to 64 of a-z, 0-9, - and _, got {name!r:.80}.")
+    return name
+
+
+def _checked_classes(classes: object) -> list[str]:
+    if not isinstance(classes, list) or not all(isinstance(each, str) for each in classes):
+        raise RefusedError(f"Classes must be a list of names, got {classes!r:.80}.")
+    return classes
+
+
+def _read_classes(file: Path) -> list[str]:
+    try:
+        return _checked_classes(json.loads(file.read_bytes())["classes"])
+    except FileNotFoundError:
+        return []
+    except (KeyError, TypeError, ValueError) as error:
+        raise RefusedError(f'{file} must be {{"classes": [names]}}.') from error
