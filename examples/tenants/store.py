@@ -1,8 +1,8 @@
 """Tenants' deltas in a folder and over one model: what was acknowledged is on the disk.
 
-A tenant is ``NAME.safetensors``, the file of its delta, and optionally ``NAME.json``, ``{"classes": ["ham", "spam"]}``. A
-file is replaced in one step and reaches the disk before the call returns, so a process killed at any moment leaves the last
-acknowledged delta or, if it was killed while it wrote, the next one. A store is the only writer of its folder.
+A tenant is ``NAME.safetensors``, the file of its delta, and optionally ``NAME.json``, ``{"classes": ["ham", "spam"]}``.
+A file is replaced in one step and reaches the disk before the call returns. A process killed at any moment leaves the
+last acknowledged delta or, if it was killed while it wrote, the next one. A store is the only writer of its folder.
 """
 
 import json
