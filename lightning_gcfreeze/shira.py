@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gcfreeze._names import shortened
-from lightning_gcfreeze.delta import checked_entries, missing_package
+from lightning_gcfreeze.delta.entries import checked_entries
+from lightning_gcfreeze.delta.files import missing_package
 
 if TYPE_CHECKING:
     from peft import PeftModel

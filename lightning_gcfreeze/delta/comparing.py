@@ -1,0 +1,203 @@
+"""Deltas of models that others trained, deltas in one, and where they meet."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_gcfreeze._names import shortened
+from lightning_gcfreeze._types import Named
+from lightning_gcfreeze.delta.entries import checked_entries, fingerprint, parts_of, tensors_of
+from lightning_gcfreeze.delta.errors import ConflictError, MismatchError
+from lightning_gcfreeze.delta.files import FORMAT, Source, as_tensor, by_name, content, load, unit_of
+from lightning_gcfreeze.distributed import whole
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Overlap(NamedTuple):
+    """Where two deltas write to the same places of one tensor."""
+
+    shared: int
+    """Places that both write."""
+    differing: int
+    """Those of them to which they write different bits."""
+
+
+def diff(base: nn.Module | Named, tuned: nn.Module | Named) -> dict[str, Tensor]:
+    """Return the delta that turns one model into another, however that was trained.
+
+    Bits are compared, so -0.0 differs from 0.0 and a NaN equals itself. A tensor in which nothing differs is named as
+    unchanged. Two state dicts give the deltas of models that do not fit into memory as modules.
+
+    Args:
+        base: a module, or a state dict as ``safetensors.torch.load_file`` returns it.
+        tuned: the same, after training.
+
+    Raises:
+        MismatchError: they have other names, or a tensor has another shape or dtype.
+    """
+    before, after = _saved(base), _saved(tuned)
+    if isinstance(base, nn.Module) != isinstance(tuned, nn.Module):  # a state dict has a tied tensor twice
+        aliased = base if isinstance(base, nn.Module) else tuned
+        assert isinstance(aliased, nn.Module)
+        twice = aliased.state_dict().keys() - _saved(aliased).keys()
+        before, after = ({name: t for name, t in of.items() if name not in twice} for of in (before, after))
+    if different := sorted(before.keys() ^ after.keys()):
+        raise MismatchError(f"Only one of the two models has {shortened(different)}.")
+    delta = {"format": torch.tensor(FORMAT), "base": as_tensor(bytes.fromhex(fingerprint(base)))}
+    for name, old in before.items():
+        old, new = whole(old.detach()), whole(after[name].detach())
+        if old.dtype != new.dtype or old.shape != new.shape:
+            raise MismatchError(
+                f"{name!r} is {old.dtype} of {tuple(old.shape)} in the base and {new.dtype} of {tuple(new.shape)} in"
+                " the tuned model."
+            )
+        delta |= parts_of(name, new, same_bits(old.cpu(), new.cpu()))
+    return delta
+
+
+def merge(base: nn.Module, *deltas: Source, on_conflict: str = "error") -> dict[str, Tensor]:
+    """Return one delta that writes what several write.
+
+    Args:
+        base: the model that all of them start from. Not modified.
+        deltas: in this order.
+        on_conflict: what happens where two write different bits to one place: "error", or "last", whose bits stay.
+
+    Raises:
+        ConflictError: they do so, and `on_conflict` is "error". `overlap` says where.
+        DeltaError: one of them does not fit `base`, see `apply`.
+    """
+    if on_conflict not in ("error", "last"):
+        raise ValueError(f'`on_conflict` must be "error" or "last", got {on_conflict!r}.')
+    new: dict[str, Tensor] = {}
+    written: dict[str, Tensor] = {}
+    for number, delta in enumerate(deltas):
+        for entry in checked_entries(base, delta):
+            old = entry.target.detach()
+            current = new.setdefault(entry.name, old.clone())
+            known = written.setdefault(entry.name, torch.zeros_like(old, dtype=torch.bool))
+            touched = torch.zeros_like(known)
+            entry._replace(values=torch.ones_like(entry.values, dtype=torch.bool)).write_(touched)
+            before = current.clone()
+            entry.write_(current)
+            conflicts = int((known & touched & ~same_bits(before, current)).sum())
+            if conflicts and on_conflict == "error":
+                raise ConflictError(
+                    f"Delta {number} writes other bits than an earlier one to {conflicts} elements of {entry.name!r}."
+                    ' `overlap` compares two deltas; on_conflict="last" lets the last one win.'
+                )
+            known |= touched
+    merged = {"format": torch.tensor(FORMAT)}
+    for name, tensor in new.items():
+        merged |= parts_of(name, tensor, ~written[name].cpu())
+    return merged
+
+
+def overlap(first: Source, second: Source) -> dict[str, Overlap]:
+    """Return where two deltas of one base meet: the tensors in which they write to the same places.
+
+    An empty dict means that they are disjoint: applied in either order, they give the same model.
+    """
+    ours, theirs = by_name(load(first)), by_name(load(second))
+    found = {}
+    for name in sorted(ours.keys() & theirs.keys()):
+        (places, values), (other_places, other_values) = (_flat(parts[name]) for parts in (ours, theirs))
+        _, at, other_at = np.intersect1d(places, other_places, assume_unique=True, return_indices=True)
+        if len(at):
+            differing = (values[at] != other_values[other_at]).any(axis=1)
+            found[name] = Overlap(len(at), int(differing.sum()))
+    return found
+
+
+def state_dict(base: nn.Module, delta: Source) -> dict[str, Tensor]:
+    """Return the state dict of a model with a delta applied, and leave the model as it is.
+
+    Tensors that the delta does not change are the model's own, not copies.
+
+    Raises:
+        DeltaError: the delta does not fit, see `apply`.
+    """
+    entries = {id(entry.target): entry for entry in checked_entries(base, delta)}
+    state = {}
+    for name, tensor in base.state_dict(keep_vars=True).items():
+        state[name] = tensor.detach() if isinstance(tensor, Tensor) else tensor
+        if id(tensor) in entries:
+            state[name] = state[name].clone()
+            entries[id(tensor)].write_(state[name])
+    return state
+
+
+class Patch(NamedTuple):
+    """What changes in one tensor, in the form that inference engines take: vLLM's ``CheckpointWeightPatch``.
+
+    Source: vLLM, vllm/model_executor/model_loader/checkpoint_weight_patch.py, November 2026. Its sparse_nccl engine
+    takes name, indices, values and shape (as full_shape). Both refuse values that are NaN.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    values: Tensor
+    """(n,) at `indices`; without them all elements, row by row."""
+    indices: Tensor | None = None
+    """(n,) int32 or int64: elements, counted row by row."""
+
+
+def patches(model: nn.Module | Named, delta: Source) -> list[Patch]:
+    """Return a delta as the patches of an inference engine; tensors that do not change are left out.
+
+    Args:
+        model: the base, or its state dict: for the shapes, and to check the delta.
+        delta: as for `apply`.
+
+    Raises:
+        DeltaError: the delta does not fit, see `apply`.
+    """
+    found = []
+    for entry in checked_entries(model, delta):
+        target = entry.target
+        if entry.unit == "whole":
+            found.append(Patch(entry.name, tuple(target.shape), target.dtype, entry.values.reshape(-1)))
+        elif entry.unit != "frozen":
+            indices = entry.indices
+            if entry.unit == "rows":
+                width = entry.values[0].numel()
+                indices = (indices.long()[:, None] * width + torch.arange(width)).reshape(-1)
+                indices = indices.to(torch.int32 if target.numel() < 2**31 else torch.int64)
+            found.append(Patch(entry.name, tuple(target.shape), target.dtype, entry.values.reshape(-1), indices))
+    return found
+
+
+def same_bits(first: Tensor, second: Tensor) -> Tensor:
+    """Return which elements of two tensors of one shape and dtype are the same to the bit."""
+    size = first.element_size()
+    if size not in _INTEGERS:  # complex128
+        return same_bits(torch.view_as_real(first), torch.view_as_real(second)).all(-1)
+    return first.contiguous().view(_INTEGERS[size]) == second.contiguous().view(_INTEGERS[size])
+
+
+def _saved(model: nn.Module | Named) -> Named:
+    """Return parameters and persistent buffers."""
+    tensors = tensors_of(model)
+    if not isinstance(model, nn.Module):
+        return tensors
+    saved = model.state_dict().keys()
+    return {name: tensor for name, tensor in tensors.items() if name in saved}
+
+
+def _flat(parts: Mapping[str, Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the elements that an entry writes, (n,), and their bytes, (n, itemsize)."""
+    unit = unit_of(parts)
+    if unit == "frozen":
+        return np.empty(0, dtype=np.int64), np.empty((0, 1), dtype=np.uint8)
+    values = parts["whole" if unit == "whole" else "values"]
+    bits = np.frombuffer(content(values), np.uint8).reshape(values.numel(), values.element_size())
+    if unit == "whole":
+        return np.arange(values.numel()), bits
+    places = parts[unit].long().numpy()
+    width = values[0].numel() if len(places) else 1
+    return (places[:, None] * width + np.arange(width)).reshape(-1), bits

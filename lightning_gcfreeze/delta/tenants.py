@@ -1,0 +1,275 @@
+"""One module, many deltas: only the live places are kept for each, and any number of threads may ask."""
+
+import hashlib
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from lightning_gcfreeze._names import shortened
+from lightning_gcfreeze.delta.applying import as_delta, overwrite
+from lightning_gcfreeze.delta.entries import Entry, check_unchanged, fingerprint, fitting_entries
+from lightning_gcfreeze.delta.errors import ChainError
+from lightning_gcfreeze.delta.files import Source, about, content, load, scalar
+
+
+class TenantInfo(NamedTuple):
+    """What is known of a tenant."""
+
+    live: int
+    """Elements that it writes."""
+    nbytes: int
+    """Of its values in memory. Its places are shared with all tenants that have the same ones."""
+    number: int | None
+    """Of the last update, if its delta came out of a stream."""
+    swaps: int
+    """How often its values were written to the module."""
+    swap_seconds: float
+    """How long that took the last time, what was there before taken back."""
+
+
+class _Mask(NamedTuple):
+    """Places that tenants share."""
+
+    base: list[Entry]
+    """With the values of the base."""
+    fingerprints: list[bytes | None]
+
+
+@dataclass
+class _Tenant:
+    mask: _Mask
+    entries: list[Entry]
+    about: dict[str, Tensor]
+    swaps: int = 0
+    swap_seconds: float = 0.0
+
+
+class Tenants:
+    """Serve many fine-tuned versions from one copy of their base.
+
+        tenants = delta.Tenants(model)
+        tenants.add("alice", "alice.safetensors")
+        with tenants.use("alice"):
+            answer = model(x)
+
+    Values are written to the module in place, at the live places alone, and the base's are kept for these places. So a
+    forward pass and a swap must not meet: `use` is a lock. Passes of one tenant run side by side; another tenant waits
+    until they are over, in the order of asking. The other way, tensors of each tenant's own for the time of a pass,
+    would copy every matrix that has a live element, which is nearly the whole model.
+
+    While tenants are served, nothing else may write to the module, and it stays on its device. In training mode a
+    forward pass writes to buffers: call ``model.eval()`` before.
+
+    Args:
+        model: the base, as it is now. Sharded modules are not supported.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.base = fingerprint(model)
+        """Of the base, hex."""
+        self._tenants: dict[str, _Tenant] = {}
+        self._masks: dict[bytes, _Mask] = {}
+        self._current: str | None = None
+        self._readers = 0
+        self._changed = threading.Condition()
+        self._queue: deque[object] = deque()
+        self._held = threading.local()
+
+    def __len__(self) -> int:
+        return len(self._tenants)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(self._tenants))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tenants
+
+    @property
+    def current(self) -> str | None:
+        """Whose values are in the module; None: the base's."""
+        return self._current
+
+    def info(self, name: str) -> TenantInfo:
+        """Return what is known of a tenant."""
+        tenant = self._of(name)
+        values = [entry.values for entry in tenant.entries]
+        number = scalar(tenant.about, "number")
+        live, nbytes = sum(v.numel() for v in values), sum(v.nbytes for v in values)
+        return TenantInfo(live, nbytes, number, tenant.swaps, tenant.swap_seconds)
+
+    def delta(self, name: str) -> dict[str, Tensor]:
+        """Return a tenant's delta, to save it."""
+        tenant = self._of(name)
+        return as_delta(tenant.entries) | tenant.about
+
+    def add(self, name: str, delta: Source, *, mask: Source | None = None) -> None:
+        """Take in a tenant, checked against the base.
+
+        The first tenant of some places waits until no pass runs, and hashes what it leaves unchanged; tenants of the
+        same places do neither.
+
+        Args:
+            name: what to call it.
+            delta, mask: see `apply`.
+
+        Raises:
+            ValueError: the name is taken.
+            DeltaError, TypeError, OSError, ImportError: as `apply` does. All is as it was.
+        """
+        if name in self._tenants:
+            raise ValueError(f"There is a tenant {name!r} already: `update` replaces its delta, `remove` takes it out.")
+        self._put(name, load(delta, mask=mask), is_new=True)
+
+    def update(self, name: str, delta: Source) -> None:
+        """Replace a tenant's delta, after the passes that run with it.
+
+        Args:
+            name: whose.
+            delta: a delta of any places, or values alone for the places that the tenant has. One that says its number
+                in a stream must have a higher one than the last.
+
+        Raises:
+            ChainError: its number is not higher.
+            DeltaError, TypeError, OSError, ImportError: as `apply` does. All is as it was.
+            KeyError: there is no such tenant.
+        """
+        self._put(name, load(delta, mask=self.delta(name)), is_new=False)
+
+    def remove(self, name: str) -> None:
+        """Forget a tenant, after the passes that run with it.
+
+        Raises:
+            KeyError: there is no such tenant.
+        """
+        self._of(name)
+        with self._alone():
+            self._write(None)
+            self._of(name)
+            del self._tenants[name]
+            in_use = {id(tenant.mask) for tenant in self._tenants.values()}
+            self._masks = {key: mask for key, mask in self._masks.items() if id(mask) in in_use}
+
+    @contextmanager
+    def use(self, name: str | None) -> Iterator[nn.Module]:
+        """Hold the module with a tenant's values, or with the base's, for the time of a ``with`` block.
+
+        Args:
+            name: whose; None: the base's.
+
+        Raises:
+            KeyError: there is no such tenant.
+            RuntimeError: this thread holds the module for another tenant. A coroutine must not wait within the block:
+                run the pass in a worker thread.
+        """
+        held = getattr(self._held, "names", [])
+        if held and held[-1] != name:
+            raise RuntimeError(f"This thread uses {held[-1]!r} and asked for {name!r}: leave the first `with` block.")
+        if held:
+            yield self.model
+            return
+        if name is not None:
+            self._of(name)
+        with self._changed:
+            self._wait(lambda: not self._readers or self._current == name)
+            self._write(name)
+            self._readers += 1
+        self._held.names = [name]
+        try:
+            yield self.model
+        finally:
+            self._held.names = []
+            with self._changed:
+                self._readers -= 1
+                self._changed.notify_all()
+
+    def verify(self) -> str:
+        """Take back what is applied, and return the fingerprint of the module: that of the base, to the bit."""
+        with self._alone():
+            self._write(None)
+            return fingerprint(self.model)
+
+    # Internals -----------------------------------------------------------------------------------------------------
+
+    def _of(self, name: str) -> _Tenant:
+        if name not in self._tenants:
+            raise KeyError(f"There is no tenant {name!r}; there are: {shortened(sorted(self._tenants))}.")
+        return self._tenants[name]
+
+    def _put(self, name: str, delta: dict[str, Tensor], is_new: bool) -> None:
+        entries = fitting_entries(self.model, delta)
+        key = _key_of(entries)
+        fingerprints = [None if e.fingerprint is None else content(e.fingerprint) for e in entries]
+        with self._alone():
+            if is_new and name in self._tenants:
+                raise ValueError(f"There is a tenant {name!r} already.")
+            number, last = scalar(delta, "number"), None if is_new else scalar(self._of(name).about, "number")
+            if number is not None and last is not None and number <= last:
+                raise ChainError(f"Update {number} of {name!r} comes after update {last}: it is an old one.")
+            mask = self._masks.get(key)
+            if mask is None or mask.fingerprints != fingerprints:
+                self._write(None)
+                check_unchanged(entries)
+                places = [e._replace(indices=e.indices.long().to(e.target.device)) for e in entries]
+                mask = self._masks[key] = _Mask([e.read(e.target) for e in places], fingerprints)
+            if self._current == name:
+                self._write(None)
+            entries = [
+                e._replace(indices=of_base.indices, values=e.values.to(e.target.device))
+                for e, of_base in zip(entries, mask.base, strict=True)
+            ]
+            self._tenants[name] = _Tenant(mask, entries, about(delta))
+
+    def _write(self, name: str | None) -> None:
+        """Write a tenant's values to the module, or the base's; nobody else is in it."""
+        if name == self._current:
+            return
+        begin = time.perf_counter()
+        tenant = None if name is None else self._of(name)
+        before = None if self._current is None else self._tenants[self._current].mask
+        if before is not None and (tenant is None or tenant.mask is not before):
+            overwrite(before.base)
+            self._current = None
+        if tenant is not None:
+            try:
+                overwrite(tenant.entries)
+            except BaseException:
+                self._current = None
+                overwrite(tenant.mask.base)
+                raise
+            tenant.swaps, tenant.swap_seconds = tenant.swaps + 1, time.perf_counter() - begin
+        self._current = name
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold the module against all other threads."""
+        if held := getattr(self._held, "names", []):
+            raise RuntimeError(f"This thread uses {held[-1]!r}: leave the `with` block first.")
+        with self._changed:
+            self._wait(lambda: not self._readers)
+            yield
+
+    def _wait(self, may_enter: Callable[[], bool]) -> None:
+        """Wait in the order of asking. Other threads are told of it when they get the lock."""
+        ticket = object()
+        self._queue.append(ticket)
+        try:
+            self._changed.wait_for(lambda: self._queue[0] is ticket and may_enter())
+        finally:
+            self._queue.remove(ticket)
+            self._changed.notify_all()
+
+
+def _key_of(entries: list[Entry]) -> bytes:
+    """Return a hash of the places that a delta writes."""
+    found = hashlib.sha256()
+    for name, _, unit, indices, _, _ in entries:
+        found.update(f"{name} {unit} {len(indices)}\n".encode())
+        found.update(content(indices))
+    return found.digest()
