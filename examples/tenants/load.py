@@ -29,7 +29,7 @@ class Load:
     swaps: int
     """How many answers had to swap the weights."""
     swap_ms: tuple[float, float]
-    """Median and 99th percentile of these swaps, waiting for others' answers included."""
+    """Median and 99th percentile of these swaps, without waiting for other answers."""
     wrong: int
     """Answers that differ from the tenant's own model by more than the tolerance, or are none."""
     largest_difference: float
@@ -40,7 +40,7 @@ class Load:
         return (
             f"{self.requests} requests in {self.seconds:.1f} s: {self.requests / self.seconds:.0f} requests/s\n"
             f"latency {self.latency_ms[0]:.2f} ms, 99th percentile {self.latency_ms[1]:.2f} ms\n"
-            f"{self.swaps} swaps, {self.swap_ms[0]:.3f} ms, 99th percentile {self.swap_ms[1]:.3f} ms, with waiting\n"
+            f"{self.swaps} swaps, {self.swap_ms[0]:.3f} ms, 99th percentile {self.swap_ms[1]:.3f} ms\n"
             f"{self.wrong} wrong answers; the largest difference of a score is {self.largest_difference:.1e}"
         )
 

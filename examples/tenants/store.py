@@ -9,8 +9,7 @@ import json
 import os
 import re
 import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -46,6 +45,7 @@ class Record:
     """By index of the logit; empty if unknown."""
     file_bytes: int = 0
     memory_bytes: int = 0
+    """Of the values; tenants with the same places share these."""
     live_elements: int = 0
     updates: int = 0
     requests: int = 0
@@ -61,7 +61,7 @@ class Answer:
     scores: list[float]
     """Softmax of the logits, by class."""
     swap_ms: float
-    """Until the tenant's weights were in the model, waiting for other answers included; 0 if they were there."""
+    """What writing the tenant's values took, without waiting for other answers; 0 if they were there."""
 
 
 class Store:
@@ -88,10 +88,9 @@ class Store:
             leftover.unlink()
         for file in sorted(self._folder.glob(f"*{SUFFIX}")):
             name = _checked_name(file.stem)
-            loaded = delta.load(file)
-            self._tenants.add(name, loaded)
-            self._records[name] = Record(_read_classes(self._file(name, ".json")))
-            self._measure(self._records[name], name, loaded)
+            self._tenants.add(name, file)
+            self._records[name] = record = Record(_read_classes(self._file(name, ".json")))
+            self._measure(name, record)
 
     @property
     def base(self) -> str:
@@ -112,14 +111,15 @@ class Store:
         record = self._record(name)
         with self._encoding:
             tokens = self._encode([text])
-        there, began = self._tenants.current == name, time.perf_counter()
         try:
+            swaps = self._tenants.info(name).swaps
             with self._tenants.use(name) as model, torch.inference_mode():
-                swap_ms = 0.0 if there else 1e3 * (time.perf_counter() - began)
+                info = self._tenants.info(name)
                 scores = model(tokens)[0].softmax(-1).tolist()
         except KeyError:
             self._record(name)  # removed in the meantime?
             raise
+        swap_ms = 1e3 * info.swap_seconds if info.swaps != swaps else 0.0
         best = max(range(len(scores)), key=scores.__getitem__)
         if not all(0.0 <= score <= 1.0 for score in scores):
             raise ArithmeticError(f"The weights of {name!r} give scores that are no numbers.")
@@ -145,15 +145,16 @@ class Store:
             if len(self._records) >= self._max_tenants:
                 raise TakenError(f"There are {self._max_tenants} tenants, the most allowed: delete one first.")
             new = delta.load(body)
+            content = delta.pack(new)
             self._tenants.add(name, new)
             try:
                 # First the classes: the delta's file is what makes a tenant.
                 self._write(self._file(name, ".json"), json.dumps({"classes": record.classes}).encode())
-                self._write(self._file(name), delta.pack(new))
-            except OSError:
+                self._write(self._file(name), content)
+            except BaseException:
                 self._tenants.remove(name)
                 raise
-            self._measure(record, name, new)
+            self._measure(name, record)
             self._records[name] = record
 
     def update(self, name: str, body: bytes) -> None:
@@ -168,13 +169,16 @@ class Store:
             record = self._record(name)
             current = delta.load(self._file(name))
             new = delta.load(body, mask=current)
+            content = delta.pack(new)
             self._tenants.update(name, new)
             try:
-                self._write(self._file(name), delta.pack(new))
-            except OSError:
+                self._write(self._file(name), content)
+            except BaseException:
+                # After an update with a number, one with the number before is refused, but not after one without.
+                self._tenants.update(name, {key: t for key, t in current.items() if key != "number"})
                 self._tenants.update(name, current)
                 raise
-            self._measure(record, name, new)
+            self._measure(name, record)
             record.updates += 1
 
     def remove(self, name: str) -> None:
@@ -200,10 +204,10 @@ class Store:
     def _file(self, name: str, suffix: str = SUFFIX) -> Path:
         return self._folder / f"{name}{suffix}"
 
-    def _measure(self, record: Record, name: str, new: Mapping[str, Tensor]) -> None:
-        record.file_bytes = self._file(name).stat().st_size
-        record.memory_bytes = self._tenants.nbytes(name)
-        record.live_elements = sum(t.numel() for key, t in new.items() if key.endswith((":values", ":whole")))
+    def _measure(self, name: str, record: Record) -> None:
+        info = self._tenants.info(name)
+        record.file_bytes, record.memory_bytes = self._file(name).stat().st_size, info.nbytes
+        record.live_elements = info.live
 
     def _write(self, file: Path, content: bytes) -> None:
         """Replace a file by another in one step, which is on the disk on return.

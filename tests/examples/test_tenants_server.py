@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from threading import Event
@@ -178,13 +179,13 @@ def test_answers_during_updates_are_of_a_version_that_was_current(port):
 def test_load_counts_wrong_answers_and_finds_none(port):
     texts = [TEXT, "something else", ""]
     expected = {name: {text: own_scores(number, 0, text) for text in texts[:2]} for number, name in enumerate(NAMES)}
-    measured = load(port, expected, requests=200, threads=4)
-    assert (measured.requests, measured.wrong) == (200, 0)
-    assert 0 < measured.swaps <= 200
+    measured = load(port, expected, requests=100, threads=4)
+    assert (measured.requests, measured.wrong) == (100, 0)
+    assert 0 < measured.swaps <= 100
     assert 0.0 < measured.latency_ms[0] <= measured.latency_ms[1]
     assert "0 wrong answers" in str(measured)
     expected["bob"] = expected["alice"]
-    assert load(port, expected, requests=200, threads=4).wrong > 20
+    assert load(port, expected, requests=100, threads=4).wrong > 10
 
 
 def test_swaps_leave_the_base_to_the_bit():
@@ -358,7 +359,7 @@ BAD = {
     "cut": lambda: packed(0, 1)[:-1],
     "longer": lambda: packed(0, 1) + b"\0",
     "first byte": lambda: flipped(packed(0, 1), 0),
-    "header": lambda: flipped(packed(0, 1), 40),
+    "header": lambda: flipped(packed(0, 1), packed(0, 1).rindex(b"data_offsets") + 16),
     "middle": lambda: flipped(packed(0, 1), len(packed(0, 1)) // 2),
     "last byte": lambda: flipped(packed(0, 1), -1),
     "values of another mask": lambda: packed(1, 1, values_only=True),
@@ -381,6 +382,36 @@ def test_delta_that_is_damaged_or_does_not_fit_changes_nothing(port, folder, kin
     assert_versions(port, 0, 0, 0)
     assert call(port, "POST", "/tenants/alice/update", packed(0, 1))[0] == 200
     assert_versions(port, 1, 0, 0)
+
+
+def numbered(tenant, version):
+    """Return an update as a stream sends it."""
+    return delta.pack(own_delta(tenant, version) | {"number": torch.tensor(version)})
+
+
+def test_update_out_of_order_is_refused(made, port, folder):
+    assert call(port, "POST", "/tenants/alice/update", numbered(0, 5))[0] == 200
+    before = contents(folder)
+    with served(made()) as restarted:
+        for each in (port, restarted):
+            for version in (4, 5):
+                status, answer = call(each, "POST", "/tenants/alice/update", numbered(0, version))
+                assert (status, contents(folder)) == (409, before)
+                assert "after update 5" in answer["error"]
+            assert_versions(each, 5, 0, 0)
+    assert call(port, "POST", "/tenants/alice/update", numbered(0, 6))[0] == 200
+    assert_versions(port, 6, 0, 0)
+
+
+def test_numbered_update_that_cannot_be_written_is_taken_back_with_its_number(port, monkeypatch):
+    assert call(port, "POST", "/tenants/alice/update", numbered(0, 5))[0] == 200
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
+    assert call(port, "POST", "/tenants/alice/update", numbered(0, 6))[0] == 500
+    monkeypatch.undo()
+    assert_versions(port, 5, 0, 0)
+    assert call(port, "POST", "/tenants/alice/update", numbered(0, 4))[0] == 409
+    assert call(port, "POST", "/tenants/alice/update", numbered(0, 6))[0] == 200
+    assert_versions(port, 6, 0, 0)
 
 
 @pytest.mark.parametrize("function", ["fsync", "replace"])
@@ -489,13 +520,23 @@ def test_command_line_serves_a_folder(folder, host, capsys, monkeypatch):
     assert str(folder) in capsys.readouterr().err
 
 
+@contextmanager
+def ending(process):
+    """Kill a process and its forks at the end, else a failing test would wait for them."""
+    try:
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 @pytest.mark.slow
 def test_killed_server_has_every_acknowledged_update_and_nothing_half_written(folder):
     """Twenty kills at random moments of continuous updates: a file is of the last acknowledged version or the next."""
     draw, current, in_flight, taken = random.Random(0), [0, 0, 0], 0, 0
     program = [sys.executable, "-m", "tests.processes.tenants", str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(program, stdin=-1, stdout=-1, text=True, cwd=ROOT, env=environment) as forking:
+    options = {"stdin": -1, "stdout": -1, "text": True, "cwd": ROOT, "env": environment, "start_new_session": True}
+    with subprocess.Popen(program, **options) as forking, ending(forking):
 
         def start():
             forking.stdin.write("\n")
@@ -537,15 +578,12 @@ def test_killed_server_has_every_acknowledged_update_and_nothing_half_written(fo
                 in_flight += posted > acknowledged
                 taken += acknowledged - current[number]
                 current[number] = fits[0]
-        process, port = start()
+        _, port = start()
         assert_versions(port, *current)
-        os.kill(process, signal.SIGKILL)
-        forking.stdin.close()
     assert taken > 60
     assert in_flight > 10  # the kills did hit updates
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
 def test_page_shows_tenants_answers_and_updates(made, port, tmp_path):
     def dom(path):

@@ -62,11 +62,20 @@ def own_scores(tenant: int, version: int, text: str = TEXT) -> list[float]:
         return own_model(tenant, version)(encode([text]))[0].softmax(-1).tolist()
 
 
+def bound() -> socket.socket:
+    """Return a listening socket on a free port of this machine."""
+    # asyncio turns Nagle's algorithm off only where the protocol is named; with it, each answer takes 40 ms more.
+    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listening.bind(("127.0.0.1", 0))
+    listening.listen()
+    return listening
+
+
 @contextmanager
 def served(app: Starlette) -> Iterator[int]:
     """Serve an app from a thread; yields its port."""
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off"))
-    with socket.create_server(("127.0.0.1", 0)) as listening:
+    with bound() as listening:
         thread = Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         try:
@@ -84,7 +93,7 @@ def main(folder: Path) -> None:
             os.waitpid(process, 0)
             continue
         app = application(base(), encode, folder, TOKEN)
-        with socket.create_server(("127.0.0.1", 0)) as listening:
+        with bound() as listening:
             print(os.getpid(), listening.getsockname()[1], flush=True)
             uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off")).run(sockets=[listening])
 
