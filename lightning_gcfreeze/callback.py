@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_gcfreeze import _checks, _lightning, misconfiguration, orderings, refusals, reporting
 from lightning_gcfreeze._types import Granularity
+from lightning_gcfreeze.delta import Stream
 from lightning_gcfreeze.distributed.comm_hook import LiveAllReduce
 from lightning_gcfreeze.estimators import gains
 from lightning_gcfreeze.freezing.savings import Savings
@@ -61,17 +62,16 @@ class GradCovFreezeCallback(_lightning.Callback):
             the last stage of a `schedule`, `order` reads no gradients, as "movement", and nothing may thaw.
         skip_frozen_gradients: skip computing weight gradients of fully frozen parameters, rows and columns. Where code
             of the user may look at gradients, and until such a stage, all are computed, and stay in place.
-        include: patterns (fnmatch) of the parameter names that are eligible; None: all. Only parameters that require
-            a gradient and that the optimizer has are ever eligible.
+        include: patterns (fnmatch) of eligible names; None: all parameters that train and that the optimizer has.
         exclude: patterns of the names that are not.
         seed: of the random order; None: torch's initial seed, as `seed_everything` sets it.
         log_every_n_steps: None: the Trainer's.
         lr_after_freeze: factor on the learning rates of all parameter groups in each step with frozen elements, from
             step t0 + 1 on. The optimizer alone sees it, schedulers do not, and it is the same in all stages. None: 1.
         schedule: several stages, in place of `t0` and `k`: a `FreezeSchedule`, or a list of (t, k).
-        masks: what to freeze from the first step on, in place of `t0` and `k`; nothing is observed. A file that
-            `save_masks` wrote; ``{name: bool (*p.shape)}``, or True or False for a whole parameter; or a selection, see
-            `lightning_gcfreeze.masks`. True = held constant. Parameters that are not named stay live.
+        masks: what to freeze from the first step on, without observing: a file of `save_masks`; ``{name: bool
+            (*p.shape)}`` or ``{name: bool}``, True = held constant; or a selection of `lightning_gcfreeze.masks`.
+        stream: where to publish the live elements' values while training: a `lightning_gcfreeze.delta.Stream`.
         optimizer: index of the optimizer to follow, where manual optimization has several: pass a callback for each.
         promote: deprecated name of `skip_frozen_gradients`. `max_t0`, `max_loss_increase` and `monitor` are deprecated
             names of arguments of `Settled` and `Growth`.
@@ -103,6 +103,7 @@ class GradCovFreezeCallback(_lightning.Callback):
         lr_after_freeze: float | None = None,
         schedule: FreezeSchedule | list[Stage] | None = None,
         masks: Masks | None = None,
+        stream: Stream | None = None,
         optimizer: int | None = None,
         promote: bool | None = None,
         max_t0: int | None = None,
@@ -115,7 +116,7 @@ class GradCovFreezeCallback(_lightning.Callback):
         self._options = Options(
             t0=t0, k=k, order=order, samples=samples, every=every, covariance=covariance, gain=gain,
             gradients=gradients, granularity=granularity, hold=hold, skip_frozen_gradients=skips, include=include,
-            exclude=exclude, seed=seed, schedule=schedule, lr_after_freeze=lr_after_freeze, masks=masks,
+            exclude=exclude, seed=seed, schedule=schedule, lr_after_freeze=lr_after_freeze, masks=masks, stream=stream,
         )  # fmt: skip
         n = log_every_n_steps
         self.log_every_n_steps = None if n is None else _checks.integer("log_every_n_steps", n, at_least=1)
@@ -128,7 +129,7 @@ class GradCovFreezeCallback(_lightning.Callback):
         """Make a callback with the arguments of a preset of `lightning_gcfreeze.PRESETS`.
 
         Args:
-            name: "paper", the method as published; "recommended", what docs/orders.md recommends.
+            name: "paper", as published; "recommended", what docs/orders.md recommends.
             overrides: `t0` and `k`, or `schedule`, and any other argument, which wins over the preset's.
         """
         return cls(**arguments_of_preset(name) | overrides)
@@ -262,10 +263,9 @@ class GradCovFreezeCallback(_lightning.Callback):
         With several processes it must be called on all of them, as a Trainer does: all go on from the mean of their
         statistics. A checkpoint triggered by a SLURM signal, which can arrive at any point, holds only rank 0's.
         """
-        state = self._known
         if self._run and not _lightning.in_signal_handler():
             self._run.synchronize()
-        return state.state_dict()
+        return self._known.state_dict()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse what cannot work, before anything is trained. The optimizers exist by now."""
@@ -351,7 +351,7 @@ class GradCovFreezeCallback(_lightning.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so if nothing was frozen, or a stage was not reached. Share what was seen while there is a way to."""
         if self._run:
-            self._run.synchronize()
+            self._run.end()
         for say, sentence in zip((rank_zero_warn, rank_zero_info), self._state.unfinished(), strict=True):
             if sentence:
                 say(sentence)

@@ -232,7 +232,7 @@ class Freezer:
             try:
                 if self._run.has_begun:
                     self._run.after_batch()
-                    self._run.synchronize()
+                    self._run.end()
             finally:
                 self._run.close()
             for sentence in filter(None, self._state.unfinished()):

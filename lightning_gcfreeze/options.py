@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 from lightning_gcfreeze import _checks, orderings
 from lightning_gcfreeze import masks as given_masks
 from lightning_gcfreeze._types import Granularity
+from lightning_gcfreeze.delta import Stream
 from lightning_gcfreeze.estimators import gains
 from lightning_gcfreeze.gradients.choice import Source
 from lightning_gcfreeze.planning.budget import Budget
@@ -56,6 +57,7 @@ class Options:
     lr_after_freeze: float | None = None
     schedule: FreezeSchedule | Sequence[Stage] | None = None
     masks: given_masks.Masks | None = None
+    stream: Stream | None = None
     ordering: orderings.Ordering = field(init=False, repr=False)
     """The function that `order` names, or is."""
     decisions: tuple[PlannedDecision, ...] = field(init=False, repr=False)

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_gcfreeze import _modules, _torch, misconfiguration, refusals, selection
+from lightning_gcfreeze.delta.stream import Writer
 from lightning_gcfreeze.distributed import Shards
 from lightning_gcfreeze.estimators import FullCovariance
 from lightning_gcfreeze.freezing import WeightUses
@@ -67,9 +68,8 @@ class Run:
         self._uses = WeightUses(module, self.parameters)
         self._watch: GradientWatch | None = None
         trained = selection.trained(module, optimizer)
-        self.stages = Stages(
-            options, state, around, self.parameters, self.shards, self._uses, self._seen_reading, trained
-        )
+        seen, parts = self._seen_reading, (self.parameters, self.shards, self._uses)
+        self.stages = Stages(options, state, around, *parts, seen, trained)
         for _, k in options.decisions:
             if not isinstance(k, Growth | Budget):
                 selection.resolve_count(k, self.stages.n_eligible)
@@ -80,18 +80,12 @@ class Run:
             FullCovariance({name: p.to("meta") for name, p in self.parameters.items()})  # refuses one that is too large
         self.source: SampleGradients | None = None
         if around.training_step is not None:
+            world = around.world if self.shards.is_sharded else None
             self.source = SampleGradients(
-                options.gradients,
-                module,
-                self.parameters,
-                around.training_step,
-                around.context,
-                around.inform,
-                state.choice,
-                n_samples=options.n_samples,
-                keep_each=full,
-                world=around.world if self.shards.is_sharded else None,
-            )
+                options.gradients, module, self.parameters, around.training_step, around.context, around.inform,
+                state.choice, n_samples=options.n_samples, keep_each=full, world=world,
+            )  # fmt: skip
+        self._writer = Writer(options.stream, module, around.world, around.warn) if options.stream else None
         self.has_begun = False
         """Whether `begin` was called."""
         self._hooks: tuple[RemovableHandle, ...] = ()  # on the optimizer's step
@@ -115,6 +109,7 @@ class Run:
         _FOLLOWED[optimizer], self.has_begun = None, True
         hook = optimizer.register_step_pre_hook(self._before_optimizer_step)
         self._hooks = (hook, optimizer.register_step_post_hook(self._after_optimizer_step))
+        self._publish()
 
     def attach(self) -> None:
         """Tie the state, which has just begun or was loaded, to the module and the optimizer."""
@@ -255,6 +250,7 @@ class Run:
             stages.holder.after_batch(first)
             if first:
                 self._state.remember_bits(self.parameters)
+        self._publish()
 
     def record_validation_loss(self, loss: float) -> None:
         """Take in a validation's loss on this process; the mean over processes counts."""
@@ -264,6 +260,11 @@ class Run:
     def synchronize(self) -> None:
         """Let all processes go on from the same statistics."""
         self._state.synchronize(self.shards)
+
+    def end(self) -> None:
+        """Share and publish what there is at the end of training."""
+        self.synchronize()
+        self._publish(is_last=True)
 
     def close(self) -> None:
         """Leave the module and the optimizer as they were, but for the values."""
@@ -280,10 +281,13 @@ class Run:
 
     def take_metrics(self) -> dict[str, float]:
         """Return what there is to log now, by tag; what the plan has found since the last call is returned once."""
-        all_reduce = self._around.all_reduce
-        found = self._state.metrics(self.parameters, all_reduce.bytes_sent if all_reduce else None)
-        self._state.plan.metrics = {}
+        sent = self._around.all_reduce.bytes_sent if self._around.all_reduce else None
+        found, self._state.plan.metrics = self._state.metrics(self.parameters, sent), {}
         return found
+
+    def _publish(self, is_last: bool = False) -> None:
+        if self._writer and (state := self._state).decision:
+            self._writer.record(state.decision, lambda: state.frozen, state.steps, is_last)
 
     # Observing -----------------------------------------------------------------------------------------------------
 
@@ -318,7 +322,7 @@ class Run:
             return
         if (
             weights is None
-        ):  # each loss is divided by the micro-batches of a full step, also in an epoch's short last one
+        ):  # each loss was divided by the micro-batches of a full step, also in an epoch's short last one
             loss_scale = self._around.loss_scale()
             scale, share = loss_scale / n_micro_batches, self._micro_batches / n_micro_batches * loss_scale
         else:
@@ -386,8 +390,7 @@ class Run:
         if self.source:
             self.source.reset()
         state.steps += 1
-        observing = state.observing
-        if observing and state.steps % self._options.every == 0:
+        if (observing := state.observing) and state.steps % self._options.every == 0:
             observing.close_step(state.steps)
         if self.stages.holder:
             self.stages.check_held()

@@ -1,4 +1,4 @@
-"""Convert a delta into a SHiRA adapter of PEFT."""
+"""Convert a delta into a SHiRA adapter of PEFT, and back."""
 
 import re
 from collections import Counter
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gcfreeze._names import shortened
+from lightning_gcfreeze.delta.comparing import diff
 from lightning_gcfreeze.delta.entries import checked_entries
 from lightning_gcfreeze.delta.files import missing_package
 
@@ -87,3 +88,41 @@ def to_shira(delta: Mapping[str, Tensor] | str | Path, base: nn.Module, adapter_
     if unexpected := set_peft_model_state_dict(model, state, adapter_name).unexpected_keys:
         raise RuntimeError(f"PEFT did not take {shortened(unexpected)} of the SHiRA state.")
     return model
+
+
+def from_shira(model: "PeftModel", adapter_name: str = "default") -> dict[str, Tensor]:
+    """Return the delta of a SHiRA adapter: what its merged weights are, to the bit, where they differ from the base's.
+
+    PEFT adds values to the base; the delta has the sums, so it can be taken back exactly.
+
+    Args:
+        model: a PEFT model with such an adapter, not merged. Not modified.
+        adapter_name: PEFT's name for it.
+
+    Raises:
+        ValueError: it has no such adapter, the adapter is merged, or other modules were trained with it.
+        ImportError: PEFT is not installed.
+    """
+    try:
+        from peft.tuners.shira import ShiraLayer
+    except ImportError as error:
+        raise missing_package("peft", "peft") from error
+    network = model.get_base_model()
+    wrapped = {name: layer for name, layer in network.named_modules() if isinstance(layer, ShiraLayer)}
+    layers = {name: layer for name, layer in wrapped.items() if adapter_name in layer.shira_weight}
+    state = network.state_dict()
+    if not layers or any(layer.merged for layer in layers.values()):
+        raise ValueError(f"The model has no SHiRA adapter {adapter_name!r} that is not merged: load it, or `unmerge`.")
+    if others := [name for name in state if "modules_to_save" in name.split(".")]:
+        raise ValueError(f"Other modules were trained as well, {shortened(others)}: merge the model, and use `diff`.")
+    base = {}
+    for name, tensor in state.items():
+        layer, _, own_name = name.rpartition(".base_layer.")
+        if ".shira_weight." not in name:
+            base[f"{layer}.{own_name}" if layer in wrapped else name] = tensor
+    tuned = dict(base)
+    with torch.no_grad():
+        for name, layer in layers.items():
+            tuned[f"{name}.weight"] = base[f"{name}.weight"].clone()
+            tuned[f"{name}.weight"] += layer.get_delta_weight(adapter_name)  # in place, as PEFT rounds when it merges
+    return diff(base, tuned)

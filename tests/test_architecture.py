@@ -59,6 +59,15 @@ INSIDE = {
         ("source",),
     ),
     "selection": (("radix", "units", "eligible"), ("lowest", "mixed")),
+    "delta": (
+        ("errors",),
+        ("places",),
+        ("files",),
+        ("entries",),
+        ("applying", "comparing", "inspecting"),
+        ("tenants", "stream"),
+        ("follower", "__main__"),
+    ),
     "masks": (("files",), ("selections",), ("resolving",)),
     "planning": (("losses", "schedule", "budget"), ("settling", "trend"), ("growing",), ("deprecated",), ("plan",)),
     "freezing": (

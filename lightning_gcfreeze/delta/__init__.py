@@ -28,7 +28,9 @@ from lightning_gcfreeze.delta.errors import (
     WrongBaseError,
 )
 from lightning_gcfreeze.delta.files import load, pack, save
+from lightning_gcfreeze.delta.follower import Follower
 from lightning_gcfreeze.delta.inspecting import Summary, inspect
+from lightning_gcfreeze.delta.stream import Stream
 from lightning_gcfreeze.delta.tenants import TenantInfo, Tenants
 
 __all__ = [
@@ -36,9 +38,11 @@ __all__ = [
     "ConflictError",
     "CorruptFileError",
     "DeltaError",
+    "Follower",
     "MismatchError",
     "Overlap",
     "Patch",
+    "Stream",
     "Summary",
     "TenantInfo",
     "Tenants",

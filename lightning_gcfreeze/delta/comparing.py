@@ -9,12 +9,10 @@ from torch import Tensor, nn
 
 from lightning_gcfreeze._names import shortened
 from lightning_gcfreeze._types import Named
-from lightning_gcfreeze.delta.entries import checked_entries, fingerprint, parts_of, tensors_of
+from lightning_gcfreeze.delta.entries import bits, checked_entries, fingerprint, parts_of, tensors_of
 from lightning_gcfreeze.delta.errors import ConflictError, MismatchError
 from lightning_gcfreeze.delta.files import FORMAT, Source, as_tensor, by_name, content, load, unit_of
 from lightning_gcfreeze.distributed import whole
-
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Overlap(NamedTuple):
@@ -79,12 +77,11 @@ def merge(base: nn.Module, *deltas: Source, on_conflict: str = "error") -> dict[
         for entry in checked_entries(base, delta):
             old = entry.target.detach()
             current = new.setdefault(entry.name, old.clone())
-            known = written.setdefault(entry.name, torch.zeros_like(old, dtype=torch.bool))
-            touched = torch.zeros_like(known)
-            entry._replace(values=torch.ones_like(entry.values, dtype=torch.bool)).write_(touched)
+            known = written.setdefault(entry.name, torch.zeros(old.shape, dtype=torch.bool))
+            touched = entry.written()
             before = current.clone()
             entry.write_(current)
-            conflicts = int((known & touched & ~same_bits(before, current)).sum())
+            conflicts = int((known & touched & ~same_bits(before, current).cpu()).sum())
             if conflicts and on_conflict == "error":
                 raise ConflictError(
                     f"Delta {number} writes other bits than an earlier one to {conflicts} elements of {entry.name!r}."
@@ -93,7 +90,7 @@ def merge(base: nn.Module, *deltas: Source, on_conflict: str = "error") -> dict[
             known |= touched
     merged = {"format": torch.tensor(FORMAT)}
     for name, tensor in new.items():
-        merged |= parts_of(name, tensor, ~written[name].cpu())
+        merged |= parts_of(name, tensor, ~written[name])
     return merged
 
 
@@ -174,10 +171,9 @@ def patches(model: nn.Module | Named, delta: Source) -> list[Patch]:
 
 def same_bits(first: Tensor, second: Tensor) -> Tensor:
     """Return which elements of two tensors of one shape and dtype are the same to the bit."""
-    size = first.element_size()
-    if size not in _INTEGERS:  # complex128
+    if first.dtype == torch.complex128:
         return same_bits(torch.view_as_real(first), torch.view_as_real(second)).all(-1)
-    return first.contiguous().view(_INTEGERS[size]) == second.contiguous().view(_INTEGERS[size])
+    return bits(first) == bits(second)
 
 
 def _saved(model: nn.Module | Named) -> Named:

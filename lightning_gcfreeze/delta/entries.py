@@ -13,6 +13,8 @@ from lightning_gcfreeze.delta.errors import CorruptFileError, MismatchError, Wro
 from lightning_gcfreeze.delta.files import FORMAT, Source, by_name, content, load, unit_of
 from lightning_gcfreeze.distributed import whole
 
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 def of(module: nn.Module, frozen: Named) -> dict[str, Tensor]:
     """Copy everything of `module` that can have moved since its elements froze to the CPU.
@@ -84,8 +86,8 @@ class Entry(NamedTuple):
         if self.unit == "whole":
             tensor.copy_(self.values)
         elif len(self.indices):
-            units = _units(tensor, self.unit)
-            units.index_copy_(0, self.indices.long().to(tensor.device), self.values.to(tensor.device))
+            units, indices = _units(tensor, self.unit), self.indices.long().to(tensor.device)
+            bits(units).index_copy_(0, indices, bits(self.values.to(tensor.device)))
             if not tensor.is_contiguous():  # `reshape` had to copy
                 tensor.copy_(units.view_as(tensor))
 
@@ -94,7 +96,14 @@ class Entry(NamedTuple):
         if self.unit == "whole":
             return self._replace(values=_copy(tensor))
         indices = self.indices.long().to(tensor.device)
-        return self._replace(values=_units(tensor.detach(), self.unit).index_select(0, indices).to(self.values.device))
+        values = bits(_units(tensor.detach(), self.unit)).index_select(0, indices).view(tensor.dtype)
+        return self._replace(values=values.to(self.values.device))
+
+    def written(self) -> Tensor:
+        """Return which elements the entry writes, bool, of the target's shape, on the CPU."""
+        mask = torch.zeros(self.target.shape, dtype=torch.bool)
+        self._replace(values=torch.ones(self.values.shape, dtype=torch.bool)).write_(mask)
+        return mask
 
     def parts(self) -> dict[str, Tensor]:
         """Return the entry as the parts of a delta."""
@@ -188,7 +197,7 @@ def parts_of(name: str, tensor: Tensor, frozen: Tensor) -> dict[str, Tensor]:
     unit = "rows" if by_row else "elements"
     live = ~(rows[:, 0] if by_row else rows.flatten())
     indices = live.nonzero().squeeze(1).to(torch.int32 if live.numel() < 2**31 else torch.int64)
-    values = _copy(_units(tensor, unit).index_select(0, indices.to(tensor.device)))
+    values = _copy(bits(_units(tensor, unit)).index_select(0, indices.to(tensor.device)).view(tensor.dtype))
     if indices.nbytes + values.nbytes >= tensor.nbytes:
         return {f"{name}:whole": _copy(tensor)}
     entry = Entry(name, tensor, unit, indices, values, unchanged(tensor, unit, indices))
@@ -197,11 +206,16 @@ def parts_of(name: str, tensor: Tensor, frozen: Tensor) -> dict[str, Tensor]:
 
 def unchanged(tensor: Tensor, unit: str, indices: Tensor) -> Tensor:
     """Return the SHA-256, (32,) uint8, of dtype, shape, live indices, and the bits of all other elements."""
-    units = _units(_copy(tensor), unit).index_fill_(0, indices.long(), 0)
+    units = bits(_units(_copy(tensor), unit)).index_fill_(0, indices.long(), 0)
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
     digest.update(indices.numpy().data)
     digest.update(units.reshape(-1).view(torch.uint8).numpy().data)
     return torch.tensor(list(digest.digest()), dtype=torch.uint8)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """Return a view of the elements as integers, for which torch has all operations; complex128 as it is."""
+    return tensor.view(_INTEGERS[tensor.element_size()]) if tensor.element_size() in _INTEGERS else tensor
 
 
 def _units(tensor: Tensor, unit: str) -> Tensor:

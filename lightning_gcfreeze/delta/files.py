@@ -20,7 +20,9 @@ A file of values alone leaves out layout, places and frozen, and names by `mask`
 import hashlib
 import json
 import math
+import os
 import re
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,19 +88,19 @@ def save(delta: Source, file: str | Path, *, mask: Source | None = None, base: s
         MismatchError: `mask` has other names, shapes, dtypes or places.
         ImportError: safetensors is not installed.
     """
-    Path(file).write_bytes(pack(delta, mask=mask, base=base))
+    write_atomically(Path(file), pack(delta, mask=mask, base=base))
 
 
 def pack(delta: Source, *, mask: Source | None = None, base: str | None = None) -> bytes:
     """Return what `save` writes."""
-    coded = _coded(load(delta))
+    tensors = coded(load(delta))
     if base is not None:
-        coded["base"] = as_tensor(bytes.fromhex(base))
+        tensors["base"] = as_tensor(bytes.fromhex(base))
     if mask is not None:
-        if not torch.equal(_coded(load(mask))["mask"], coded["mask"]):
+        if not torch.equal(coded(load(mask))["mask"], tensors["mask"]):
             raise MismatchError("The delta has other names, shapes, dtypes or places than `mask`: save it without.")
-        coded = {key: tensor for key, tensor in coded.items() if key not in _MASK}
-    return sealed(coded)
+        tensors = {key: tensor for key, tensor in tensors.items() if key not in _MASK}
+    return sealed(tensors)
 
 
 def load(source: Source, *, mask: Source | None = None) -> dict[str, Tensor]:
@@ -121,7 +123,7 @@ def load(source: Source, *, mask: Source | None = None) -> dict[str, Tensor]:
     if "layout" not in tensors:
         if mask is None:
             raise MismatchError("This file has values alone: pass the delta that has their places as `mask`.")
-        of_places = _coded(load(mask))
+        of_places = coded(load(mask))
         if not torch.equal(of_places["mask"], tensors["mask"]):
             raise MismatchError("`mask` has other names, shapes, dtypes or places than the delta of these values had.")
         tensors = {key: of_places[key] for key in _MASK} | dict(tensors)
@@ -154,24 +156,24 @@ def read(source: Source) -> Plain:
     return source
 
 
-def sealed(coded: Plain) -> bytes:
+def sealed(tensors: Plain) -> bytes:
     """Return the file of coded tensors, with their digest."""
     try:
         from safetensors.torch import save as to_bytes
     except ImportError as error:
         raise missing_package("safetensors", "export") from error
-    tensors = {**coded, "digest": as_tensor(digest(coded))}
-    data: bytes = to_bytes(tensors, metadata={"format": "pt", "lightning_gcfreeze": f"delta {FORMAT}"})
+    complete = {**tensors, "digest": as_tensor(digest(tensors))}
+    data: bytes = to_bytes(complete, metadata={"format": "pt", "lightning_gcfreeze": f"delta {FORMAT}"})
     return data
 
 
-def digest(coded: Plain) -> bytes:
+def digest(tensors: Plain) -> bytes:
     """Return the SHA-256 of all tensors but the digest."""
     found = hashlib.sha256()
-    for key in sorted(coded.keys() - {"digest"}):
-        dtype = str(coded[key].dtype).removeprefix("torch.")
-        found.update(f"{key} {dtype} {tuple(coded[key].shape)}\n".encode())
-        found.update(content(coded[key]))
+    for key in sorted(tensors.keys() - {"digest"}):
+        dtype = str(tensors[key].dtype).removeprefix("torch.")
+        found.update(f"{key} {dtype} {tuple(tensors[key].shape)}\n".encode())
+        found.update(content(tensors[key]))
     return found.digest()
 
 
@@ -231,7 +233,12 @@ def mask_hash(layout: bytes, codes: bytes) -> bytes:
     return hashlib.sha256(layout + codes).digest()
 
 
-def _coded(delta: Plain) -> dict[str, Tensor]:
+def values_of(tensors: list[Tensor]) -> Tensor:
+    """Return the values of a file."""
+    return as_tensor(b"".join(content(tensor) for tensor in tensors))
+
+
+def coded(delta: Plain) -> dict[str, Tensor]:
     """Return the tensors of the file of a delta in memory, without the digest."""
     layout, codes = layout_of(delta)
     all_parts = by_name(delta).values()
@@ -242,32 +249,32 @@ def _coded(delta: Plain) -> dict[str, Tensor]:
         "layout": as_tensor(layout),
         "places": as_tensor(codes),
         "frozen": torch.stack(frozen) if frozen else torch.empty(0, 32, dtype=torch.uint8),
-        "values": as_tensor(b"".join(content(tensor) for tensor in values if tensor is not None)),
+        "values": values_of([tensor for tensor in values if tensor is not None]),
         "mask": as_tensor(mask_hash(layout, codes)),
     }
 
 
-def _plain(coded: Plain) -> dict[str, Tensor]:
+def _plain(tensors: Plain) -> dict[str, Tensor]:
     """Return the delta of a file whose digest is right."""
     try:
-        items = [_item(*line) for line in json.loads(content(coded["layout"]))]
+        items = [_item(*line) for line in json.loads(content(tensors["layout"]))]
     except (TypeError, ValueError, RecursionError) as error:
         raise CorruptFileError(f"The layout of the delta's file cannot be read: {error!s:.200}") from error
-    codes, values = content(coded["places"]), coded["values"]
+    codes, values = content(tensors["places"]), tensors["values"]
     fingerprinted = [item for item in items if item.unit != "whole"]
     if (
         [item.name for item in items] != sorted({item.name for item in items})
         or sum(item.code_bytes for item in items) != len(codes)
         or sum(item.nbytes for item in items) != values.numel()
-        or coded["frozen"].shape != (len(fingerprinted), 32)
-        or mask_hash(content(coded["layout"]), codes) != content(coded["mask"])
+        or tensors["frozen"].shape != (len(fingerprinted), 32)
+        or mask_hash(content(tensors["layout"]), codes) != content(tensors["mask"])
     ):
         raise CorruptFileError("The layout of the delta's file does not fit the rest of it.")
-    delta = about(coded) | {"format": torch.tensor(FORMAT), "digest": coded["digest"]}
-    fingerprints = iter(coded["frozen"])
+    delta = about(tensors) | {"format": torch.tensor(FORMAT), "digest": tensors["digest"]}
+    fingerprints = iter(tensors["frozen"])
     at_code = at_value = 0
     for item in items:
-        entry = delta_entry(item, codes[at_code : at_code + item.code_bytes], values[at_value : at_value + item.nbytes])
+        entry = _entry(item, codes[at_code : at_code + item.code_bytes], values[at_value : at_value + item.nbytes])
         if item.unit != "whole":
             entry["frozen"] = next(fingerprints).clone()
         delta |= {f"{item.name}:{part}": tensor for part, tensor in entry.items()}
@@ -275,7 +282,7 @@ def _plain(coded: Plain) -> dict[str, Tensor]:
     return delta
 
 
-def delta_entry(item: _Item, code: bytes, values: Tensor) -> dict[str, Tensor]:
+def _entry(item: _Item, code: bytes, values: Tensor) -> dict[str, Tensor]:
     """Return one entry but its fingerprint, by the part of the key behind the colon."""
     if item.unit == "frozen":
         return {"shape": torch.tensor(item.shape, dtype=torch.int64)}
@@ -327,6 +334,25 @@ def _tensors(data: bytes) -> dict[str, Tensor]:
 def as_tensor(data: bytes) -> Tensor:
     """Return bytes as uint8."""
     return torch.from_numpy(np.frombuffer(data, np.uint8).copy())
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file that, after a kill or a power cut, is there as a whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def missing_package(package: str, extra: str) -> ImportError:
