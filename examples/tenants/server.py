@@ -21,7 +21,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -61,6 +61,7 @@ def application(
     folder: str | Path,
     token: str | None = None,
     *,
+    classes: Sequence[str] = (),
     max_delta_bytes: int = MAX_DELTA_BYTES,
     max_text_bytes: int = MAX_TEXT_BYTES,
     max_tenants: int = MAX_TENANTS,
@@ -72,6 +73,7 @@ def application(
         encode: turns texts into the model's input.
         folder: where the tenants are, see `store`.
         token: what a client must know to change tenants. Without one, nobody can.
+        classes: of a tenant that has no others, by index of the logit. Without any, a label is the index.
         max_delta_bytes: the largest body of a new tenant or an update.
         max_text_bytes: the largest body of a question.
         max_tenants: the most tenants that clients can have added.
@@ -79,7 +81,7 @@ def application(
     Raises:
         DeltaError, RefusedError: the folder has a file that is no tenant of this model.
     """
-    store = Store(model, encode, folder, max_tenants=max_tenants)
+    store = Store(model, encode, folder, classes=classes, max_tenants=max_tenants)
     base = {
         "fingerprint": store.base,
         "elements": sum(p.numel() for p in model.parameters()),
@@ -217,8 +219,8 @@ def _policy(page: str) -> str:
     )
 
 
-def built() -> tuple[nn.Module, Encode]:
-    """Return the encoder with the weights of the base, and the function that turns texts into its input."""
+def built() -> tuple[nn.Module, Encode, Sequence[str]]:
+    """Return the base, the function that turns texts into its input, and the names of the classes."""
     raise NotImplementedError("examples.tenants.encoder is not connected yet.")
 
 
@@ -237,7 +239,8 @@ def main(arguments: list[str] | None = None) -> None:
     if not _is_loopback(given.host) and not given.token:
         parser.error(f"--host {given.host} can be reached from elsewhere: set a --token, or {TOKEN_VARIABLE}.")
     try:
-        app = application(*built(), given.folder, given.token)
+        model, encode, classes = built()
+        app = application(model, encode, given.folder, given.token, classes=classes)
     except (delta.DeltaError, RefusedError) as error:
         parser.exit(1, f"{given.folder}: {error}\n")
     print(f"Serving {given.folder} on http://{given.host}:{given.port}", flush=True)

@@ -10,18 +10,17 @@ import os
 import re
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 
 import torch
 from torch import Tensor, nn
 
 from lightning_gcfreeze import delta
+from lightning_gcfreeze.delta.files import write_atomically
 
 Encode = Callable[[list[str]], Tensor]
 SUFFIX = ".safetensors"
-_TEMPORARY = ".tenants-"
 _NAME = re.compile(r"[a-z0-9_-]{1,64}")
 
 
@@ -41,7 +40,7 @@ class TakenError(RefusedError):
 class Record:
     """What a store tells of a tenant. Counts are since the store was opened."""
 
-    classes: list[str] = field(default_factory=list)
+    classes: list[str]
     """By index of the logit; empty if unknown."""
     file_bytes: int = 0
     memory_bytes: int = 0
@@ -71,6 +70,7 @@ class Store:
         model: maps what `encode` returns to logits, (texts, classes). Has the base's weights; written to from now on.
         encode: turns texts into the model's input. Called by one thread at a time.
         folder: is made if it is missing. Temporary files of a killed process are removed.
+        classes: of a tenant that has no others, by index of the logit.
         max_tenants: the most tenants that `add` allows.
 
     Raises:
@@ -78,18 +78,27 @@ class Store:
         RefusedError: a file in the folder has a name that is no tenant's, or classes that are none.
     """
 
-    def __init__(self, model: nn.Module, encode: Encode, folder: str | Path, *, max_tenants: int = 64) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        encode: Encode,
+        folder: str | Path,
+        *,
+        classes: Sequence[str] = (),
+        max_tenants: int = 64,
+    ) -> None:
         self._encode, self._folder, self._max_tenants = encode, Path(folder), max_tenants
+        self._classes = list(classes)
         self._tenants = delta.Tenants(model.eval())
         self._records: dict[str, Record] = {}
         self._writing, self._encoding, self._counting = threading.Lock(), threading.Lock(), threading.Lock()
         self._folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self._folder.glob(f"{_TEMPORARY}*"):
+        for leftover in self._folder.glob(".*.tmp"):
             leftover.unlink()
         for file in sorted(self._folder.glob(f"*{SUFFIX}")):
             name = _checked_name(file.stem)
             self._tenants.add(name, file)
-            self._records[name] = record = Record(_read_classes(self._file(name, ".json")))
+            self._records[name] = record = Record(self._read_classes(name))
             self._measure(name, record)
 
     @property
@@ -137,7 +146,7 @@ class Store:
             RefusedError: the name or the classes are not allowed; as TakenError, the name is taken or the store full.
             OSError: the folder could not be written, and the tenant is not there.
         """
-        record = Record(_checked_classes(list(classes)))
+        record = Record(_checked_classes(list(classes) or self._classes))
         _checked_name(name)
         with self._writing:
             if name in self._records:
@@ -149,8 +158,8 @@ class Store:
             self._tenants.add(name, new)
             try:
                 # First the classes: the delta's file is what makes a tenant.
-                self._write(self._file(name, ".json"), json.dumps({"classes": record.classes}).encode())
-                self._write(self._file(name), content)
+                write_atomically(self._file(name, ".json"), json.dumps({"classes": record.classes}).encode())
+                write_atomically(self._file(name), content)
             except BaseException:
                 self._tenants.remove(name)
                 raise
@@ -163,7 +172,8 @@ class Store:
         Raises:
             UnknownTenantError: no tenant has this name.
             DeltaError: the delta is damaged or does not fit, and the tenant is as it was.
-            OSError: the folder could not be written, and the tenant is as it was.
+            OSError: the folder could not be written, and the tenant is as it was. If what failed is the last step, to
+                sync the folder, a restart may find either delta.
         """
         with self._writing:
             record = self._record(name)
@@ -172,7 +182,7 @@ class Store:
             content = delta.pack(new)
             self._tenants.update(name, new)
             try:
-                self._write(self._file(name), content)
+                write_atomically(self._file(name), content)
             except BaseException:
                 # After an update with a number, one with the number before is refused, but not after one without.
                 self._tenants.update(name, {key: t for key, t in current.items() if key != "number"})
@@ -204,32 +214,22 @@ class Store:
     def _file(self, name: str, suffix: str = SUFFIX) -> Path:
         return self._folder / f"{name}{suffix}"
 
+    def _read_classes(self, name: str) -> list[str]:
+        file = self._file(name, ".json")
+        try:
+            return _checked_classes(json.loads(file.read_bytes())["classes"])
+        except FileNotFoundError:
+            return self._classes
+        except (KeyError, TypeError, ValueError) as error:
+            raise RefusedError(f'{file} must be {{"classes": [names]}}.') from error
+
     def _measure(self, name: str, record: Record) -> None:
         info = self._tenants.info(name)
         record.file_bytes, record.memory_bytes = self._file(name).stat().st_size, info.nbytes
         record.live_elements = info.live
 
-    def _write(self, file: Path, content: bytes) -> None:
-        """Replace a file by another in one step, which is on the disk on return.
-
-        If the last sync of the folder fails, which takes a failing disk, either file may be there after a restart.
-        """
-        temporary = None
-        try:
-            with NamedTemporaryFile(dir=self._folder, prefix=_TEMPORARY, delete=False) as opened:
-                temporary = Path(opened.name)
-                opened.write(content)
-                opened.flush()
-                os.fsync(opened.fileno())
-            os.replace(temporary, file)
-        except OSError:
-            if temporary is not None:
-                temporary.unlink(missing_ok=True)
-            raise
-        self._sync_folder()
-
     def _sync_folder(self) -> None:
-        """Make renames and deletions last."""
+        """Make a deletion last."""
         descriptor = os.open(self._folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -247,12 +247,3 @@ def _checked_classes(classes: object) -> list[str]:
     if not isinstance(classes, list) or not all(isinstance(each, str) for each in classes):
         raise RefusedError(f"Classes must be a list of names, got {classes!r:.80}.")
     return classes
-
-
-def _read_classes(file: Path) -> list[str]:
-    try:
-        return _checked_classes(json.loads(file.read_bytes())["classes"])
-    except FileNotFoundError:
-        return []
-    except (KeyError, TypeError, ValueError) as error:
-        raise RefusedError(f'{file} must be {{"classes": [names]}}.') from error

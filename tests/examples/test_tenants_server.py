@@ -107,6 +107,13 @@ def test_answers_are_those_of_each_tenants_own_model(port):
     assert ask(port, "carol")["swap_ms"] > 0.0
 
 
+def test_classes_of_the_app_are_those_of_tenants_without_others(made):
+    with served(made(classes=["x", "y", "z"])) as port:
+        assert told(port, "bob")["classes"] == ["x", "y", "z"]
+        assert told(port, "alice")["classes"] == ["<b>bold</b>", "&amp;", "plain"]
+        assert ask(port, "bob")["label"] in {"x", "y", "z"}
+
+
 def test_listing_and_base_say_what_is_there(port, folder):
     ask(port, "bob")
     alice, bob = told(port, "alice"), told(port, "bob")
@@ -449,7 +456,7 @@ def test_file_is_synced_before_it_is_renamed_and_the_folder_before_the_answer(po
 
 
 def test_leftovers_are_removed_at_the_start(made, folder):
-    (folder / ".tenants-abc").write_bytes(b"half")
+    (folder / ".alice.safetensors.1234.tmp").write_bytes(b"half")
     made()
     assert sorted(file.name for file in folder.iterdir()) == sorted(
         [*(f"{n}.safetensors" for n in NAMES), "alice.json"]
@@ -509,7 +516,7 @@ def test_host_that_others_can_reach_needs_a_token(host, capsys, monkeypatch):
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
 def test_command_line_serves_a_folder(folder, host, capsys, monkeypatch):
     ran = []
-    monkeypatch.setattr(server, "built", lambda: (tiny.base(), tiny.encode))
+    monkeypatch.setattr(server, "built", lambda: (tiny.base(), tiny.encode, "abc"))
     monkeypatch.setattr(server.uvicorn, "run", lambda app, **options: ran.append(options))
     server.main(["--folder", str(folder), "--host", host, "--port", "1"])
     assert (ran[0]["host"], ran[0]["port"]) == (host, 1)
@@ -559,7 +566,7 @@ def test_killed_server_has_every_acknowledged_update_and_nothing_half_written(fo
         for _ in range(20):
             process, port = start()
             assert_versions(port, *current)
-            assert not list(folder.glob(".tenants-*"))
+            assert not list(folder.glob(".*"))
             stop = Event()
             with ThreadPoolExecutor(3) as pool:
                 updates = [pool.submit(update, port, number, stop) for number in range(3)]
