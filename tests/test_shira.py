@@ -11,7 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from lightning_gcfreeze import delta
-from lightning_gcfreeze.shira import to_shira
+from lightning_gcfreeze.shira import from_shira, to_shira
 from tests import cases
 
 
@@ -149,3 +149,46 @@ def test_a_buffer_that_moved_is_refused_and_one_that_did_not_is_no_hindrance():
     trained[1].running_mean += 1
     with pytest.raises(ValueError, match=r"also changes 1\.running_mean\."):
         to_shira(delta.of(trained, frozen), start)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_adapter_that_peft_trained_becomes_a_delta(dtype, tmp_path):
+    """Applied to the base it gives what PEFT merges, to the bit, and taken back the base; the adapter is as it was."""
+    from peft import PeftModel, ShiraConfig, get_peft_model
+
+    start = network(dtype)
+    model = get_peft_model(copy.deepcopy(start), ShiraConfig(r=2, target_modules=["1", "3"]))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(3):
+        model(torch.randn(16, 8, dtype=dtype)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(start), tmp_path)
+    found = from_shira(loaded)
+    n_adapted = 2 * (8 + 20) + 2 * (20 + 30)
+    assert 0 < sum(found[key].numel() for key in found if key.endswith(":values")) <= n_adapted
+    base, merged = copy.deepcopy(start), copy.deepcopy(loaded).merge_and_unload()
+    undo = delta.apply(base, delta.pack(found))
+    assert not torch.equal(base[1].weight, start[1].weight)
+    for name, p in merged.named_parameters():
+        assert torch.equal(base.get_parameter(name), p), name
+    delta.revert(base, undo)
+    assert delta.fingerprint(base) == delta.fingerprint(start)
+    x = torch.randn(16, 8, dtype=dtype)
+    assert torch.equal(loaded(x), model(x))
+
+
+def test_what_is_no_shira_adapter_is_refused():
+    """No adapter of that name, one that is merged, and modules that were trained beside it."""
+    from peft import ShiraConfig, get_peft_model
+
+    model = get_peft_model(network(), ShiraConfig(r=2, target_modules=["1"]))
+    with pytest.raises(ValueError, match="no SHiRA adapter 'other' that is not merged"):
+        from_shira(model, "other")
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="no SHiRA adapter 'default' that is not merged: load it, or `unmerge`"):
+        from_shira(model)
+    with_head = get_peft_model(network(), ShiraConfig(r=2, target_modules=["1"], modules_to_save=["11"]))
+    with pytest.raises(ValueError, match=r"Other modules were trained as well, 11\..*merge the model, and use `diff`"):
+        from_shira(with_head)
