@@ -97,7 +97,10 @@ class Store:
             leftover.unlink()
         for file in sorted(self._folder.glob(f"*{SUFFIX}")):
             name = _checked_name(file.stem)
-            self._tenants.add(name, file)
+            try:
+                self._tenants.add(name, file)
+            except delta.DeltaError as error:
+                raise type(error)(f"{file.name}: {error}") from error
             self._records[name] = record = Record(self._read_classes(name))
             self._measure(name, record)
 
@@ -155,14 +158,13 @@ class Store:
                 raise TakenError(f"There are {self._max_tenants} tenants, the most allowed: delete one first.")
             new = delta.load(body)
             content = delta.pack(new)
-            self._tenants.add(name, new)
-            try:
+
+            def save() -> None:
                 # First the classes: the delta's file is what makes a tenant.
                 write_atomically(self._file(name, ".json"), json.dumps({"classes": record.classes}).encode())
                 write_atomically(self._file(name), content)
-            except BaseException:
-                self._tenants.remove(name)
-                raise
+
+            self._tenants.add(name, new, save=save)
             self._measure(name, record)
             self._records[name] = record
 
@@ -180,14 +182,7 @@ class Store:
             current = delta.load(self._file(name))
             new = delta.load(body, mask=current)
             content = delta.pack(new)
-            self._tenants.update(name, new)
-            try:
-                write_atomically(self._file(name), content)
-            except BaseException:
-                # After an update with a number, one with the number before is refused, but not after one without.
-                self._tenants.update(name, {key: t for key, t in current.items() if key != "number"})
-                self._tenants.update(name, current)
-                raise
+            self._tenants.update(name, new, save=lambda: write_atomically(self._file(name), content))
             self._measure(name, record)
             record.updates += 1
 
