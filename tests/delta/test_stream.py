@@ -138,12 +138,12 @@ def test_a_run_goes_on_with_the_stream(tmp_path):
     assert list(updates.values()) == ["whole"] + ["values"] * (len(updates) - 1)
 
 
-def test_a_new_run_from_the_same_base_goes_on_and_one_from_another_base_is_refused(tmp_path):
-    """With other masks the places of both are published; the weights of another base are no continuation."""
+def test_a_new_run_goes_on_from_what_was_published_and_one_from_another_base_is_refused(tmp_path):
+    """From the last run's end, with other masks: the places of both are published. Another base is no continuation."""
     states, _, _, _ = fit(tmp_path)
     other = {name: mask.flip(0) for name, mask in masks().items()}
     module = cases.Regression(cases.convnet())
-    module.load_state_dict(states[0])
+    module.load_state_dict(states[10])
     follower = follow(tmp_path, states[0])
     follower.poll()
     later, _, _, _ = fit(tmp_path, module=module, masks=other)
