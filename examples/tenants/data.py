@@ -1,7 +1,7 @@
-"""Tasks of the tenants: from which part of a package is a docstring, by its first words?
+"""Tasks of the tenants: what is a text from the sources of a package, by its first words?
 
-The docstrings are those of installed packages and of Python's library; sources are parsed, not imported. Every tenant
-has equally many classes, and equally many docstrings of each.
+A tenant is a package that is installed with this project. All have the same four classes, docstrings of three kinds and
+error messages, and equally many texts of each. Sources are parsed, not imported.
 """
 
 import ast
@@ -17,91 +17,103 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from examples.tenants.encoder import tokens
+from examples.tenants.encoder import KINDS, tokens
 
-TRAIN, TEST = 64, 32  # docstrings of a class
-LEAST = 40  # characters of a docstring
+TRAIN, TEST = 64, 32  # texts of a class
+LEAST = 30  # characters of a text
 
 TENANTS = {
-    "numpy": ("numpy/lib", "numpy/_core", "numpy/polynomial", "numpy/ma"),
-    "scipy": ("scipy/stats", "scipy/signal", "scipy/sparse", "scipy/optimize"),
-    "sklearn": ("sklearn/ensemble", "sklearn/linear_model", "sklearn/metrics", "sklearn/preprocessing"),
-    "torch": ("torch/nn", "torch/fx", "torch/onnx", "torch/cuda"),
-    "lightning": ("lightning/pytorch/callbacks", "lightning/pytorch/core", "lightning/fabric",
-                  "torchmetrics/functional"),
-    "transformers": ("transformers/generation", "transformers/integrations", "transformers/pipelines",
-                     "transformers/utils"),
-    "timm": ("timm/models", "timm/layers", "timm/data", "timm/optim"),
-    "matplotlib": ("matplotlib/axes", "matplotlib/backends", "matplotlib/patches", "matplotlib/transforms"),
-    "images": ("PIL", "torchvision/models", "torchvision/datasets", "torchvision/transforms"),
-    "sympy": ("sympy/polys", "sympy/physics", "sympy/combinatorics", "sympy/geometry"),
-    "physics": ("sympy/physics/quantum", "sympy/physics/mechanics", "sympy/physics/control",
-                "sympy/physics/continuum_mechanics"),
-    "python": ("asyncio", "email", "importlib", "tkinter"),
-}  # fmt: skip
-"""The tenants that are reported, with their classes: folders or modules."""
-
-TUNING = {
-    "numerics": ("scipy/interpolate", "scipy/linalg", "scipy/special", "scipy/io"),
-    "hub": ("huggingface_hub/utils", "huggingface_hub/cli", "huggingface_hub/hf_api", "huggingface_hub/inference"),
-    "testing": ("hypothesis", "_pytest", "mypy", "unittest"),
+    "numpy": "numpy",
+    "scipy": "scipy",
+    "sklearn": "sklearn",
+    "matplotlib": "matplotlib",
+    "sympy": "sympy/physics",
+    "networkx": "networkx",
+    "torch": "torch/distributed",
+    "lightning": "lightning",
+    "timm": "timm",
+    "torchmetrics": "torchmetrics",
+    "fonttools": "fontTools",
+    "hypothesis": "hypothesis",
 }
+"""The tenants that are reported, each with its package or a folder within."""
+
+TUNING = {"hub": "huggingface_hub", "peft": "peft", "pytest": "_pytest"}
 """Those by which learning rates were chosen."""
 
 
 class Split(NamedTuple):
-    """Docstrings of a tenant and their classes."""
+    """Texts and their classes."""
 
     x: Tensor
     """Token numbers, (S, TOKENS) int64, 0 where there is none."""
     y: Tensor
-    """(S,) int64, places in the tenant's tuple of classes."""
+    """Places in `KINDS`, (S,) int64."""
+
+
+def splits(tenant: str) -> tuple[Split, Split]:
+    """The training and the test texts of a tenant, the same in every call."""
+    train, test = texts(tenant)
+    return _split(train), _split(test)
 
 
 @cache
-def splits(tenant: str) -> tuple[Split, Split]:
-    """The training and the test docstrings of a tenant, the same ones in every call; none begin alike.
+def texts(tenant: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """The training and the test texts of a tenant as (kind, text), the same in every call; none begin alike.
 
     Raises:
-        ModuleNotFoundError: a package is not installed.
-        ValueError: a class has too few docstrings.
+        ModuleNotFoundError: the package is not installed.
+        ValueError: it has too few texts.
     """
-    classes = (TENANTS | TUNING)[tenant]
-    texts = [(text, y) for y, path in enumerate(classes) for text in sorted(set(docstrings(path)))]
-    rows = tokens([text for text, _ in texts])
-    beginnings = Counter(map(tuple, rows.tolist()))
-    once = torch.tensor([beginnings[tuple(row)] == 1 for row in rows.tolist()])
-    x, of = rows[once], torch.tensor([y for _, y in texts])[once]
+    found = sorted(set(sources((TENANTS | TUNING)[tenant])))
+    beginnings = [tuple(row) for row in tokens([text for _, text in found]).tolist()]
+    count = Counter(beginnings)
     draw = np.random.default_rng(0)
-    train, test = [], []
-    for y, path in enumerate(classes):
-        places = (of == y).nonzero().squeeze(1).numpy()
-        if len(places) < TRAIN + TEST:
-            raise ValueError(f"{path} has {len(places)} docstrings that begin unlike all others, not {TRAIN + TEST}.")
-        chosen = torch.tensor(draw.choice(places, TRAIN + TEST, replace=False))
-        train.append(chosen[:TRAIN])
-        test.append(chosen[TRAIN:])
-    return Split(x[torch.cat(train)], of[torch.cat(train)]), Split(x[torch.cat(test)], of[torch.cat(test)])
+    train, test = list[tuple[str, str]](), list[tuple[str, str]]()
+    for kind in KINDS:
+        own = [pair for pair, row in zip(found, beginnings, strict=True) if pair[0] == kind and count[row] == 1]
+        if len(own) < TRAIN + TEST:
+            raise ValueError(f"{tenant} has {len(own)} texts of the kind {kind!r}, fewer than {TRAIN + TEST}.")
+        chosen = [own[i] for i in draw.choice(len(own), TRAIN + TEST, replace=False)]
+        train += chosen[:TRAIN]
+        test += chosen[TRAIN:]
+    return train, test
 
 
-def docstrings(path: str) -> Iterator[str]:
-    """The docstrings in a folder, without its tests, or in a module: of modules, classes and functions."""
-    for file in _sources(path):
+def sources(path: str) -> Iterator[tuple[str, str]]:
+    """(kind, text) of all texts in a package or a folder of one, without its tests."""
+    for file in _files(path):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the packages' own, of escape sequences
+            warnings.simplefilter("ignore")  # of escape sequences
             tree = ast.parse(file.read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                text = ast.get_docstring(node)
+        for parent in ast.walk(tree):
+            for node in ast.iter_child_nodes(parent):
+                kind, text = _text(node, parent)
                 if text and len(text) >= LEAST:
-                    yield text
+                    yield kind, text
 
 
-def _sources(path: str) -> list[Path]:
+def _text(node: ast.AST, parent: ast.AST) -> tuple[str, str | None]:
+    match node:
+        case ast.ClassDef():
+            return "class", ast.get_docstring(node)
+        case ast.FunctionDef() | ast.AsyncFunctionDef():
+            return "method" if isinstance(parent, ast.ClassDef) else "function", ast.get_docstring(node)
+        case ast.Raise(exc=ast.Call(args=[ast.Constant(value=str(message)), *_])):
+            return "error", message
+        case ast.Raise(exc=ast.Call(args=[ast.JoinedStr(values=parts), *_])):
+            return "error", "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in parts)
+    return "", None
+
+
+def _files(path: str) -> list[Path]:
     package, *rest = path.split("/")
     spec = find_spec(package)
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(f"{package} is not installed: its docstrings are a tenant's. Run `uv sync` first.")
+        raise ModuleNotFoundError(f"{package} is not installed; a tenant's texts are its. Run `uv sync` first.")
     root = Path(spec.origin).parent.joinpath(*rest)
-    found = sorted(root.rglob("*.py")) or [root.with_suffix(".py")]
-    return [file for file in found if file.is_file() and not {"test", "tests"} & set(file.relative_to(root.parent).parts)]
+    return [file for file in sorted(root.rglob("*.py")) if not {"test", "tests"} & set(file.relative_to(root).parts)]
+
+
+def _split(pairs: list[tuple[str, str]]) -> Split:
+    return Split(tokens([text for _, text in pairs]), torch.tensor([KINDS.index(kind) for kind, _ in pairs]))
