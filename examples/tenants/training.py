@@ -5,6 +5,7 @@ method's own, the head's the same for all. LoRA, SHiRA and the mask train equall
 part in a hundred.
 """
 
+import gc
 import logging
 import tempfile
 import warnings
@@ -113,7 +114,10 @@ def run(fit: Fit) -> Result:
     """Fit and judge."""
     trained = METHODS[fit.method](fit)
     found = accuracy(trained.module, splits(fit.tenant)[1])
-    return Result(fit.tenant, fit.method, fit.lr, found, trained.live, trained.shipped)
+    result = Result(fit.tenant, fit.method, fit.lr, found, trained.live, trained.shipped)
+    del trained
+    gc.collect()  # a Trainer and its module refer to each other
+    return result
 
 
 def run_all(fits: Sequence[Fit]) -> list[Result]:

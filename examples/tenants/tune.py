@@ -40,13 +40,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (%(default)s)")
     args = parser.parse_args(argv)
     prepare()
+    console = Console()
     with tempfile.TemporaryDirectory() as folder:
         mask = Path(folder) / "mask.pt"
         write_mask(mask)
         methods = args.methods.split(",")
         fits = [Fit(tenant, method, lr, mask) for method in methods for lr in TRIED[method] for tenant in TUNING]
-        results = list(compute(run, fits, args.jobs))
-    Console().print(table(results))
+        results = list[Result]()
+        for result in compute(run, fits, args.jobs):
+            results.append(result)
+            console.print(f"{len(results)} of {len(fits)}: {result.tenant}, {result.method}, {result.lr:g}")
+    console.print(table(results))
 
 
 def table(results: Sequence[Result]) -> Table:
