@@ -21,11 +21,11 @@ from examples.tenants.processes import compute
 from examples.tenants.training import METHODS, Fit, Result, prepare, run, write_mask
 
 TRIED = {
-    "head": (5e-3, 1e-2, 2e-2),
-    "full": (1e-4, 2e-4, 4e-4),
+    "head": (2.5e-3, 5e-3, 1e-2, 2e-2),
+    "full": (1e-4, 2e-4, 4e-4, 8e-4),
     "lora": (2.5e-3, 5e-3, 1e-2),
-    "shira": (5e-3, 1e-2, 2e-2),
-    "ours": (5e-3, 1e-2, 2e-2),
+    "shira": (2.5e-3, 5e-3, 1e-2, 2e-2),
+    "ours": (5e-3, 1e-2, 2e-2, 4e-2),
 }
 
 
