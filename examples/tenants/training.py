@@ -31,7 +31,7 @@ from lightning_gcfreeze import GradCovFreezeCallback, masks
 FROZEN = 0.99  # of the encoder's elements
 BATCH_SIZE, STEPS = 16, 32
 HEAD_RATE = 1e-2
-RATES = {"head": HEAD_RATE, "full": 2e-4, "lora": 5e-3, "shira": 1e-2, "ours": 1e-2}
+RATES = {"head": 5e-3, "full": 4e-4, "lora": 5e-3, "shira": 5e-3, "ours": 2e-2}
 """Learning rates of the encoder, but of "head" the head's. All were chosen by `examples.tenants.tune`."""
 RANK = 6
 LAYERS = r"encoder\.layer\.(\d\.attention\.(self|output)|[1-9]\.(intermediate|output))\.(query|key|value|dense)"
