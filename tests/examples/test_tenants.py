@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from examples.tenants import __main__ as command
 from examples.tenants import data, encoder, tune
 from examples.tenants.training import RATES, Fit, Result, accuracy, run, write_mask
-from lightning_gcfreeze import apply_delta, masks
+from lightning_gcfreeze import apply_delta, delta, masks
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # in PEFT
 
@@ -100,7 +99,7 @@ def test_base_outside_the_mask_is_the_shipped_encoder_to_the_bit(mask, trained):
 
 @pytest.mark.slow
 def test_deltas_of_all_tenants_have_the_same_places_and_other_values(trained):
-    one, other = (load_file(file) for _, file in trained.values())
+    one, other = (delta.load(file) for _, file in trained.values())
     assert one.keys() == other.keys()
     places = [name for name in one if name.endswith((":elements", ":rows", ":frozen"))]
     values = [name for name in one if name.endswith((":values", ":whole"))]
