@@ -125,9 +125,9 @@ def test_adapters_train_as_many_elements_as_the_mask_leaves(mask, trained):
 @pytest.mark.slow
 def test_command_leaves_a_delta_of_each_tenant_and_prints_a_table(tmp_path, capsys):
     command.main(["--quick", "--tenants", "1", "--jobs", "1", "--out", str(tmp_path)])
-    assert {file.name for file in tmp_path.iterdir()} == {"mask.pt", "numpy.safetensors"}
+    assert {file.name for file in tmp_path.iterdir()} == {"mask.pt", "torchmetrics.safetensors"}
     printed = capsys.readouterr().out
-    assert "numpy is trained, 1 of 1." in printed
+    assert "torchmetrics is trained, 1 of 1." in printed
     assert "kB to ship" in printed
 
 
