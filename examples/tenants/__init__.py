@@ -1,0 +1,1 @@
+"""Many small fine-tunings of one encoder, as deltas of a mask that all of them share."""
