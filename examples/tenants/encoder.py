@@ -41,6 +41,14 @@ class SentenceClassifier(nn.Module):
         return self.head(self.pooled(x))  # type: ignore[no-any-return]
 
 
+def be_quiet() -> None:
+    """Let transformers load without a report and a bar."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
 def base() -> SentenceClassifier:
     """The model of no tenant: the encoder as it ships, and a head of zeros."""
     return SentenceClassifier(len(KINDS), zero_head=True)

@@ -1,4 +1,4 @@
-"""Serve many tenants from one model: `uv run python -m examples.tenants.server --folder results/tenants`.
+"""Serve many tenants from one model: `uv run python -m examples.tenants.server`, after `examples.tenants`.
 
     GET    /                          a page that shows the tenants and asks them
     GET    /tenants                   what is known of each
@@ -37,6 +37,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from torch import nn
 
+from examples.tenants import encoder
 from examples.tenants.store import Encode, RefusedError, Store, TakenError, UnknownTenantError
 from lightning_gcfreeze import delta
 
@@ -221,13 +222,14 @@ def _policy(page: str) -> str:
 
 def built() -> tuple[nn.Module, Encode, Sequence[str]]:
     """Return the base, the function that turns texts into its input, and the names of the classes."""
-    raise NotImplementedError("examples.tenants.encoder is not connected yet.")
+    encoder.be_quiet()
+    return encoder.base(), encoder.tokens, encoder.KINDS
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Serve the tenants of a folder."""
     parser = argparse.ArgumentParser(description="Serve many tenants from one model.")
-    parser.add_argument("--folder", type=Path, default=Path("results/tenants"))
+    parser.add_argument("--folder", type=Path, default=Path("runs/tenants"))
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument(

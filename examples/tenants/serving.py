@@ -33,7 +33,9 @@ def measure(folder: Path, tenants: Sequence[str], requests: int, times: int, con
     """
     model = base().eval()
     deltas = {tenant: delta.load(folder / f"{tenant}.safetensors") for tenant in tenants}
-    expected = {tenant: _scores(model, deltas[tenant], [text for _, text in texts(tenant)[1][:TEXTS]]) for tenant in tenants}
+    expected = {
+        tenant: _scores(model, deltas[tenant], [text for _, text in texts(tenant)[1][:TEXTS]]) for tenant in tenants
+    }
     first, other = tenants[0], tenants[1]
     values = {tenant: delta.pack(deltas[tenant], mask=deltas[first]) for tenant in (first, other)}
     token = secrets.token_urlsafe()
@@ -107,7 +109,9 @@ def _post(port: int, token: str, tenant: str, body: bytes) -> None:
     _request(port, "POST", f"/tenants/{tenant}/update", body, {"Authorization": f"Bearer {token}"})
 
 
-def _request(port: int, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> None:
+def _request(
+    port: int, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
+) -> None:
     connection = HTTPConnection("127.0.0.1", port, timeout=30)
     try:
         connection.request(method, path, body, headers or {})

@@ -17,14 +17,13 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
-import transformers
 from peft import LoraConfig, PeftConfig, ShiraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
 from examples.tenants.data import Split, splits
-from examples.tenants.encoder import KINDS, SentenceClassifier, base
+from examples.tenants.encoder import KINDS, SentenceClassifier, base, be_quiet
 from examples.train import ignore_known_warnings
 from lightning_gcfreeze import GradCovFreezeCallback, masks
 
@@ -130,8 +129,7 @@ def prepare() -> None:
     torch.set_num_threads(1)
     for name in ("lightning.pytorch", "pytorch_lightning", "lightning_gcfreeze"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    be_quiet()
     ignore_known_warnings()
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT's use of transformers
     warnings.filterwarnings("ignore", message="Sparse invariant checks are implicitly disabled")
