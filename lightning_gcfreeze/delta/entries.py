@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_gcfreeze._names import shortened
 from lightning_gcfreeze._types import Named
-from lightning_gcfreeze.delta.errors import CorruptFileError, MismatchError, WrongBaseError
+from lightning_gcfreeze.delta.errors import MismatchError, WrongBaseError
 from lightning_gcfreeze.delta.files import FORMAT, Source, by_name, content, load, unit_of
 from lightning_gcfreeze.distributed import whole
 
@@ -163,9 +163,6 @@ def tensors_of(model: nn.Module | Named) -> dict[str, Tensor]:
 def _entry(name: str, target: Tensor, parts: Mapping[str, Tensor]) -> Entry:
     """Check one entry, except for its fingerprint."""
     unit = unit_of(parts)
-    needed = {unit} if unit == "whole" else {"frozen"} if unit == "frozen" else {unit, "values", "frozen"}
-    if parts.keys() - {"shape"} != needed or (unit == "whole" and "shape" in parts):
-        raise CorruptFileError(f"The delta has {sorted(parts)} of {name!r}, but {sorted(needed)} go together.")
     parts = {part: tensor.cpu() for part, tensor in parts.items()}
     if "shape" in parts and parts["shape"].tolist() != list(target.shape):
         raise MismatchError(
