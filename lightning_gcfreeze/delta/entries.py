@@ -131,6 +131,10 @@ def fitting_entries(model: nn.Module | Named, delta: Source) -> list[Entry]:
     delta = load(delta)
     targets = tensors_of(model)
     entries = by_name(delta)
+    first_names = _first_names(model) if entries.keys() - targets.keys() else {}
+    for name in entries.keys() & first_names.keys():  # of two state dicts, `diff` has a tied tensor twice
+        if _same(entries[name], entries.get(first_names[name], {})):
+            del entries[name]
     if unknown := entries.keys() - targets.keys():
         raise MismatchError(
             f"The delta has {shortened(sorted(unknown))}, but the {type(model).__name__} has not. Pass the module that"
@@ -158,6 +162,23 @@ def tensors_of(model: nn.Module | Named) -> dict[str, Tensor]:
     if isinstance(model, nn.Module):
         return dict(model.named_parameters()) | dict(model.named_buffers())
     return {name: tensor for name, tensor in model.items() if isinstance(tensor, Tensor)}
+
+
+def _first_names(model: nn.Module | Named) -> dict[str, str]:
+    """Return the first names of tied parameters and buffers by their other names."""
+    if not isinstance(model, nn.Module):
+        return {}
+    first = {id(tensor): name for name, tensor in tensors_of(model).items()}
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: first[id(tensor)] for name, tensor in named if first[id(tensor)] != name}
+
+
+def _same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
+    """Return whether two entries have the same parts, to the bit."""
+    return first.keys() == second.keys() and all(
+        t.dtype == second[part].dtype and t.shape == second[part].shape and content(t) == content(second[part])
+        for part, t in first.items()
+    )
 
 
 def _entry(name: str, target: Tensor, parts: Mapping[str, Tensor]) -> Entry:
