@@ -95,6 +95,7 @@ def overwrite(entries: list[Entry]) -> None:
     with torch.inference_mode(any(entry.target.is_inference() for entry in entries)), torch.no_grad():
         for entry in entries:
             entry.write_(entry.target)
+    torch.clear_autocast_cache()  # or autocast goes on with its copies of what was there before
 
 
 def as_delta(entries: list[Entry]) -> dict[str, Tensor]:

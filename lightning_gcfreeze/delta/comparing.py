@@ -37,8 +37,13 @@ def diff(base: nn.Module | Named, tuned: nn.Module | Named, *, frozen: Named | N
             no others: places that are known in advance, or one share of what changed.
 
     Raises:
-        MismatchError: they have other names, or a tensor or mask has another shape or dtype.
+        MismatchError: they have other names, a tensor or mask has another shape or dtype, or what is no tensor differs.
     """
+    if other := _other_state(base, tuned):
+        raise MismatchError(
+            f"The state dicts differ in {shortened(other)}, which are no tensors (quantized weights, extra state): a"
+            " delta cannot have them."
+        )
     before, after = _saved(base), _saved(tuned)
     if isinstance(base, nn.Module) != isinstance(tuned, nn.Module):  # a state dict has a tied tensor twice
         aliased = base if isinstance(base, nn.Module) else tuned
@@ -133,12 +138,20 @@ def state_dict(base: nn.Module, delta: Source) -> dict[str, Tensor]:
         DeltaError: the delta does not fit, see `apply`.
     """
     entries = {id(entry.target): entry for entry in checked_entries(base, delta)}
+    names = {name: id(t) for of in (base.named_parameters, base.named_buffers) for name, t in of("", True, False)}
     state = {}
+    found = set()
     for name, tensor in base.state_dict(keep_vars=True).items():
         state[name] = tensor.detach() if isinstance(tensor, Tensor) else tensor
-        if id(tensor) in entries:
+        key = id(tensor) if id(tensor) in entries else names.get(name)  # a hook may have put copies there
+        if key in entries:
             state[name] = state[name].clone()
-            entries[id(tensor)].write_(state[name])
+            entries[key].write_(state[name])
+            found.add(key)
+    if lost := [entry.name for key, entry in entries.items() if key not in found]:
+        raise MismatchError(
+            f"The state dict of the {type(base).__name__} does not have {shortened(lost)}: use `apply`."
+        )
     return state
 
 
@@ -191,12 +204,35 @@ def same_bits(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _saved(model: nn.Module | Named) -> Named:
-    """Return parameters and persistent buffers."""
+    """Return parameters, also those that a `state_dict` of one's own leaves out, and persistent buffers."""
     tensors = tensors_of(model)
     if not isinstance(model, nn.Module):
         return tensors
-    saved = model.state_dict().keys()
+    saved = model.state_dict().keys() | dict(model.named_parameters()).keys()
     return {name: tensor for name, tensor in tensors.items() if name in saved}
+
+
+def _other_state(base: nn.Module | Named, tuned: nn.Module | Named) -> list[str]:
+    """Return the names of what both have, differs and is no tensor."""
+    before, after = (
+        {name: value for name, value in state.items() if not isinstance(value, Tensor)}
+        for state in (model.state_dict() if isinstance(model, nn.Module) else model for model in (base, tuned))
+    )
+    return [name for name in sorted(before.keys() & after.keys()) if not _is_same(before[name], after[name])]
+
+
+def _is_same(first: object, second: object) -> bool:
+    """Return whether two values of a state dict, which may have tensors in them, are equal."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return first.dtype == second.dtype and torch.equal(first, second)
+    if isinstance(first, list | tuple) and isinstance(second, list | tuple):
+        return len(first) == len(second) and all(map(_is_same, first, second))
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        return first.keys() == second.keys() and all(_is_same(first[key], second[key]) for key in first)
+    try:
+        return bool(first == second)
+    except (RuntimeError, TypeError, ValueError):  # of an array, say
+        return False
 
 
 def _flat(parts: Mapping[str, Tensor]) -> tuple[np.ndarray, np.ndarray]:
@@ -208,6 +244,8 @@ def _flat(parts: Mapping[str, Tensor]) -> tuple[np.ndarray, np.ndarray]:
     bits = np.frombuffer(content(values), np.uint8).reshape(values.numel(), values.element_size())
     if unit == "whole":
         return np.arange(values.numel()), bits
+    if parts[unit].dim() != 1 or values.shape[:1] != parts[unit].shape:
+        raise MismatchError(f"A delta has {tuple(values.shape)} values for {tuple(parts[unit].shape)} {unit}.")
     places = parts[unit].long().numpy()
     width = values[0].numel() if len(places) else 1
     return (places[:, None] * width + np.arange(width)).reshape(-1), bits

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_gcfreeze._names import shortened
 from lightning_gcfreeze._types import Named
-from lightning_gcfreeze.delta.errors import CorruptFileError, MismatchError, WrongBaseError
+from lightning_gcfreeze.delta.errors import MismatchError, WrongBaseError
 from lightning_gcfreeze.delta.files import FORMAT, Source, by_name, content, load, unit_of
 from lightning_gcfreeze.distributed import whole
 
@@ -151,6 +151,10 @@ def fitting_entries(model: nn.Module | Named, delta: Source) -> list[Entry]:
     delta = load(delta)
     targets = tensors_of(model)
     entries = by_name(delta)
+    first_names = _first_names(model) if entries.keys() - targets.keys() else {}
+    for name in entries.keys() & first_names.keys():  # of two state dicts, `diff` has a tied tensor twice
+        if _same(entries[name], entries.get(first_names[name], {})):
+            del entries[name]
     if unknown := entries.keys() - targets.keys():
         raise MismatchError(
             f"The delta has {shortened(sorted(unknown))}, but the {type(model).__name__} has not. Pass the module that"
@@ -180,12 +184,26 @@ def tensors_of(model: nn.Module | Named) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.items() if isinstance(tensor, Tensor)}
 
 
+def _first_names(model: nn.Module | Named) -> dict[str, str]:
+    """Return the first names of tied parameters and buffers by their other names."""
+    if not isinstance(model, nn.Module):
+        return {}
+    first = {id(tensor): name for name, tensor in tensors_of(model).items()}
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: first[id(tensor)] for name, tensor in named if first[id(tensor)] != name}
+
+
+def _same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
+    """Return whether two entries have the same parts, to the bit."""
+    return first.keys() == second.keys() and all(
+        t.dtype == second[part].dtype and t.shape == second[part].shape and content(t) == content(second[part])
+        for part, t in first.items()
+    )
+
+
 def _entry(name: str, target: Tensor, parts: Mapping[str, Tensor]) -> Entry:
     """Check one entry, except for its fingerprint."""
     unit = unit_of(parts)
-    needed = {unit} if unit == "whole" else {"frozen"} if unit == "frozen" else {unit, "values", "frozen"}
-    if parts.keys() - {"shape"} != needed or (unit == "whole" and "shape" in parts):
-        raise CorruptFileError(f"The delta has {sorted(parts)} of {name!r}, but {sorted(needed)} go together.")
     parts = {part: tensor.cpu() for part, tensor in parts.items()}
     if "shape" in parts and parts["shape"].tolist() != list(target.shape):
         raise MismatchError(

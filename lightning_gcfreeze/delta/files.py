@@ -144,6 +144,8 @@ def read(source: Source) -> Plain:
     if not _CODED & source.keys():
         if unknown := [key for key in source if ":" not in key and key not in _ABOUT | {"format", "digest"}]:
             raise CorruptFileError(f"The delta has {unknown!s:.200}, which no version writes.")
+        for name, parts in by_name(source).items():
+            _check_parts(name, parts)
         return source
     needed = {"values", "mask", "digest"}
     if missing := sorted((needed | _MASK if _MASK & source.keys() else needed) - source.keys()):
@@ -151,9 +153,27 @@ def read(source: Source) -> Plain:
     for key, tensor in source.items():
         if tensor.dtype != (torch.int64 if key in ("format", "number", "step") else torch.uint8):
             raise CorruptFileError(f"{key!r} of the delta's file is {tensor.dtype}: it is damaged, or no delta.")
+    if source["values"].dim() != 1:
+        raise CorruptFileError(
+            f"'values' of the delta's file have the shape {tuple(source['values'].shape)}, not (V,)."
+        )
     if content(source["digest"]) != digest(source):
         raise CorruptFileError("The digest is not that of the content: the file is damaged. Fetch it again.")
     return source
+
+
+def _check_parts(name: str, parts: Plain) -> None:
+    """Check one entry as far as it goes without a model: its parts go together."""
+    unit = unit_of(parts)
+    needed = {unit} if unit == "whole" else {"frozen"} if unit == "frozen" else {unit, "values", "frozen"}
+    if parts.keys() - {"shape"} != needed or (unit == "whole" and "shape" in parts):
+        raise CorruptFileError(f"The delta has {sorted(parts)} of {name!r}, but {sorted(needed)} go together.")
+    integers = torch.int32, torch.int64
+    shape = parts.get("shape")
+    if (shape is not None and (shape.dtype not in integers or shape.dim() != 1)) or (
+        "frozen" in parts and (parts["frozen"].dtype != torch.uint8 or parts["frozen"].shape != (32,))
+    ):
+        raise CorruptFileError(f"Shape or fingerprint of {name!r} cannot be such: the delta is damaged.")
 
 
 def sealed(tensors: Plain) -> bytes:
@@ -200,7 +220,7 @@ def scalar(tensors: Plain, key: str) -> int | None:
     """Return a number that a delta may have."""
     if key not in tensors:
         return None
-    if tensors[key].numel() != 1 or tensors[key].is_floating_point():
+    if tensors[key].numel() != 1 or tensors[key].dtype not in (torch.int64, torch.int32):
         raise CorruptFileError(f"{key!r} of a delta must be one whole number, got {tensors[key]!r:.100}.")
     return int(tensors[key])
 
@@ -311,7 +331,8 @@ def _item(
         or (dtype is not None and dtype not in _DTYPES)
         or any(type(number) is not int or not 0 <= number < 2**62 for number in numbers)
         or math.prod(max(size, 1) for size in shape) >= 2**62
-        or (unit in ("elements", "rows") and (0 in shape or (unit == "rows" and not shape)))
+        or (unit in ("elements", "rows") and 0 in shape)  # places for nothing
+        or (unit == "rows" and len(shape) < 2)
     ):
         raise ValueError(f"{[name, dtype, shape, unit, n_live, low_bits, code_bytes]!s:.200}")
     return _Item(name, _DTYPES[dtype] if dtype else None, tuple(shape), unit, n_live, low_bits, code_bytes)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_gcfreeze import _checks
 from lightning_gcfreeze._types import Named
-from lightning_gcfreeze.delta.entries import Entry, checked_entries, fingerprint, fitting_entries, of
+from lightning_gcfreeze.delta.entries import Entry, checked_entries, fingerprint, fitting_entries, of, tensors_of
 from lightning_gcfreeze.delta.errors import CorruptFileError
 from lightning_gcfreeze.delta.files import (
     FORMAT,
@@ -145,17 +145,20 @@ class Writer:
             OSError: the last update could not be written.
         """
         has_changed, every = self._seen is not decision, self._stream.every
-        if has_changed:
-            self._take_masks({name: whole(mask).cpu() for name, mask in frozen().items()})
-            self._seen = decision
         is_behind = is_last and (step != self._step or self._world.any(self._error is not None))
         if has_changed or is_behind or step // every > self._step // every:
+            if has_changed or any(name not in self._frozen for name in self._trained()):
+                self._take_masks({name: whole(mask).cpu() for name, mask in frozen().items()})
+                self._seen = decision
             self._write(step)
         if is_last and self._error:
             raise self._error
 
     def _take_masks(self, frozen: dict[str, Tensor]) -> None:
         """Prepare updates of the places that are, or were, live."""
+        parameters = dict(self._module.named_parameters())
+        for name in self._trained():
+            frozen.setdefault(name, torch.zeros(parameters[name].shape, dtype=torch.bool))
         if self._seen is None:
             last = self._world.broadcast_object(self._last_updates() if self._world.rank == 0 else None)
             if last is None:
@@ -165,10 +168,12 @@ class Writer:
                 tensors = read(whole_file)
                 self._mask, self._base = content(tensors["mask"]), content(tensors["base"])
                 for entry in checked_entries(self._module, whole_file):
-                    if entry.name in frozen:
-                        frozen[entry.name] &= ~entry.written()
+                    if entry.name in parameters:  # what was trained before and is not now goes on with its values
+                        still = ~entry.written()
+                        frozen[entry.name] = frozen.get(entry.name, still) & still
         else:
-            frozen = {name: mask & self._frozen[name] for name, mask in frozen.items()}
+            for name, mask in self._frozen.items():
+                frozen[name] = frozen.get(name, mask) & mask
         self._frozen = frozen
         delta = of(self._module, frozen)
         self._entries = fitting_entries(self._module, delta)
@@ -190,8 +195,13 @@ class Writer:
         of_last = read(self._folder.read(number, updates[number]))["digest"]
         return self._folder.read(newest, "whole"), number, content(of_last)
 
+    def _trained(self) -> list[str]:
+        """Return the parameters that require a gradient now; a callback may unfreeze some on the way."""
+        return [name for name, p in self._module.named_parameters() if p.requires_grad]
+
     def _write(self, step: int) -> None:
-        now = [entry.read(whole(entry.target.detach())) for entry in self._entries]  # sharded ones on all processes
+        targets = tensors_of(self._module)  # as they are now: code may assign a buffer anew
+        now = [entry.read(whole(targets[entry.name].detach())) for entry in self._entries]  # sharded: on all processes
         self._step = step
         if self._world.rank:
             return

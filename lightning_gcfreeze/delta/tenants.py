@@ -130,9 +130,12 @@ class Tenants:
                 is as it was.
 
         Raises:
+            TypeError: the name is no string.
             ValueError: the name is taken.
             DeltaError, TypeError, OSError, ImportError: as `apply` does. All is as it was.
         """
+        if not isinstance(name, str):
+            raise TypeError(f"A tenant's name must be a string, got {name!r}.")
         self._put(name, load(delta, mask=mask), True, save)
 
     def update(self, name: str, delta: Source, *, save: Callable[[], object] = lambda: None) -> None:
@@ -162,8 +165,7 @@ class Tenants:
             self._write(None)
             self._of(name)
             del self._tenants[name]
-            in_use = {id(tenant.mask) for tenant in self._tenants.values()}
-            self._masks = {key: mask for key, mask in self._masks.items() if id(mask) in in_use}
+            self._forget_masks()
 
     @contextmanager
     def use(self, name: str | None) -> Iterator[nn.Module]:
@@ -177,26 +179,24 @@ class Tenants:
             RuntimeError: this thread holds the module for another tenant. A coroutine must not wait within the block:
                 run the pass in a worker thread.
         """
-        held = getattr(self._held, "names", [])
+        held = self._names()  # of the thread that enters: a generator may be closed by another one
         if held and held[-1] != name:
             raise RuntimeError(f"This thread uses {held[-1]!r} and asked for {name!r}: leave the first `with` block.")
-        if held:
-            yield self.model
-            return
         if name is not None:
             self._of(name)
         with self._changed:
-            self._wait(name)
+            if not held:
+                self._wait(name)
             if self._current != name:
                 self._write(name)
                 self._invited = {ticket for ticket, wanted in self._queue if wanted == name}
             self._readers += 1
-        self._held.names = [name]
+            held.append(name)
         try:
             yield self.model
         finally:
-            self._held.names = []
             with self._changed:
+                held.pop()
                 self._readers -= 1
                 self._changed.notify_all()
 
@@ -207,6 +207,13 @@ class Tenants:
             return fingerprint(self.model)
 
     # Internals -----------------------------------------------------------------------------------------------------
+
+    def _names(self) -> list[str | None]:
+        """Return whose values this thread holds, once for each block that it entered and that is open."""
+        if not hasattr(self._held, "names"):
+            self._held.names = []
+        names: list[str | None] = self._held.names
+        return names
 
     def _of(self, name: str) -> _Tenant:
         if name not in self._tenants:
@@ -238,6 +245,7 @@ class Tenants:
             old = None if is_new else self._of(name)
             swaps, seconds = (old.swaps, old.swap_seconds) if old else (0, 0.0)
             self._tenants[name] = _Tenant(mask, entries, about(delta), swaps, seconds)
+            self._forget_masks()
 
     def _check_turn(self, name: str, delta: dict[str, Tensor], is_new: bool) -> None:
         """Refuse a name that is taken, and an update that is older than the last one."""
@@ -247,6 +255,11 @@ class Tenants:
         if number is not None and last is not None and number <= last:
             raise ChainError(f"Update {number} of {name!r} comes after update {last}: it is an old one.")
 
+    def _forget_masks(self) -> None:
+        """Let go of the places that no tenant has any more."""
+        in_use = {id(tenant.mask) for tenant in self._tenants.values()}
+        self._masks = {key: mask for key, mask in self._masks.items() if id(mask) in in_use}
+
     def _write(self, name: str | None) -> None:
         """Write a tenant's values to the module, or the base's; nobody else is in it."""
         if name == self._current:
@@ -254,23 +267,24 @@ class Tenants:
         begin = time.perf_counter()
         tenant = None if name is None else self._of(name)
         before = None if self._current is None else self._tenants[self._current].mask
-        if before is not None and (tenant is None or tenant.mask is not before):
-            overwrite(before.base)
-            self._current = None
-        if tenant is not None:
-            try:
+        try:
+            if before is not None and (tenant is None or tenant.mask is not before):
+                overwrite(before.base)
+            if tenant is not None:
                 overwrite(tenant.entries)
-            except BaseException:
-                self._current = None
-                overwrite(tenant.mask.base)
-                raise
+        except BaseException:  # a KeyboardInterrupt among them
+            for mask in (before, None if tenant is None else tenant.mask):
+                overwrite([] if mask is None else mask.base)
+            self._current = None
+            raise
+        if tenant is not None:
             tenant.swaps, tenant.swap_seconds = tenant.swaps + 1, time.perf_counter() - begin
         self._current = name
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Hold the module against all other threads."""
-        if held := getattr(self._held, "names", []):
+        if held := self._names():
             raise RuntimeError(f"This thread uses {held[-1]!r}: leave the `with` block first.")
         with self._changed:
             self._wait(_ALONE)

@@ -258,3 +258,77 @@ def test_a_state_dict_for_those_without_this_package():
     plain.load_state_dict(delta.state_dict(start, delta.of(trained, masks())))
     assert contents(plain) == contents(trained) != contents(start)
     assert contents(start) == contents(Bag())
+
+
+class WithExtraState(nn.Linear):
+    def __init__(self, extra):
+        super().__init__(4, 3)
+        self.extra = extra
+
+    def get_extra_state(self):
+        return self.extra
+
+    def set_extra_state(self, state):
+        self.extra = state
+
+
+@pytest.mark.parametrize(
+    "differing", [[1.5, {"a": (torch.ones(2),)}], [{"a": torch.zeros(2)}, {"a": torch.ones(2)}], [(1,), (1, 2)]]
+)
+def test_what_is_no_tensor_must_not_differ(differing):
+    """Of quantized modules, all weights are such: a delta without them would leave the base's."""
+    with pytest.raises(delta.MismatchError, match="_extra_state"):
+        delta.diff(*map(WithExtraState, differing))
+    for extra in differing:
+        assert "weight:whole" in delta.diff(WithExtraState(extra), WithExtraState(copy.deepcopy(extra)))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantized_modules_differ():
+    first, second = (
+        torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 3)), {nn.Linear}) for _ in range(2)
+    )
+    assert list(delta.diff(first, first)) == ["format", "base"]
+    with pytest.raises(delta.MismatchError, match="_packed_params"):
+        delta.diff(first, second)
+
+
+class Renaming(nn.Module):
+    """A module whose state dict has copies, some names of its own, and one tensor left out."""
+
+    def __init__(self, left_out=()):
+        super().__init__()
+        torch.manual_seed(0)
+        self.left_out = left_out
+        self.first, self.last = nn.Linear(20, 20), nn.Linear(20, 20)
+        self.last.weight = self.first.weight
+
+    def state_dict(self, *args, **kwargs):
+        return {n: t.clone() for n, t in super().state_dict(*args, **kwargs).items() if n not in self.left_out}
+
+
+def test_a_state_dict_of_ones_own():
+    base, tuned = Renaming(), Renaming()
+    with torch.no_grad():
+        tuned.first.weight[3, 5] += 1
+        tuned.last.bias[2] += 1
+    found = delta.diff(base, tuned)
+    for name, tensor in delta.state_dict(base, found).items():
+        assert torch.equal(tensor, tuned.state_dict()[name])
+    left_out = Renaming(left_out=("last.bias",))
+    assert delta.diff(left_out, tuned).keys() == found.keys()
+    with pytest.raises(delta.MismatchError, match=r"does not have last\.bias"):
+        delta.state_dict(left_out, found)
+
+
+def test_state_dicts_that_have_a_tied_tensor_twice():
+    """Their delta fits the module, unless it has other values under the other name."""
+    base, tuned = Renaming(), Renaming()
+    with torch.no_grad():
+        tuned.first.weight[3, 5] += 1
+    found = delta.diff(base.state_dict(), tuned.state_dict())
+    assert "last.weight:values" in found
+    with pytest.raises(delta.MismatchError, match=r"last\.weight"):
+        delta.apply(base, found | {"last.weight:values": torch.zeros(1)})
+    delta.apply(base, found)
+    assert torch.equal(base.last.weight, tuned.last.weight)

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from safetensors.torch import save as to_bytes
 from torch import nn
 
 from lightning_gcfreeze import delta
+from lightning_gcfreeze.delta import files
+from lightning_gcfreeze.delta.__main__ import main
 from tests.delta.bag import Bag, contents, masks, train_
 from tests.oracles import delta_file
 
@@ -87,8 +90,6 @@ def test_a_file_is_replaced_at_once_and_others_may_read_it(tmp_path):
 
 def rebuilt(file, **changes):
     """A file with other tensors, {key: array}, and a digest that is right."""
-    from lightning_gcfreeze.delta import files
-
     coded = {key: tensor for key, tensor in load_file(file).items() if key != "digest"}
     return files.sealed(coded | {key: torch.from_numpy(np.array(value)) for key, value in changes.items()})
 
@@ -187,3 +188,80 @@ def test_damaged_files_are_refused_or_give_the_right_model(values_only):
         else:
             assert contents(model) == expected
     assert refused > 4500
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"values": lambda values: values[:, None]},
+        {"values": lambda values: values[None]},
+        {"format": lambda _: np.array(2 + 1j, np.complex64)},
+        {"format": lambda _: np.array(2**64 - 1, np.uint64)},
+    ],
+    ids=["a column", "a row", "complex", "beyond int64"],
+)
+def test_tensors_of_another_shape_or_kind_are_refused(changes, tmp_path):
+    """Although the digest is right."""
+    delta.save(of_bag(), tmp_path / "delta")
+    tensors = load_file(tmp_path / "delta")
+    new = {key: change(tensors[key].numpy()) for key, change in changes.items()}
+    for read in (delta.load, delta.inspect):
+        with pytest.raises(delta.CorruptFileError):
+            read(rebuilt(tmp_path / "delta", **new))
+
+
+def test_rows_without_elements_take_no_memory():
+    """They would be places that cost a bit each in the file and 32 bytes in memory."""
+    codes = b"\xff" * 1000
+    layout = json.dumps([["weight", "float32", [10**6, 0], "rows", 8000, 0, 1000]]).encode()
+    forged = {
+        "format": torch.tensor(2),
+        "layout": files.as_tensor(layout),
+        "places": files.as_tensor(codes),
+        "frozen": torch.zeros(1, 32, dtype=torch.uint8),
+        "values": files.as_tensor(b""),
+        "mask": files.as_tensor(files.mask_hash(layout, codes)),
+    }
+    with pytest.raises(delta.CorruptFileError, match="layout"):
+        delta.load(files.sealed(forged))
+
+
+PLAIN = {
+    "weight:elements": torch.tensor([0], dtype=torch.int32),
+    "weight:values": torch.zeros(1),
+    "weight:shape": torch.tensor([3, 4]),
+    "weight:frozen": torch.zeros(32, dtype=torch.uint8),
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"weight:shape": torch.tensor(3)},
+        {"weight:shape": torch.tensor([3.0, 4.0])},
+        {"weight:values": None},
+        {"weight:values": torch.tensor(1.0)},
+        {"weight:values": torch.zeros(0)},
+        {"weight:elements": torch.tensor(0, dtype=torch.int32)},
+        {"weight:frozen": torch.zeros(3)},
+        {"format": torch.tensor(2 + 1j)},
+    ],
+    ids=str,
+)
+def test_a_delta_in_memory_that_was_forged_is_refused(changes):
+    """Saved as it is, as those of format 1 were."""
+    found = {"format": torch.tensor(2)} | PLAIN | changes
+    file = to_bytes({key: tensor for key, tensor in found.items() if tensor is not None})
+    for use in (lambda f: delta.apply(nn.Linear(4, 3), f), lambda f: delta.overlap(f, f)):
+        with pytest.raises(delta.DeltaError):
+            use(file)
+
+
+def test_names_in_a_file_do_not_steer_a_terminal(tmp_path, capsys, monkeypatch):
+    found = {"format": torch.tensor(2), "a\x1b[2J\x9b\ud800:whole": torch.zeros(2)}
+    delta.save(found, tmp_path / "delta")
+    monkeypatch.setattr("sys.argv", ["delta", "inspect", str(tmp_path / "delta"), str(tmp_path / "none")])
+    assert main() == 1
+    output = capsys.readouterr()
+    assert r"a\x1b[2J\x9b\ud800" in output.out
+    assert "FileNotFoundError" in output.err

@@ -273,3 +273,62 @@ def test_updates_out_of_order_are_refused(tmp_path):
 def test_arguments_are_checked(arguments, text):
     with pytest.raises(ValueError, match=text):
         delta.Stream("folder", **arguments)
+
+
+class Counting(nn.Module):
+    """A network whose forward pass assigns its buffer anew."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(4, 30), nn.Linear(30, 2)
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x):
+        self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+        return self.last(self.first(x).tanh())
+
+
+def steps_of(model, freeze, optimizer, count):
+    for _ in range(count):
+        x = torch.randn(8, 4)
+        freeze.begin_batch(x)
+        freeze.backward(model(x).square().mean())
+        optimizer.step()
+        optimizer.zero_grad()
+    freeze.begin_batch(x)  # ends the last step, which is published
+
+
+def counting(folder):
+    """A loop over `Counting` with masks, whose last layer is not trained at first."""
+    model = Counting()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.last.requires_grad_(False)
+    frozen = {"first.weight": torch.arange(120).view(30, 4) % 4 > 0}
+    return model, Freezer(model, optimizer, masks=frozen, stream=delta.Stream(folder, every=2)), optimizer
+
+
+def test_a_buffer_that_is_assigned_anew(tmp_path):
+    model, freeze, optimizer = counting(tmp_path)
+    steps_of(model, freeze, optimizer, 4)
+    follower = delta.Follower(Counting(), tmp_path)
+    follower.poll()
+    assert of_stream(follower) == bits(model.state_dict())
+
+
+def test_parameters_that_are_unfrozen_and_frozen_again(tmp_path):
+    """As `BaseFinetuning` does it: the next update has their places, also in a run that goes on with the stream."""
+    model, freeze, optimizer = counting(tmp_path)
+    follower = delta.Follower(Counting(), tmp_path)
+    for requires_grad in (False, True, False):
+        model.last.requires_grad_(requires_grad)
+        steps_of(model, freeze, optimizer, 4)
+        follower.poll()
+        assert of_stream(follower) == bits(model.state_dict())
+    assert not torch.equal(model.last.weight, Counting().last.weight)
+    freeze.close()
+    again, freeze, optimizer = counting(tmp_path)
+    again.load_state_dict(model.state_dict())
+    steps_of(again, freeze, optimizer, 4)
+    follower.poll()
+    assert of_stream(follower) == bits(again.state_dict())

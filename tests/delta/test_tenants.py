@@ -1,13 +1,16 @@
 """Many tenants on one module: each answers as a model of its own would, whatever the others do meanwhile."""
 
+import asyncio
 import copy
 import random
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.testing import assert_close
 
 from lightning_gcfreeze import delta
 from tests.delta.bag import Bag, contents
@@ -319,3 +322,109 @@ def test_copies_of_the_module_are_not_served():
         kept = copy.deepcopy(model)
     with tenants.use("1"):
         assert torch.equal(kept(X), models["0"](X))
+
+
+def test_a_block_that_is_entered_in_one_thread_and_left_in_another():
+    """As where a server streams the parts of an answer, each from another thread of a pool."""
+    tenants, models = served(2)
+
+    def parts():
+        with tenants.use("0") as model:
+            yield model(X)
+            yield model(X)
+
+    def answer(name, seconds=0.0):
+        with tenants.use(name) as model:
+            entered.set()
+            time.sleep(seconds)
+            return model(X)
+
+    entered = threading.Event()
+    with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second:
+        open_block = parts()
+        assert_close(first.submit(next, open_block).result(), models["0"](X))
+        assert len(second.submit(list, open_block).result()) == 1
+        assert_close(first.submit(answer, "1").result(), models["1"](X))
+        entered.clear()
+        slow = first.submit(answer, "0", 0.2)
+        entered.wait()
+        assert_close(second.submit(answer, "1").result(), models["1"](X))
+        assert_close(slow.result(), models["0"](X))
+
+
+def test_coroutines_of_one_tenant_hold_the_module_each():
+    """One that leaves its block lets nobody in while the other one is in."""
+    tenants, models = served(2)
+
+    async def wait_within(event):
+        with tenants.use("0") as model:
+            await event.wait()
+            return model(X)
+
+    def other():
+        with tenants.use("1") as model:
+            return model(X)
+
+    async def main():
+        events = asyncio.Event(), asyncio.Event()
+        first, second = (asyncio.create_task(wait_within(event)) for event in events)
+        await asyncio.sleep(0)
+        events[0].set()
+        await first
+        waiting = asyncio.create_task(asyncio.to_thread(other))
+        await asyncio.sleep(0.1)
+        assert not waiting.done()
+        events[1].set()
+        return await second, await waiting
+
+    answers = asyncio.run(main())
+    assert_close(answers[0], models["0"](X))
+    assert_close(answers[1], models["1"](X))
+
+
+def test_a_swap_that_is_interrupted_while_it_takes_back(monkeypatch):
+    tenants, models = served(2, other_places=True)
+    with tenants.use("0"):
+        pass
+    index_copy_, calls = Tensor.index_copy_, []
+
+    def interrupt(self, *args):
+        calls.append(self)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return index_copy_(self, *args)
+
+    monkeypatch.setattr(Tensor, "index_copy_", interrupt)
+    with pytest.raises(KeyboardInterrupt), tenants.use("1"):
+        pass
+    for name in ("0", "1"):
+        with tenants.use(name) as model:
+            assert torch.equal(model(X), models[name](X))
+    assert tenants.verify() == tenants.base
+
+
+def test_autocast_sees_the_swap():
+    """It keeps copies of the weights in half precision until its block ends."""
+    tenants, models = served(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        for name in ("0", "1", None):
+            with tenants.use(name) as model:
+                assert torch.equal(model(X), models[name](X))
+        undo = delta.apply(tenants.model, tuned(0)[1])
+        assert torch.equal(tenants.model(X), models["0"](X))
+        delta.revert(tenants.model, undo)
+        assert torch.equal(tenants.model(X), models[None](X))
+
+
+def test_places_that_no_tenant_has_any_more_are_forgotten():
+    tenants, _ = served(1)
+    for i in range(5):
+        tenants.update("0", tuned(0, mask_seed=i)[1])
+        assert len(tenants._masks) == 1
+
+
+@pytest.mark.parametrize("name", [None, 1])
+def test_a_name_must_be_a_string(name):
+    tenants, _ = served(1)
+    with pytest.raises(TypeError, match="must be a string"):
+        tenants.add(name, tuned(1)[1])
