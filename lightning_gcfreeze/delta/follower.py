@@ -5,7 +5,7 @@ from pathlib import Path
 from torch import nn
 
 from lightning_gcfreeze.delta.errors import ChainError
-from lightning_gcfreeze.delta.files import content, read, scalar
+from lightning_gcfreeze.delta.files import Plain, content, read, scalar
 from lightning_gcfreeze.delta.stream import Folder
 from lightning_gcfreeze.delta.tenants import Tenants
 
@@ -19,7 +19,8 @@ class Follower:
             with follower.tenants.use("stream"):
                 answer = model(x)
 
-    It keeps nothing on disk: killed and started again from the base, it is where the folder is.
+    It keeps nothing on disk: killed and started again from the base, it is where the folder is. Of a tenant that is
+    there it goes on from the update that the tenant has.
 
     Args:
         model: the base, in memory, or `Tenants` of it.
@@ -37,6 +38,8 @@ class Follower:
         self.digest: str | None = None
         """Of its file, hex. Writer and follower are at the same point if they have the same."""
         self._folder = Folder(folder)
+        if name in self.tenants:
+            self._stand_at(self.tenants.delta(name))
 
     def poll(self) -> int:
         """Apply the updates that have come, and return how many.
@@ -49,6 +52,8 @@ class Follower:
             OSError: the folder cannot be read.
         """
         updates = self._folder.updates()
+        if self.name not in self.tenants:
+            self.number = None
         if self.number is None:
             wholes = [number for number, kind in updates.items() if kind == "whole"]
             due = sorted({wholes[-1], max(updates)}) if wholes else []
@@ -75,4 +80,8 @@ class Follower:
             self.tenants.update(self.name, data)
         else:
             self.tenants.add(self.name, data)
-        self.number, self.step, self.digest = number, scalar(tensors, "step"), content(tensors["digest"]).hex()
+        self._stand_at(tensors)
+
+    def _stand_at(self, update: Plain) -> None:
+        self.number, self.step = scalar(update, "number"), scalar(update, "step")
+        self.digest = content(update["digest"]).hex() if "digest" in update else None

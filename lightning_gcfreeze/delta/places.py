@@ -3,7 +3,7 @@
 A gap is the number of frozen units before a live one. Its lowest `low_bits` bits are stored as they are, the rest in
 unary: so many zero bits, then a one. First come the low bits of all gaps, then, from the next whole byte on, the unary
 parts; both fill each byte from its lowest bit. With `low_bits` = 0 this is a bitmap. At random places the code takes
-within 2 % of their entropy: 8.1 bits a place where one unit in a hundred is live.
+within 3 % of their entropy: 8.1 bits a place where one unit in a hundred is live.
 
 Source: R. F. Rice, Some practical universal noiseless coding techniques, JPL Publication 79-22, 1979.
 """

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_gcfreeze import _checks
 from lightning_gcfreeze._types import Named
 from lightning_gcfreeze.delta.entries import Entry, checked_entries, fingerprint, fitting_entries, of, tensors_of
-from lightning_gcfreeze.delta.errors import CorruptFileError
+from lightning_gcfreeze.delta.errors import ChainError, CorruptFileError
 from lightning_gcfreeze.delta.files import (
     FORMAT,
     as_tensor,
@@ -40,10 +40,10 @@ class Stream:
     """Publish the live elements' values while training, for `lightning_gcfreeze.delta.Follower`.
 
     Each update is there as a whole or not at all, whenever either side is killed. A run that goes on from a checkpoint,
-    or a new run from the same base, goes on with the updates that it finds in the folder. The first update is written
-    when elements freeze, with the places and the fingerprint of the model; it fits a model with the weights of that
-    step, which are those of the pre-trained model with ``masks=``. Where stages change the masks, the places of an
-    update are those that were live at any time.
+    or a new run from the same base, goes on with the updates that it finds in the folder; two at once are refused. The
+    first update is written when elements freeze, with the places and the fingerprint of the model; it fits a model with
+    the weights of that step, which are those of the pre-trained model with ``masks=``. Where stages change the masks,
+    the places of an update are those that were live at any time.
 
     If an update cannot be written, training goes on with a warning, and the next one has all that the lost one had; at
     the end of training it is an error.
@@ -59,6 +59,8 @@ class Stream:
     keep: int | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.folder, str | Path) or not str(self.folder):
+            raise ValueError(f"`folder` must be a path or an address, got {self.folder!r}.")
         _checks.integer("every", self.every, at_least=1)
         if self.keep is not None:
             _checks.integer("keep", self.keep, at_least=1)
@@ -142,6 +144,7 @@ class Writer:
 
         Raises:
             WrongBaseError: the updates in the folder are of another base.
+            ChainError: another run writes to the folder.
             OSError: the last update could not be written.
         """
         has_changed, every = self._seen is not decision, self._stream.every
@@ -205,6 +208,12 @@ class Writer:
         self._step = step
         if self._world.rank:
             return
+        newest = max(self._folder.updates(), default=-1)
+        if newest != self._number:
+            raise ChainError(
+                f"{self._stream.folder} has update {newest}, and this run wrote {self._number} last: another run writes"
+                " to it. Give each run a folder of its own."
+            )
         number = self._number + 1
         tensors = {
             "format": torch.tensor(FORMAT),

@@ -266,13 +266,52 @@ def test_updates_out_of_order_are_refused(tmp_path):
     assert follower.poll() == 1
 
 
+def test_two_runs_in_one_folder_are_refused(tmp_path):
+    """The second one at once, the first at its next update; what was published before stays."""
+
+    class Other(pl.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            if trainer.global_step == 4:
+                fit(tmp_path, steps=2)
+
+    freeze = GradCovFreezeCallback(masks=masks(), stream=delta.Stream(tmp_path, every=3))
+    with pytest.raises(delta.ChainError, match="has update 3, and this run wrote 1 last: another run writes to it"):
+        cases.trainer(callbacks=[freeze, Other()], max_steps=10, max_epochs=-1).fit(
+            cases.Regression(cases.convnet()), cases.loader()
+        )
+    assert list(delta.stream.Folder(tmp_path).updates()) == [0, 1, 2, 3]
+
+
+def test_a_follower_goes_on_where_its_tenant_is(tmp_path):
+    """A second one in place of the first, and the same one after its tenant was removed."""
+    states, _, _, _ = fit(tmp_path / "all")
+    (tmp_path / "some").mkdir()
+    first = follow(tmp_path / "some", states[0])
+    for name in sorted(os.listdir(tmp_path / "all"))[:3]:
+        shutil.copy(tmp_path / "all" / name, tmp_path / "some")
+    first.poll()
+    second = delta.Follower(first.tenants, tmp_path / "all")
+    assert (
+        (second.number, second.step, second.digest) == (first.number, first.step, first.digest) == (2, 6, first.digest)
+    )
+    assert second.poll() == 2
+    second.tenants.remove("stream")
+    assert second.poll() == 2
+    assert of_stream(second) == bits(states[10])
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
-    [({"every": 0}, "`every` must be at least 1, got 0"), ({"keep": 0}, "`keep` must be at least 1, got 0")],
+    [
+        ({"folder": ""}, "`folder` must be a path or an address, got ''"),
+        ({"folder": None}, "`folder` must be a path or an address, got None"),
+        ({"every": 0}, "`every` must be at least 1, got 0"),
+        ({"keep": 0}, "`keep` must be at least 1, got 0"),
+    ],
 )
 def test_arguments_are_checked(arguments, text):
     with pytest.raises(ValueError, match=text):
-        delta.Stream("folder", **arguments)
+        delta.Stream(**{"folder": "folder"} | arguments)
 
 
 class Counting(nn.Module):
