@@ -1,6 +1,6 @@
 """Bytes and times of deltas: MiniLM with one element, or row, in a hundred live.
 
-    uv run --group bench python -m benchmarks.deltas [--threads 1] [--swaps 10000]
+    uv run python -m benchmarks.deltas [--threads 1] [--swaps 10000]
 
 Random places, random values. Times are medians, in ms; a swap takes back one tenant and writes another of the same
 places, or of other ones. "Add and subtract" is how adapters of differences are swapped: how many weights have other
@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from benchmarks.quality.tasks import SentenceClassifier
+from examples.tenants.encoder import SentenceClassifier
 from lightning_gcfreeze import delta
 
 LIVE = 0.01
