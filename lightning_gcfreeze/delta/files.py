@@ -37,7 +37,7 @@ from lightning_gcfreeze.delta.errors import CorruptFileError, MismatchError
 FORMAT = 2
 FORMATS = (1, FORMAT)
 """What is read: the first one had no shapes and no digest, and was saved as it is in memory."""
-_ABOUT = {"base", "number", "step", "previous"}
+_ABOUT = {"base", "number", "step", "previous", "digest"}
 """What a delta says of itself as a whole, and may leave out."""
 _MASK = {"layout", "places", "frozen"}
 _CODED = _MASK | {"values", "mask"}
@@ -142,7 +142,7 @@ def read(source: Source) -> Plain:
     if version not in FORMATS:
         raise CorruptFileError(f"The delta has the format {version}, this version reads 1 and 2: is it a delta's file?")
     if not _CODED & source.keys():
-        if unknown := [key for key in source if ":" not in key and key not in _ABOUT | {"format", "digest"}]:
+        if unknown := [key for key in source if ":" not in key and key not in _ABOUT | {"format"}]:
             raise CorruptFileError(f"The delta has {unknown!s:.200}, which no version writes.")
         for name, parts in by_name(source).items():
             _check_parts(name, parts)
@@ -290,7 +290,7 @@ def _plain(tensors: Plain) -> dict[str, Tensor]:
         or mask_hash(content(tensors["layout"]), codes) != content(tensors["mask"])
     ):
         raise CorruptFileError("The layout of the delta's file does not fit the rest of it.")
-    delta = about(tensors) | {"format": torch.tensor(FORMAT), "digest": tensors["digest"]}
+    delta = about(tensors) | {"format": torch.tensor(FORMAT)}
     fingerprints = iter(tensors["frozen"])
     at_code = at_value = 0
     for item in items:

@@ -244,8 +244,7 @@ class Tenants:
             mask = self._masks.setdefault(key, mask)
             old = None if is_new else self._of(name)
             swaps, seconds = (old.swaps, old.swap_seconds) if old else (0, 0.0)
-            said = about(delta) | {key: delta[key] for key in ("digest",) if key in delta}
-            self._tenants[name] = _Tenant(mask, entries, said, swaps, seconds)
+            self._tenants[name] = _Tenant(mask, entries, about(delta), swaps, seconds)
             self._forget_masks()
 
     def _check_turn(self, name: str, delta: dict[str, Tensor], is_new: bool) -> None:

@@ -4,6 +4,8 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
+from lightning_gcfreeze.delta.entries import Entry
+
 
 class Bag(nn.Module):
     """Parameters of every kind of shape and memory format, a persistent buffer and another one."""
@@ -64,6 +66,20 @@ def content(tensor):
 
 def contents(module):
     return {name: content(tensor) for name, tensor in module.state_dict().items()}
+
+
+def fail_at_the_third_write(monkeypatch):
+    """Let the third entry of a delta that is written from now on fail, once; return the names of those tried."""
+    write, calls = Entry.write_, []
+
+    def fail_once(self, tensor):
+        calls.append(self.name)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("no memory")
+        write(self, tensor)
+
+    monkeypatch.setattr(Entry, "write_", fail_once)
+    return calls
 
 
 def damaged(found, **changes):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_gcfreeze import delta
-from tests.delta.bag import Bag, contents, masks, train_
+from tests.delta.bag import Bag, contents, fail_at_the_third_write, masks, train_
 
 
 def other_masks():
@@ -92,17 +92,7 @@ def test_a_swap_that_does_not_fit_leaves_what_was_there():
 
 def test_a_write_that_fails_half_way_is_taken_back(monkeypatch):
     """Out of memory at the third tensor: the model has the bits that it had."""
-    from lightning_gcfreeze.delta.entries import Entry
-
-    model, found, write, calls = Bag(), tuned(masks(), 1.0)[1], Entry.write_, []
-
-    def fail_once(self, tensor):
-        calls.append(self.name)
-        if len(calls) == 3:
-            raise torch.OutOfMemoryError("no memory")
-        write(self, tensor)
-
-    monkeypatch.setattr(Entry, "write_", fail_once)
+    model, found, calls = Bag(), tuned(masks(), 1.0)[1], fail_at_the_third_write(monkeypatch)
     with pytest.raises(torch.OutOfMemoryError):
         delta.apply(model, found)
     assert len(calls) > 3

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from lightning_gcfreeze import delta
-from tests.delta.bag import Bag, contents
+from tests.delta.bag import Bag, contents, fail_at_the_third_write
 
 
 def network():
@@ -284,20 +284,10 @@ def test_what_cannot_be_served_is_refused_and_the_rest_goes_on():
 
 def test_a_swap_that_fails_leaves_the_base(monkeypatch):
     """Out of memory while values are written: the next one who asks gets what he asked for."""
-    from lightning_gcfreeze.delta.entries import Entry
-
     tenants, models = served(3)
     with tenants.use("0"):
         pass
-    write, calls = Entry.write_, []
-
-    def fail_once(self, tensor):
-        calls.append(self.name)
-        if len(calls) == 3:
-            raise torch.OutOfMemoryError("no memory")
-        write(self, tensor)
-
-    monkeypatch.setattr(Entry, "write_", fail_once)
+    fail_at_the_third_write(monkeypatch)
     with pytest.raises(torch.OutOfMemoryError), tenants.use("1"):
         pass
     assert tenants.current is None
