@@ -22,7 +22,7 @@ from typing_extensions import override
 from benchmarks.memory import Meter
 from benchmarks.pretrained.tasks import TASKS_BY_NAME, Inputs, Split, Task
 from benchmarks.quality import adapters
-from lightning_gcfreeze import GradCovFreezeCallback, ProbeCallback
+from lightning_gcfreeze import GradCovFreezeCallback, ProbeCallback, delta
 from lightning_gcfreeze._types import Named
 from lightning_gcfreeze.masks import at_random, lowest
 
@@ -218,7 +218,7 @@ def _with_masks(fit: Fit, masks: Any) -> Trained:
     module = fit.module(fit.lr)
     freeze = GradCovFreezeCallback(masks=masks, **fit.body)
     fit.train(module, [freeze])
-    return _masked(module, freeze, shipped=_bytes(freeze.delta()))
+    return _masked(module, freeze, shipped=len(delta.pack(freeze.delta())))
 
 
 def _masked(module: Tuned, freeze: GradCovFreezeCallback, shipped: int) -> Trained:
