@@ -103,6 +103,28 @@ class Savings:
         counted = [p for p in self.parameters.values() if p.flops]
         return sum(p.flops_skipped or 0 for p in counted) / max(1, sum(p.flops or 0 for p in counted))
 
+    @property
+    def verdict(self) -> str:
+        """What the freeze is worth, and what to change for more, in plain words.
+
+        A weight's gradient is a third of the products of its layer in a step: the others are the forward pass and the
+        gradient of the layer's input.
+        """
+        before = self.before.state + self.before.gradients
+        memory = _ratio(self.after.state + self.after.gradients + self.index_bytes, before)
+        work = self.weight_gradient_flops_skipped / 3
+        said = f"The optimizer and its gradients take {memory:.0%} of the memory that they took."
+        if memory >= 0.995:
+            said = (
+                "The optimizer and its gradients take as much memory as before; `hold='compact'` saves it or tells why."
+            )
+        if not any(p.flops for p in self.parameters.values()):
+            return said
+        more = "" if self.weight_gradient_flops_skipped >= 0.5 else "; `granularity='mixed'` or 'row' skips more"
+        if work < 0.005:
+            return f"{said} All weight gradients are computed, so a step takes about as long as before{more}."
+        return f"{said} About {work:.0%} of the work of linear layers and convolutions is skipped in each step{more}."
+
     def scalars(self) -> dict[str, float]:
         """Return the totals by tag, for loggers."""
         return {
@@ -112,7 +134,7 @@ class Savings:
         }
 
     def table(self) -> str:
-        """Return the totals and the largest parameters, in the order of the model, as text."""
+        """Return the verdict, the totals and the largest parameters, in the order of the model, as text."""
         largest = sorted(self.parameters, key=lambda name: -self.parameters[name].elements)[:_MAX_TABLE_ROWS]
         shown = [name for name in self.parameters if name in largest]
         rows = [("parameter", "elements", "frozen", "gradient FLOPs per step", "skipped")]
@@ -128,11 +150,12 @@ class Savings:
             lines.append("not counted: not a weight of a linear layer or plain convolution, or its uses are unknown")
         return "\n".join(
             [
+                self.verdict,
                 f"Optimizer state  {_change(self.before.state, self.after.state)}, plus {_size(self.index_bytes)} of"
                 " indices",
                 f"Gradients        {_change(self.before.gradients, self.after.gradients)}",
-                f"Weight gradients {self.weight_gradient_flops_skipped:.1%} of the FLOPs are skipped;"
-                f" parameters without any gradient: {len(self.without_backward)}",
+                f"Weight gradients {_skipped(self.weight_gradient_flops_skipped)}; parameters without any gradient:"
+                f" {len(self.without_backward)}",
                 f"Not saved        {self.not_saved}",
                 *lines,
             ]
@@ -174,6 +197,10 @@ def _cells(p: ParameterSavings) -> tuple[str, str, str, str]:
     """Return a parameter's row of the table, without its name."""
     counted = ("not counted", "") if p.flops is None else (f"{p.flops:,}", f"{_ratio(p.flops_skipped, p.flops):.1%}")
     return f"{p.elements:,}", f"{_ratio(p.frozen, p.elements):.1%}", *counted
+
+
+def _skipped(fraction: float) -> str:
+    return f"{fraction:.1%} of the FLOPs are skipped" if fraction else "all are computed"
 
 
 def _nbytes(tensor: Tensor) -> int:
