@@ -141,6 +141,7 @@ class GradCovFreezeCallback(_lightning.Callback):
         self._module: Callable[[], pl.LightningModule | None] = _lightning.no_module  # of the last fit
         self._logged_step = 0
         self._board = reporting.Board(self.optimizer)
+        self._arguments = self._board.tagged(self._options.hyperparameters())
 
     def __getattr__(self, name: str) -> Any:
         """Return an argument that was given at construction, such as ``callback.hold``."""
@@ -283,6 +284,7 @@ class GradCovFreezeCallback(_lightning.Callback):
             _lightning.give_back_comm_hook(trainer.strategy, self._all_reduce)
             if why := self._all_reduce.register(trainer.strategy.model):
                 around.inform(f"all gradients are still communicated because {why}.")
+        _lightning.log_hyperparameters(trainer, pl_module, self._arguments)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin, or go on where the checkpoint stopped: by now all of it is loaded under every strategy."""
@@ -386,8 +388,8 @@ class GradCovFreezeCallback(_lightning.Callback):
         return self._state
 
     def _unbind(self, trainer: pl.Trainer) -> None:
-        if self._all_reduce:
-            _lightning.give_back_comm_hook(trainer.strategy, self._all_reduce)
+        _lightning.forget_hyperparameters(trainer, self._arguments)
+        _lightning.give_back_comm_hook(trainer.strategy, self._all_reduce)
         if self._run:
             self._run.close()
         self._run = None
