@@ -145,7 +145,7 @@ def grouped(fractions: Mapping[str, float], shapes: Mapping[str, torch.Size], mo
 
 
 def histograms(variance: Named, shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
-    """Yield tags and values of a decision's histograms, one after the other: log10 of the positive variances.
+    """Yield tags and values of a decision's histograms, one after the other: log10 of the positive, finite variances.
 
     Args:
         variance: ``{name: (*p.shape)}``, one computed after the other; may be empty.
@@ -155,8 +155,8 @@ def histograms(variance: Named, shapes: Mapping[str, torch.Size]) -> Iterator[tu
         stride = math.ceil(sum(shapes[name].numel() for name in members) / MAX_HISTOGRAM_NUMEL)
         parts = []
         for name in members:
-            values = variance[name].reshape(-1)[:: stride | 1]  # odd: with an even one, columns would be left out
-            parts.append(values[values > 0].log10().cpu())
+            logs = variance[name].reshape(-1)[:: stride | 1].log10()  # odd: an even stride would leave columns out
+            parts.append(logs[logs.isfinite()].cpu())
         if (logs := torch.cat(parts)).numel():
             yield f"gcfreeze/log10_variance/{group}", logs
 

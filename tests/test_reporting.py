@@ -117,9 +117,10 @@ def test_histograms_are_of_log10_of_variances():
         )
 
 
-def test_parameter_without_variance_has_no_histogram_of_variance():
-    """log10 of 0 is no number, and an empty histogram is an error for TensorBoard."""
-    assert dict(reporting.histograms({"a": torch.zeros(2, 2)}, SHAPES)) == {}
+@pytest.mark.parametrize("variance", [0.0, math.inf, math.nan])
+def test_parameter_without_finite_variance_has_no_histogram_of_variance(variance):
+    """log10 of 0 is no number, nor are those of a run that diverged; an empty histogram is an error for TensorBoard."""
+    assert dict(reporting.histograms({"a": torch.full((2, 2), variance)}, SHAPES)) == {}
 
 
 def test_histograms_do_not_share_memory_with_variances():
