@@ -11,7 +11,7 @@ import pickle
 import sys
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -182,6 +182,34 @@ def log_step(trainer: pl.Trainer) -> int:
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
+def log_hyperparameters(trainer: pl.Trainer, module: pl.LightningModule, arguments: Mapping[str, Any]) -> None:
+    """Let loggers have arguments, in the one call of `log_hyperparams` that a fit makes, right after `on_fit_start`.
+
+    Of several calls TensorBoard would show the first alone, and get the placeholder `hp_metric` as often. So arguments
+    are added to what Lightning is about to log of module or data, until `forget_hyperparameters`.
+    """
+    if not getattr(trainer, "enable_autolog_hparams", True):  # Lightning 2.4 and 2.5 have no such switch
+        return
+    values = dict(arguments)
+    owners: tuple[Any, ...] = (module, getattr(trainer, "datamodule", None))
+    for owner in owners:
+        if owner is not None and owner._log_hyperparams:
+            if isinstance(initial := owner._hparams_initial, dict):
+                initial.update(arguments)
+                return
+            values = {**initial, **values}  # of an OmegaConf container, which may be read-only
+    for logger in trainer.loggers if trainer.is_global_zero else ():
+        logger.log_hyperparams(values)
+
+
+def forget_hyperparameters(trainer: pl.Trainer, arguments: Mapping[str, Any]) -> None:
+    """Leave the hyperparameters of module and data as they were before `log_hyperparameters`."""
+    for owner in (trainer.lightning_module, getattr(trainer, "datamodule", None)):
+        initial: Any = getattr(owner, "_hparams_initial", None)
+        for name in arguments if isinstance(initial, dict) else ():
+            initial.pop(name, None)
+
+
 def take_comm_hook(strategy: Any) -> LiveAllReduce | None:
     """Take the communication hook from a DDPStrategy before it sets DDP up; None for other strategies."""
     if not hasattr(strategy, "_ddp_comm_hook"):
@@ -191,9 +219,10 @@ def take_comm_hook(strategy: Any) -> LiveAllReduce | None:
     return all_reduce
 
 
-def give_back_comm_hook(strategy: Any, all_reduce: LiveAllReduce) -> None:
-    """Leave a strategy as it was before `take_comm_hook`."""
-    strategy._ddp_comm_hook = all_reduce.user_hook
+def give_back_comm_hook(strategy: Any, all_reduce: LiveAllReduce | None) -> None:
+    """Leave a strategy as it was before `take_comm_hook`, which returned `all_reduce`."""
+    if all_reduce:
+        strategy._ddp_comm_hook = all_reduce.user_hook
 
 
 def refuse(reason: str | None) -> None:

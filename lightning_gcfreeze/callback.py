@@ -140,6 +140,8 @@ class GradCovFreezeCallback(_lightning.Callback):
         self._all_reduce: LiveAllReduce | None = None  # DDP's communication hook
         self._module: Callable[[], pl.LightningModule | None] = _lightning.no_module  # of the last fit
         self._logged_step = 0
+        self._board = reporting.Board(self.optimizer)
+        self._arguments = self._board.tagged(self._options.hyperparameters())
 
     def __getattr__(self, name: str) -> Any:
         """Return an argument that was given at construction, such as ``callback.hold``."""
@@ -274,7 +276,7 @@ class GradCovFreezeCallback(_lightning.Callback):
         if not pl_module.automatic_optimization:
             options = self._options
             _lightning.refuse(refusals.unsupported_manual_optimization(options.reads_samples, options.reads_losses))
-        tag, index = self._tag(reporting.FROZEN_FRACTION), self.optimizer or 0
+        tag, index = self._board.tag(reporting.FROZEN_FRACTION), self.optimizer or 0
         around = _lightning.surroundings(trainer, pl_module, index, type(self).__name__, tag, self._all_reduce)
         self._run = Run(self._options, self._state, around)
         _lightning.refuse(refusals.unsupported_mesh(trainer.strategy, self._run.shards.meshes))
@@ -282,10 +284,12 @@ class GradCovFreezeCallback(_lightning.Callback):
             _lightning.give_back_comm_hook(trainer.strategy, self._all_reduce)
             if why := self._all_reduce.register(trainer.strategy.model):
                 around.inform(f"all gradients are still communicated because {why}.")
+        _lightning.log_hyperparameters(trainer, pl_module, self._arguments)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin, or go on where the checkpoint stopped: by now all of it is loaded under every strategy."""
         self._running.begin()
+        self._board.begin(_lightning.log_step(trainer), self._state.decision)
         self._logged_step = self._state.steps
         callbacks: Any = () if self._options.masks else trainer.callbacks  # type: ignore[attr-defined]
         for sentence in filter(None, [*self._running.warnings(), misconfiguration.averaged_weights(callbacks)]):
@@ -337,9 +341,8 @@ class GradCovFreezeCallback(_lightning.Callback):
         is_due = bool(state.plan.metrics) or (every_n > 0 and state.steps % every_n == 0)
         if is_due and self._logged_step != state.steps:
             self._logged_step = state.steps
-            metrics = {self._tag(tag): value for tag, value in run.take_metrics().items()}
-            values = ((self._tag(tag), value) for tag, value in run.stages.take_histograms())
-            reporting.log(trainer.loggers, _lightning.log_step(trainer), metrics, values)
+            step, metrics, changed = _lightning.log_step(trainer), run.take_metrics(), run.stages.take_change()
+            self._board.log(trainer.loggers, step, metrics, state.decision, changed)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the monitored loss, if there is one."""
@@ -352,19 +355,19 @@ class GradCovFreezeCallback(_lightning.Callback):
         """Say so if nothing was frozen, or a stage was not reached. Share what was seen while there is a way to."""
         if self._run:
             self._run.end()
+            self._board.draw(trainer.loggers, _lightning.log_step(trainer) - 1)
         for say, sentence in zip((rank_zero_warn, rank_zero_info), self._state.unfinished(), strict=True):
             if sentence:
                 say(sentence)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let go of module and optimizer; what was found stays, also in the process that launched this one."""
-        if stage != "fit":
-            return
-        if self._run and (warning := misconfiguration.moved_at_the_end(self._state.moved(pl_module))):
-            rank_zero_warn(f"{type(self).__name__}: {warning}")
-        self._unbind(trainer)
-        if self._mailbox.is_needed(trainer):
-            self._mailbox.send((self._state.state_dict(), self._state.savings, self._state.held_bits))
+        if stage == "fit":
+            if self._run and (warning := misconfiguration.moved_at_the_end(self._state.moved(pl_module))):
+                rank_zero_warn(f"{type(self).__name__}: {warning}")
+            self._unbind(trainer)
+            if self._mailbox.is_needed(trainer):
+                self._mailbox.send((self._state.state_dict(), self._state.savings, self._state.held_bits))
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Let go of module and optimizer: there is no teardown."""
@@ -384,12 +387,9 @@ class GradCovFreezeCallback(_lightning.Callback):
             self._state.load_state_dict(saved)
         return self._state
 
-    def _tag(self, tag: str) -> str:
-        return tag.replace("gcfreeze/", f"gcfreeze/optimizer_{self.optimizer}/", 1) if self.optimizer else tag
-
     def _unbind(self, trainer: pl.Trainer) -> None:
-        if self._all_reduce:
-            _lightning.give_back_comm_hook(trainer.strategy, self._all_reduce)
+        _lightning.forget_hyperparameters(trainer, self._arguments)
+        _lightning.give_back_comm_hook(trainer.strategy, self._all_reduce)
         if self._run:
             self._run.close()
         self._run = None

@@ -23,6 +23,8 @@ _DECISIVE = (
 )  # fmt: skip
 _OBSERVED = {*_DECISIVE, "gradients"} - {"include", "exclude"}
 """Arguments of a run that observes; with `masks` nothing is observed."""
+_SHOWN = ("t0", "k", "order", "granularity", "hold", "every", "samples")
+"""Arguments that loggers get even if they have their default."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"order": "variance", "samples": "first", "every": 1, "gain": "1/t", "granularity": "element"},
@@ -153,6 +155,13 @@ class Options:
             shown["masks"] = f"<of {len(shown['masks'])} parameters>"
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
+    def hyperparameters(self) -> dict[str, int | float | str]:
+        """Return the arguments by tag, as numbers and text for loggers: what says most, and what was given."""
+        shown = [name for name in _SHOWN if self.masks is None or name not in _OBSERVED]
+        named = {name: getattr(self, name) for name in dict.fromkeys([*shown, *self._changed()])}
+        named |= {} if self.masks is None else {"masks": "given"}
+        return {f"gcfreeze/{name}": _as_text(value) for name, value in named.items() if value is not None}
+
     def _changed(self) -> list[str]:
         """Return the names of the arguments that differ from their defaults."""
         defaults = {name: p.default for name, p in inspect.signature(Options).parameters.items()}
@@ -175,6 +184,13 @@ def arguments_of_preset(name: str) -> dict[str, Any]:
     """
     _checks.one_of("name", name, list(PRESETS))
     return dict(PRESETS[name])
+
+
+def _as_text(value: Any) -> int | float | str:
+    """Return numbers and strings as they are, a function by its name, and anything else as it is written in a call."""
+    if isinstance(value, int | float | str):
+        return value
+    return str(_plain(value)) if callable(value) else repr(value)
 
 
 def _plain(value: Any) -> Any:

@@ -1,13 +1,13 @@
 """`Stages`: from statistics to held elements, stage by stage. No trainer is known here."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lightning_gcfreeze import masks, misconfiguration, orderings, refusals, reporting
+from lightning_gcfreeze import masks, misconfiguration, orderings, refusals
 from lightning_gcfreeze._computed import Computed
 from lightning_gcfreeze._memory import give_back
 from lightning_gcfreeze._names import shortened
@@ -67,7 +67,7 @@ class Stages:
         """Holds the frozen elements; None before t0."""
         self.others_write = False
         """Whether other code may write to weights between optimizer steps."""
-        self._has_changed = False  # the masks, since `take_histograms` was called
+        self._has_changed = False  # the masks, since `take_change` was called
         self.learns_uses = False
         """Whether the step to come has to tell how often it uses each weight: masks were given before any step."""
         self._from_optimizer = orderings.needed_from_optimizer(options.ordering)
@@ -259,10 +259,10 @@ class Stages:
             for sentence in shortfalls(self._options, self._state.savings):
                 self._around.warn(sentence)
 
-    def take_histograms(self) -> Iterator[tuple[str, Tensor]]:
-        """Return tags and values of histograms, to go through once, if the masks have changed since the last call."""
-        decision, changed, self._has_changed = self._state.decision, self._has_changed, False
-        return reporting.histograms(decision.frozen, decision.variance) if decision and changed else iter(())
+    def take_change(self) -> bool:
+        """Return whether the masks have changed since the last call."""
+        changed, self._has_changed = self._has_changed, False
+        return changed
 
     # Holding -------------------------------------------------------------------------------------------------------
 

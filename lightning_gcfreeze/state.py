@@ -221,6 +221,7 @@ class State:
             bytes_sent,
             self.plan.metrics,
             self.lr_factor,
+            self.shapes,
         )
 
     # Constancy -----------------------------------------------------------------------------------------------------

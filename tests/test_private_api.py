@@ -8,11 +8,13 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.trainer.connectors import callback_connector, signal_connector
@@ -342,6 +344,35 @@ def the_trainer_knows_whether_it_accumulates_and_which_step_it_logs() -> None:
     assert probe.accumulates == [True, False, True, False, False]
     assert [step for _, step in probe.logged] == [0, 1, 1, 2, 3]
     assert [logged for logged, _ in probe.logged] == [0, 0, 1, 1, 2]
+
+
+def hyperparameters_are_logged_once_from_a_dict_that_the_module_keeps() -> None:
+    module, calls = Module(), []
+    assert not module._log_hyperparams
+    module.save_hyperparameters({"width": 3})
+    assert module._log_hyperparams
+    assert isinstance(module._hparams_initial, dict)
+
+    class Logs(CSVLogger):
+        def log_hyperparams(self, params: Any = None) -> None:
+            calls.append(dict(params))
+
+    class Adds(pl.Callback):
+        def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            assert calls == []
+            pl_module._hparams_initial["added"] = 1
+
+        def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            assert calls == [{"width": 3, "added": 1}]
+
+    with TemporaryDirectory() as folder:
+        trainer = pl.Trainer(
+            max_epochs=1, callbacks=[Adds()], accelerator="cpu", logger=Logs(folder), enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(module, DataLoader(TensorDataset(torch.ones(10, 2)), batch_size=2))
+    assert len(calls) == 1
+    assert dict(module.hparams) == {"width": 3}
 
 
 def ddp_strategies_keep_their_communication_hook() -> None:

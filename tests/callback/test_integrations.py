@@ -1,8 +1,11 @@
 """The callback with loggers, LightningCLI and `pytorch_lightning`."""
 
+import io
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import PIL.Image
 import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -13,37 +16,52 @@ from tests import cases
 from tests.callback import command_line
 
 
-def test_tensorboard_gets_scalars_and_histograms(tmp_path):
-    """Scalars at each n-th step and at the freeze; histograms of log10 variance and mask, once."""
+def test_tensorboard_gets_scalars_histograms_and_images(tmp_path):
+    """Scalars at each n-th step and at the freeze; histograms of log10 variance and images of masks, once."""
     callback = GradCovFreezeCallback(t0=6, k=0.5)
     trainer = cases.trainer(callbacks=[callback], logger=TensorBoardLogger(tmp_path), log_every_n_steps=4)
     trainer.fit(cases.Regression(cases.mlp()), cases.loader())
-    events = EventAccumulator(trainer.log_dir, size_guidance={"histograms": 0}).Reload()
+    events = EventAccumulator(trainer.log_dir, size_guidance={"histograms": 0, "images": 0}).Reload()
     fraction = [(e.step, round(e.value, 4)) for e in events.Scalars("gcfreeze/frozen_fraction")]
     assert fraction == [(3, 0.0), (5, 0.4912), (7, 0.4912), (11, 0.4912), (15, 0.4912)]
     assert [e.value for e in events.Scalars("gcfreeze/observed_steps")] == [4, 6, 6, 6, 6]
     for name, mask in callback.frozen.items():
         of_parameter = events.Scalars(f"gcfreeze/frozen_fraction/{name}")
         assert of_parameter[-1].value == pytest.approx(float(mask.float().mean()))
-        (histogram,) = events.Histograms(f"gcfreeze/frozen/{name}")
-        assert histogram.histogram_value.sum == float(mask.sum())
         (histogram,) = events.Histograms(f"gcfreeze/log10_variance/{name}")
         logs = callback.variance[name].log10()
         assert (histogram.histogram_value.min, histogram.histogram_value.max) == pytest.approx(
             (float(logs.min()), float(logs.max()))
         )
+    tags = events.Tags()
+    assert sorted(tags["histograms"]) == sorted(f"gcfreeze/log10_variance/{name}" for name in callback.frozen)
+    assert sorted(tags["images"]) == ["gcfreeze/frozen", *(f"gcfreeze/frozen/network.{i}.weight" for i in (0, 2))]
+    (image,) = events.Images("gcfreeze/frozen/network.0.weight")
+    red = np.asarray(PIL.Image.open(io.BytesIO(image.encoded_image_string)))[:, :, 0]
+    assert image.step == 5
+    assert (red == np.where(callback.frozen["network.0.weight"], 8, 247)).all()
+    assert [e.step for e in events.Images("gcfreeze/frozen")] == [5, 7, 11, 15]
+    image = events.Images("gcfreeze/frozen")[-1]
+    red = np.asarray(PIL.Image.open(io.BytesIO(image.encoded_image_string)))[:, :, 0].astype(float)
+    height, width = red.shape
+    for row, name in enumerate(callback.frozen):  # 0.weight, 0.bias, 2.weight, 2.bias
+        fraction = (247 - red[round((row + 0.5) * height / 4)]) / (247 - 8)
+        mean = float(callback.frozen[name].float().mean())
+        np.testing.assert_allclose(fraction[[0, 4 * width // 15]], 0.0)
+        np.testing.assert_allclose(fraction[[6 * width // 15, -1]], mean, atol=0.003)
 
 
 def test_tensorboard_gets_no_variance_histograms_if_the_order_reads_no_variance(tmp_path):
-    """It gets those of the masks."""
+    """It gets images."""
     trainer = cases.trainer(
         callbacks=[GradCovFreezeCallback(t0=6, k=0.5, order="progress")],
         logger=TensorBoardLogger(tmp_path),
         log_every_n_steps=4,
     )
     trainer.fit(cases.Regression(cases.mlp()), cases.loader())
-    tags = EventAccumulator(trainer.log_dir).Reload().Tags()["histograms"]
-    assert sorted(tags) == [f"gcfreeze/frozen/network.{name}" for name in ("0.bias", "0.weight", "2.bias", "2.weight")]
+    tags = EventAccumulator(trainer.log_dir).Reload().Tags()
+    assert tags["histograms"] == []
+    assert "gcfreeze/frozen" in tags["images"]
 
 
 def test_csv_logger_gets_scalars_on_the_step_axis_of_the_module(tmp_path):
