@@ -34,9 +34,8 @@ class GradCovFreezeCallback(_lightning.Callback):
     While observing, the covariance of the gradient noise is tracked by the recursion
     C_t = (1 - κ_t) C_{t-1} + κ_t (g_1 - g_S)(g_1 - g_S)ᵀ, Eq. (2.6) of the paper, from C_0 = 0: g_S is the gradient
     that the optimizer will use, g_1 that of the loss on the batch's first sample. After step t0 all eligible elements
-    are ranked by its diagonal and the k lowest are held constant to the bit.
-
-    Observing leaves no trace: weights, buffers, metrics, logged values and random streams are as without it.
+    are ranked by its diagonal and the k lowest are held constant to the bit. Observing leaves no trace: weights,
+    buffers, metrics, logged values and random streams are as without it.
 
     Args:
         t0: optimizer steps observed before the freeze; step t0 + 1 is the first with frozen elements. "auto", or a
@@ -62,6 +61,7 @@ class GradCovFreezeCallback(_lightning.Callback):
             the last stage of a `schedule`, `order` reads no gradients, as "movement", and nothing may thaw.
         skip_frozen_gradients: skip computing weight gradients of fully frozen parameters, rows and columns. Where code
             of the user may look at gradients, and until such a stage, all are computed, and stay in place.
+        batch_norm: "freeze": BatchNorm layers that froze as a whole keep and use their running statistics; or "track".
         include: patterns (fnmatch) of eligible names; None: all parameters that train and that the optimizer has.
         exclude: patterns of the names that are not.
         seed: of the random order; None: torch's initial seed, as `seed_everything` sets it.
@@ -73,8 +73,7 @@ class GradCovFreezeCallback(_lightning.Callback):
             (*p.shape)}`` or ``{name: bool}``, True = held constant; or a selection of `lightning_gcfreeze.masks`.
         stream: where to publish the live elements' values while training: a `lightning_gcfreeze.delta.Stream`.
         optimizer: index of the optimizer to follow, where manual optimization has several: pass a callback for each.
-        promote: deprecated name of `skip_frozen_gradients`. `max_t0`, `max_loss_increase` and `monitor` are deprecated
-            names of arguments of `Settled` and `Growth`.
+        promote: deprecated: `skip_frozen_gradients`. `max_t0`, `max_loss_increase`, `monitor`: of `Settled`, `Growth`.
 
     Raises:
         TypeError: an argument is of the wrong kind.
@@ -96,6 +95,7 @@ class GradCovFreezeCallback(_lightning.Callback):
         granularity: Granularity = "element",
         hold: Literal["auto", "compact", "restore"] = "auto",
         skip_frozen_gradients: bool = True,
+        batch_norm: Literal["track", "freeze"] = "track",
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         seed: int | None = None,
@@ -112,11 +112,11 @@ class GradCovFreezeCallback(_lightning.Callback):
     ) -> None:
         super().__init__()
         t0, k = deprecated.from_deprecated(t0, k, max_t0, max_loss_increase, monitor)
-        skips = deprecated.from_promote(skip_frozen_gradients, promote)
         self._options = Options(
             t0=t0, k=k, order=order, samples=samples, every=every, covariance=covariance, gain=gain,
-            gradients=gradients, granularity=granularity, hold=hold, skip_frozen_gradients=skips, include=include,
+            gradients=gradients, granularity=granularity, hold=hold, include=include,
             exclude=exclude, seed=seed, schedule=schedule, lr_after_freeze=lr_after_freeze, masks=masks, stream=stream,
+            batch_norm=batch_norm, skip_frozen_gradients=deprecated.from_promote(skip_frozen_gradients, promote),
         )  # fmt: skip
         n = log_every_n_steps
         self.log_every_n_steps = None if n is None else _checks.integer("log_every_n_steps", n, at_least=1)

@@ -69,5 +69,6 @@ def plan_holding(
         late=compacts and bool(looking),
         puts_back=bool(readers.weight_writers(owners, parameters, around.optimizer)),
         skips_gradients=options.skip_frozen_gradients and not (stays_simple or looking),
+        stills_norms=options.batch_norm == "freeze",
     )
     return Holding(plan, sends_live_only=not (whole_gradients or looking))

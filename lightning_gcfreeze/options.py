@@ -53,6 +53,7 @@ class Options:
     granularity: Granularity = "element"
     hold: Literal["auto", "compact", "restore"] = "auto"
     skip_frozen_gradients: bool = True
+    batch_norm: Literal["track", "freeze"] = "track"
     include: str | Sequence[str] | None = None
     exclude: str | Sequence[str] | None = None
     seed: int | None = None
@@ -83,6 +84,7 @@ class Options:
         _checks.one_of("granularity", self.granularity, get_args(Granularity))
         _checks.one_of("hold", self.hold, ["auto", "compact", "restore"])
         _checks.boolean("skip_frozen_gradients", self.skip_frozen_gradients)
+        _checks.one_of("batch_norm", self.batch_norm, ["track", "freeze"])
         if self.granularity == "mixed" and not self.skip_frozen_gradients:
             raise ValueError(
                 "`granularity='mixed'` freezes rows and columns so that their gradients can be skipped: pass"

@@ -238,6 +238,7 @@ def examples(draw: st.DrawFn) -> Example:
     maybe("granularity", st.sampled_from(["element", "row", "tensor"]))
     maybe("hold", st.sampled_from(["auto", "restore", *(["compact"] * 2 if optimizer not in NOT_ELEMENTWISE else [])]))
     maybe("skip_frozen_gradients", st.booleans())
+    maybe("batch_norm", st.sampled_from(["track", "freeze"]))
     maybe("seed", st.integers(0, 2**63 - 1))
     maybe("log_every_n_steps", st.integers(1, 5))
     maybe("lr_after_freeze", st.one_of(st.none(), st.floats(0.05, 2.0)))
@@ -276,9 +277,9 @@ def _loss_scale(trainer: pl.Trainer) -> float:
 class PlainStages(PlainFreeze):
     """`PlainFreeze` with masks that may grow: ``{global step: masks}``, from after that step on; and with a factor."""
 
-    def __init__(self, stages: Mapping[int, Named], lr_after_freeze: float | None) -> None:
+    def __init__(self, stages: Mapping[int, Named], lr_after_freeze: float | None, batch_norm: str) -> None:
         super().__init__(-1, {})
-        self.stages, self.lr_after_freeze = stages, lr_after_freeze
+        self.stages, self.lr_after_freeze, self.batch_norm = stages, lr_after_freeze, batch_norm
         self.loss_scales: list[float] = []
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -286,6 +287,12 @@ class PlainStages(PlainFreeze):
             return self.lr_after_freeze or 1.0 if any(mask.any() for mask in self.frozen.values()) else 1.0
 
         multiply_by_hand(trainer.optimizers[0], factor_of)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        for name, layer in pl_module.named_modules():
+            if self.batch_norm == "freeze" and isinstance(layer, nn.BatchNorm1d):
+                masks = [self.frozen.get(f"{name}.{part}") for part in ("weight", "bias")]
+                layer.train(not all(mask is not None and mask.all() for mask in masks))
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
@@ -405,7 +412,9 @@ def check(example: Example) -> str:
             _follow(example, Path(stream.folder), diary.base, unbroken["weights"])
         if diary.thaws():
             return "resumed, thawed"
-        reference = PlainStages(diary.stages, example.arguments.get("lr_after_freeze"))
+        reference = PlainStages(
+            diary.stages, example.arguments.get("lr_after_freeze"), example.arguments.get("batch_norm", "track")
+        )
         plain, _ = _fit(example, reference)
         if diary.loss_scales != reference.loss_scales:
             # A gradient that is not computed, or taken away early, cannot overflow: a step more is taken.

@@ -73,7 +73,7 @@ INSIDE = {
     "freezing": (
         ("optimizer_state", "fingerprints", "late"),
         ("restore", "live_vector", "state_dicts", "thawing", "blocks", "learning_rate"),
-        ("compact", "savings", "skipping"),
+        ("compact", "savings", "skipping", "still_norms"),
         ("holder",),
     ),
     "user_code": (("reached",), ("readers", "watch")),

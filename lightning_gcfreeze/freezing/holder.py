@@ -18,6 +18,7 @@ from lightning_gcfreeze.freezing.optimizer_state import ELEMENTWISE
 from lightning_gcfreeze.freezing.restore import Restore
 from lightning_gcfreeze.freezing.savings import Footprint, Savings, count_savings
 from lightning_gcfreeze.freezing.skipping import GradientSkipper
+from lightning_gcfreeze.freezing.still_norms import StillNorms
 
 HoldMode: TypeAlias = Literal["compact", "restore"]
 
@@ -34,6 +35,8 @@ class HoldPlan:
     """Frozen values are also written back although the optimizer never moves them: other code may write to weights."""
     skips_gradients: bool
     """No gradient work is done for fully frozen parameters, rows and columns."""
+    stills_norms: bool = False
+    """BatchNorm layers whose weight and bias are fully frozen use their stored statistics, and do not update them."""
 
 
 class Holder:
@@ -83,6 +86,7 @@ class Holder:
             self._restore = Restore(parameters, on_device)
             if plan.mode == "restore" and not resumed:
                 self._restore.clear_state_(optimizer)
+        self._norms = StillNorms(module, [parameters[name] for name in fully_frozen] if plan.stills_norms else [])
         self._late = plan.late
         self._gathered = False  # this step's gradients
         self._skipper = None
@@ -190,6 +194,7 @@ class Holder:
 
     def release(self) -> None:
         """Leave module and optimizer as they were before, except for the values."""
+        self._norms.release()
         if self._skipper:
             self._skipper.release()
         if self._compact:
