@@ -34,6 +34,10 @@ FOUND = {
         {"exclude": "*bias", "t0": 5, "k": 12, "every": 2, "gain": 0.75, "gradients": "replay", "granularity": "row",
          "skip_frozen_gradients": False}, "convnet", "RAdam", True, True, "16-mixed", 2, 0.5, stop=14,
     ),
+    "a step that a loss scaler leaves out moves buffers after the last update": fuzz.Example(
+        {"include": "network.*", "t0": 6, "k": 0.1, "every": 3, "order": "movement", "samples": 3,
+         "lr_after_freeze": 0.1}, "convnet", "RAdam", scheduler=True, precision="16-mixed", stop=3,
+    ),
 }  # fmt: skip
 
 

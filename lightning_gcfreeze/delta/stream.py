@@ -129,6 +129,7 @@ class Writer:
         self._entries: list[Entry] = []
         self._whole: dict[str, Tensor] | None = None  # what the next update has besides values, if it is whole
         self._mask = self._previous = self._base = b""
+        self._values = b""  # a digest of those that were written last
         self._number = -1  # of the last update that was written
         self._step = -1  # of the last update that was tried
         self._error: OSError | None = None
@@ -148,12 +149,11 @@ class Writer:
             OSError: the last update could not be written.
         """
         has_changed, every = self._seen is not decision, self._stream.every
-        is_behind = is_last and (step != self._step or self._world.any(self._error is not None))
-        if has_changed or is_behind or step // every > self._step // every:
+        if has_changed or is_last or step // every > self._step // every:
             if has_changed or any(name not in self._frozen for name in self._trained()):
                 self._take_masks({name: whole(mask).cpu() for name, mask in frozen().items()})
                 self._seen = decision
-            self._write(step)
+            self._write(step, only_news=is_last and not has_changed and self._error is None)
         if is_last and self._error:
             raise self._error
 
@@ -202,12 +202,15 @@ class Writer:
         """Return the parameters that require a gradient now; a callback may unfreeze some on the way."""
         return [name for name, p in self._module.named_parameters() if p.requires_grad]
 
-    def _write(self, step: int) -> None:
+    def _write(self, step: int, only_news: bool = False) -> None:
         targets = tensors_of(self._module)  # as they are now: code may assign a buffer anew
         now = [entry.read(whole(targets[entry.name].detach())) for entry in self._entries]  # sharded: on all processes
-        self._step = step
+        before, self._step = self._step, step
         if self._world.rank:
             return
+        values = values_of([entry.values for entry in now])
+        if only_news and step == before and digest({"values": values}) == self._values:
+            return  # buffers move in a step that a loss scaler leaves out, too
         newest = max(self._folder.updates(), default=-1)
         if newest != self._number:
             raise ChainError(
@@ -217,7 +220,7 @@ class Writer:
         number = self._number + 1
         tensors = {
             "format": torch.tensor(FORMAT),
-            "values": values_of([entry.values for entry in now]),
+            "values": values,
             "mask": as_tensor(self._mask),
             "base": as_tensor(self._base),
             "number": torch.tensor(number),
@@ -232,7 +235,7 @@ class Writer:
             self._warn(f"update {number} of the stream could not be written ({error}): the next one makes up for it.")
             return
         self._error, self._number, self._whole = None, number, None
-        self._previous = digest(tensors)
+        self._previous, self._values = digest(tensors), digest({"values": values})
         self._prune()
 
     def _prune(self) -> None:
