@@ -320,9 +320,7 @@ class Run:
         step = state.steps + 1
         if not (self._is_due and observing.wants(step)):
             return
-        if (
-            weights is None
-        ):  # each loss was divided by the micro-batches of a full step, also in an epoch's short last one
+        if weights is None:  # each was divided by the micro-batches of a full step, also in an epoch's short last one
             loss_scale = self._around.loss_scale()
             scale, share = loss_scale / n_micro_batches, self._micro_batches / n_micro_batches * loss_scale
         else:

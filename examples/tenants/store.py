@@ -6,7 +6,6 @@ last acknowledged delta or, if it was killed while it wrote, the next one. A sto
 """
 
 import json
-import os
 import re
 import threading
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gcfreeze import delta
-from lightning_gcfreeze.delta.files import write_atomically
+from lightning_gcfreeze.delta.files import sync_folder, write_atomically
 
 Encode = Callable[[list[str]], Tensor]
 SUFFIX = ".safetensors"
@@ -196,7 +195,7 @@ class Store:
         with self._writing:
             self._record(name)
             self._file(name).unlink(missing_ok=True)
-            self._sync_folder()
+            sync_folder(self._folder)
             del self._records[name]
             self._tenants.remove(name)
             self._file(name, ".json").unlink(missing_ok=True)
@@ -222,14 +221,6 @@ class Store:
         info = self._tenants.info(name)
         record.file_bytes, record.memory_bytes = self._file(name).stat().st_size, info.nbytes
         record.live_elements = info.live
-
-    def _sync_folder(self) -> None:
-        """Make a deletion last."""
-        descriptor = os.open(self._folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _checked_name(name: str) -> str:

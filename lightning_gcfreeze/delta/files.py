@@ -39,8 +39,9 @@ FORMATS = (1, FORMAT)
 """What is read: the first one had no shapes and no digest, and was saved as it is in memory."""
 _ABOUT = {"base", "number", "step", "previous", "digest"}
 """What a delta says of itself as a whole, and may leave out."""
-_MASK = {"layout", "places", "frozen"}
-_CODED = _MASK | {"values", "mask"}
+MASK_PARTS = {"layout", "places", "frozen"}
+"""What a whole file has besides its values."""
+_CODED = MASK_PARTS | {"values", "mask"}
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in vars(torch).values()
@@ -99,7 +100,7 @@ def pack(delta: Source, *, mask: Source | None = None, base: str | None = None) 
     if mask is not None:
         if not torch.equal(coded(load(mask))["mask"], tensors["mask"]):
             raise MismatchError("The delta has other names, shapes, dtypes or places than `mask`: save it without.")
-        tensors = {key: tensor for key, tensor in tensors.items() if key not in _MASK}
+        tensors = {key: tensor for key, tensor in tensors.items() if key not in MASK_PARTS}
     return sealed(tensors)
 
 
@@ -126,7 +127,7 @@ def load(source: Source, *, mask: Source | None = None) -> dict[str, Tensor]:
         of_places = coded(load(mask))
         if not torch.equal(of_places["mask"], tensors["mask"]):
             raise MismatchError("`mask` has other names, shapes, dtypes or places than the delta of these values had.")
-        tensors = {key: of_places[key] for key in _MASK} | dict(tensors)
+        tensors = {key: of_places[key] for key in MASK_PARTS} | dict(tensors)
     return _plain(tensors)
 
 
@@ -148,7 +149,7 @@ def read(source: Source) -> Plain:
             _check_parts(name, parts)
         return source
     needed = {"values", "mask", "digest"}
-    if missing := sorted((needed | _MASK if _MASK & source.keys() else needed) - source.keys()):
+    if missing := sorted((needed | MASK_PARTS if MASK_PARTS & source.keys() else needed) - source.keys()):
         raise CorruptFileError(f"The delta's file has no {missing}: it is damaged.")
     for key, tensor in source.items():
         if tensor.dtype != (torch.int64 if key in ("format", "number", "step") else torch.uint8):
@@ -176,14 +177,23 @@ def _check_parts(name: str, parts: Plain) -> None:
         raise CorruptFileError(f"Shape or fingerprint of {name!r} cannot be such: the delta is damaged.")
 
 
+def with_digest(tensors: Plain) -> dict[str, Tensor]:
+    """Return coded tensors with the digest over them."""
+    return {**tensors, "digest": as_tensor(digest(tensors))}
+
+
 def sealed(tensors: Plain) -> bytes:
     """Return the file of coded tensors, with their digest."""
+    return to_file(with_digest(tensors))
+
+
+def to_file(tensors: Plain) -> bytes:
+    """Return the file of coded tensors that have their digest."""
     try:
         from safetensors.torch import save as to_bytes
     except ImportError as error:
         raise missing_package("safetensors", "export") from error
-    complete = {**tensors, "digest": as_tensor(digest(tensors))}
-    data: bytes = to_bytes(complete, metadata={"format": "pt", "lightning_gcfreeze": f"delta {FORMAT}"})
+    data: bytes = to_bytes(dict(tensors), metadata={"format": "pt", "lightning_gcfreeze": f"delta {FORMAT}"})
     return data
 
 
@@ -369,11 +379,16 @@ def write_atomically(path: Path, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make what was put into a folder, or removed from it, last through a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
 def missing_package(package: str, extra: str) -> ImportError:

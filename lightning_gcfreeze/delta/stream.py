@@ -21,13 +21,14 @@ from lightning_gcfreeze.delta.entries import Entry, checked_entries, fingerprint
 from lightning_gcfreeze.delta.errors import ChainError, CorruptFileError
 from lightning_gcfreeze.delta.files import (
     FORMAT,
+    MASK_PARTS,
     as_tensor,
     coded,
     content,
-    digest,
     read,
-    sealed,
+    to_file,
     values_of,
+    with_digest,
     write_atomically,
 )
 from lightning_gcfreeze.distributed import World, whole
@@ -129,7 +130,6 @@ class Writer:
         self._entries: list[Entry] = []
         self._whole: dict[str, Tensor] | None = None  # what the next update has besides values, if it is whole
         self._mask = self._previous = self._base = b""
-        self._values = b""  # a digest of those that were written last
         self._number = -1  # of the last update that was written
         self._step = -1  # of the last update that was tried
         self._error: OSError | None = None
@@ -183,7 +183,7 @@ class Writer:
         tensors = coded(delta)
         if content(tensors["mask"]) != self._mask:
             self._mask = content(tensors["mask"])
-            self._whole = {key: tensors[key] for key in ("layout", "places", "frozen")}
+            self._whole = {key: tensors[key] for key in MASK_PARTS}
 
     def _last_updates(self) -> tuple[bytes, int, bytes] | None:
         """Return the last whole file, and number and digest of the last update; None if there is no update."""
@@ -209,16 +209,19 @@ class Writer:
         if self._world.rank:
             return
         values = values_of([entry.values for entry in now])
-        if only_news and step == before and digest({"values": values}) == self._values:
-            return  # buffers move in a step that a loss scaler leaves out, too
-        newest = max(self._folder.updates(), default=-1)
+        updates = self._folder.updates()
+        if only_news and step == before and self._number in updates:
+            last = read(self._folder.read(self._number, updates[self._number]))
+            if torch.equal(values, last["values"]):  # else buffers moved in a step that a loss scaler left out
+                return
+        newest = max(updates, default=-1)
         if newest != self._number:
             raise ChainError(
                 f"{self._stream.folder} has update {newest}, and this run wrote {self._number} last: another run writes"
                 " to it. Give each run a folder of its own."
             )
         number = self._number + 1
-        tensors = {
+        contents = {
             "format": torch.tensor(FORMAT),
             "values": values,
             "mask": as_tensor(self._mask),
@@ -228,14 +231,15 @@ class Writer:
             **(self._whole or {}),
             **({"previous": as_tensor(self._previous)} if self._previous else {}),
         }
+        tensors = with_digest(contents)
         try:
-            self._folder.write(number, "whole" if self._whole else "values", sealed(tensors))
+            self._folder.write(number, "whole" if self._whole else "values", to_file(tensors))
         except OSError as error:
             self._error = error
             self._warn(f"update {number} of the stream could not be written ({error}): the next one makes up for it.")
             return
         self._error, self._number, self._whole = None, number, None
-        self._previous, self._values = digest(tensors), digest({"values": values})
+        self._previous = content(tensors["digest"])
         self._prune()
 
     def _prune(self) -> None:
