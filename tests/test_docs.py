@@ -1,4 +1,4 @@
-"""Pages of docs/: a place for each public name, and a group for each argument."""
+"""Pages of docs/: a place for each public name, a group for each argument, a heading for what users search for."""
 
 import importlib
 import inspect
@@ -13,7 +13,14 @@ import lightning_gcfreeze
 from lightning_gcfreeze import GradCovFreezeCallback, delta, masks
 
 DOCS = Path(__file__).parents[1] / "docs"
+GUIDES = sorted(DOCS.glob("*.md"))  # neither the API nor decisions
 GROUPS = ["Basics", "Automatic", "Observing", "Holding", "Reporting"]
+SEARCHED = [
+    "install", "unfreeze", "GPU", "OOM", "out of memory", "wandb", "MLflow", "notebook", "Colab", "progress bar",
+    "early stopping", "citation", "Hugging Face", "Trainer", "Accelerate", "Fabric", "LoRA", "PEFT", "bitsandbytes",
+    "resume", "checkpoint", "FSDP", "DeepSpeed", "BatchNorm", "learning rate", "t0", "torch.compile",
+    "gradient clipping", "GAN", "Ray", "TensorBoard", "ONNX", "export",
+]  # fmt: skip
 
 
 def rendered() -> list[str]:
@@ -62,3 +69,11 @@ def test_each_argument_is_in_one_of_five_groups_or_deprecated():
     assert all(f"`{name}`" in text for name in deprecated)
     arguments = [name for name in inspect.signature(GradCovFreezeCallback).parameters if name not in deprecated]
     assert sorted(in_tables) == sorted(arguments)
+
+
+@pytest.mark.parametrize("words", SEARCHED)
+def test_what_users_search_for_is_in_a_heading(words):
+    """Search weighs a heading a thousand times as much as text."""
+    texts = [re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE) for page in GUIDES]
+    headings = [heading for text in texts for heading in re.findall(r"^#+ .*", text, re.MULTILINE)]
+    assert any(re.search(rf"\b{re.escape(words)}(s|ation)?\b", heading, re.IGNORECASE) for heading in headings)
