@@ -30,7 +30,7 @@ Loss = Callable[[Any, Any], Tensor | Mapping[str, Any] | None]
 class Freezer:
     """Freeze, after t0 optimizer steps, the k scalar parameters with the quietest gradients; without a Trainer.
 
-    The same as `GradCovFreezeCallback`, to the bit, in a loop of your own::
+    The same as `GradCovFreezeCallback`, to the bit, in a loop of your own:
 
         freezer = Freezer(model, optimizer, t0=100, k=0.9, loss=loss_of)
         for batch in loader:

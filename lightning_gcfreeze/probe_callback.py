@@ -13,7 +13,7 @@ from lightning_gcfreeze.probe import Probe
 
 
 class ProbeCallback(_lightning.Callback):
-    """Write masks from the gradients of some batches, in a short fit that trains nothing; see `Probe`::
+    """Write masks from the gradients of some batches, in a short fit that trains nothing; see `Probe`:
 
         Trainer(callbacks=[ProbeCallback("masks.pt", k=0.9, batches=100)]).fit(module, data)
         Trainer(callbacks=[GradCovFreezeCallback(masks="masks.pt")], max_epochs=10).fit(module, data)
