@@ -14,6 +14,8 @@ def on_page_content(html: str, **kwargs: Any) -> str:
 
     def as_mathml(match: re.Match[str]) -> str:
         display = "inline" if match[2] == "(" else "block"
-        return convert(unescape(match[3]).strip(), display=display)
+        formula = convert(unescape(match[3]).strip(), display=display)
+        # A block keeps its element, in which a formula wider than the screen can scroll.
+        return formula if display == "inline" else f'<div class="arithmatex">{formula}</div>'
 
     return _FORMULA.sub(as_mathml, html)
