@@ -124,7 +124,7 @@ FAULTS = [
           "for name in self.held_bits if name in parameters", "for name in self.held_bits if name not in parameters",
           ["test_misconfiguration.py::test_a_frozen_value_that_somebody_wrote_is_noticed_and_a_live_one_is_not"]),
     Fault("statistics stay those of each process at the end of training", "run.py",
-          "            self.synchronize()\n            self._publish(is_last=True)", "            self._publish(is_last=True)",
+          "            self.synchronize()\n            self._publish(", "            self._publish(",
           ["test_synchronizing.py::test_statistics_are_those_of_all_processes_after_training[callback]"]),
     Fault("under manual optimization steps of other optimizers are observed", "callback.py",
           "if self._run and _lightning.is_optimizer(optimizer, trainer, self.optimizer or 0):", "if self._run:",
