@@ -66,7 +66,7 @@ def surroundings(
         module: what it trains.
         index: of the optimizer that is followed.
         name: of the callback, in front of what it says.
-        tag: under which other callbacks read the frozen fraction: EarlyStopping, ModelCheckpoint, progress bars.
+        tag: under which other callbacks read the frozen fraction: EarlyStopping, ModelCheckpoint.
         all_reduce: DDP's communication hook, if there is one.
     """
     strategy: Any = trainer.strategy
