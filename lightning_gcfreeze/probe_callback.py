@@ -1,5 +1,6 @@
 """`ProbeCallback`: the front of `Probe` for Lightning."""
 
+from collections.abc import Callable
 from os import PathLike
 from typing import Any, get_args
 
@@ -42,7 +43,7 @@ class ProbeCallback(_lightning.Callback):
         k: int | float,
         batches: int | None = None,
         *,
-        order: orderings.Name | orderings.Ordering = "progress",
+        order: orderings.Name | Callable[[orderings.Evidence], Any] = "progress",
         granularity: Granularity = "element",
         include: str | list[str] | None = None,
         exclude: str | list[str] | None = None,
@@ -50,7 +51,7 @@ class ProbeCallback(_lightning.Callback):
     ) -> None:
         super().__init__()
         self.file, self.k = file, _checks.count_or_fraction("k", k)
-        self.batches = None if batches is None else _checks.integer("batches", batches, at_least=1)
+        self.batches = _checks.integer_or_none("batches", batches, at_least=1)
         self.granularity: Granularity = granularity
         _checks.one_of("granularity", granularity, get_args(Granularity))
         orderings.resolve(order)
