@@ -229,7 +229,7 @@ class State:
             ImportError: matplotlib is not installed.
         """
         shapes = self._decided("plot").shapes
-        return reporting.plot_frozen(reporting.history_by_layer(self.history, shapes, 64), self.steps, ax)
+        return reporting.plot_frozen(reporting.history_by_layer(self.history, shapes, 32), self.steps, ax)
 
     def plot_mask(self, name: str, ax: Any) -> Any:
         """Plot the mask of a parameter; see `reporting.plot_mask`. With sharded parameters all processes must call it.

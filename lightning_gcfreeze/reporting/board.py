@@ -19,7 +19,7 @@ MAX_HISTOGRAMS = 8
 """Histograms of a model with more parameters than get scalars of their own."""
 MAX_HISTOGRAM_NUMEL = 2**20
 """Values that a histogram is drawn from, about; of more, evenly spaced ones."""
-MAX_ROWS = 64
+MAX_ROWS = 16
 """Rows of the heat map."""
 MAX_MASK_IMAGES = 4
 

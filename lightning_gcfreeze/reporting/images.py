@@ -12,14 +12,16 @@ from lightning_gcfreeze.reporting.groups import History
 
 MAX_SIDE = 128
 """Pixels of a mask image in height and width."""
+MAX_ASPECT = 4
+"""A mask image is about so many times as wide as high, or as high as wide, at most."""
 LIVE, FROZEN = (247, 251, 255), (8, 48, 107)
 """The colours, red, green and blue, of 0 % and of 100 %. What is between is interpolated."""
 
 Image = NDArray[np.uint8]
 """(height, width, 3)."""
 
-_MAP_WIDTH, _MAP_HEIGHT, _MIN_ROW = 384, 192, 12  # pixels of the heat map, and of one of its rows, which has a label
-_MAX_LABEL = 28  # characters
+_MAP_WIDTH, _MAP_HEIGHT, _MIN_ROW = 256, 192, 12  # pixels of the heat map, about as TensorBoard shows it, and of a row
+_MAX_LABEL = 26  # characters
 
 
 def mask_images(frozen: Named, shapes: Mapping[str, torch.Size], most: int) -> Iterator[tuple[str, Image]]:
@@ -34,7 +36,10 @@ def mask_images(frozen: Named, shapes: Mapping[str, torch.Size], most: int) -> I
     for name in sorted(matrices, key=lambda name: -shapes[name].numel())[:most]:
         mask = frozen[name]
         if mask.numel():  # a process may have nothing of it
-            yield name, coloured(shrunk(mask.reshape(len(mask), -1).cpu().numpy()))
+            cells = shrunk(mask.reshape(len(mask), -1).cpu().numpy())
+            for axis in (0, 1):  # a narrow one gets larger cells
+                cells = np.repeat(cells, max(1, cells.shape[1 - axis] // (MAX_ASPECT * cells.shape[axis])), axis=axis)
+            yield name, coloured(cells)
 
 
 def shrunk(matrix: NDArray[Any]) -> NDArray[np.float64]:

@@ -44,6 +44,10 @@ def test_mask_images_are_of_the_four_largest_matrices():
     found = dict(images.mask_images(masks, sizes, 4))
     assert list(found) == ["c", "d", "b", "e"]
     assert found["e"].shape == (1, 6, 3)
+    for rows, columns, seen in ((1, 40, (10, 40)), (20, 1, (20, 5)), (2, 500, (16 * 2, 128))):
+        mask = torch.rand(rows, columns) < 0.5
+        ((_, image),) = images.mask_images({"w": mask}, {"w": mask.shape}, 1)
+        assert image.shape == (*seen, 3)
     assert list(dict(images.mask_images(masks, sizes, 1))) == ["c"]
     assert dict(images.mask_images(masks, sizes, 0)) == {}
 
