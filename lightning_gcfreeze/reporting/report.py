@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
+from textwrap import wrap
 
-_BAR = 20  # characters
+_WIDTH, _BAR = 100, 20  # characters
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Report:
 
     def __str__(self) -> str:
         """Return the report as text of several lines."""
-        return "\n".join([self.title, "", *self.sentences, *self._totals(), *self._layers()])
+        sentences = (line for sentence in self.sentences for line in wrap(sentence, _WIDTH))
+        return "\n".join([self.title, "", *sentences, *self._totals(), *self._layers()])
 
     __repr__ = __str__
 

@@ -30,6 +30,12 @@ def test_text_has_a_line_for_each_sentence_total_and_layer():
     assert repr(REPORT) == str(REPORT)
 
 
+def test_long_sentences_are_broken_between_words():
+    lines = str(Report("C()", ["word " * 50])).splitlines()[2:]
+    assert " ".join(lines).split() == ["word"] * 50
+    assert max(map(len, lines)) <= 100
+
+
 def test_report_without_anything_frozen_is_its_sentences():
     assert str(Report("C()", ["Nothing is frozen yet."])) == "C()\n\nNothing is frozen yet."
     assert "<table" not in Report("C()", ["Nothing."])._repr_html_()
