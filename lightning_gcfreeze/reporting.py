@@ -14,6 +14,8 @@ from torch import Tensor
 from lightning_gcfreeze._types import Named
 
 FROZEN_FRACTION = "gcfreeze/frozen_fraction"
+FROZEN_FRACTION_OF = f"{FROZEN_FRACTION}_of"
+"""In front of a parameter's name. No scalar's tag is a folder of another's: MLflow's file store makes them files."""
 HEAT_MAP = "gcfreeze/frozen"
 """The tag of the heat map; those of mask images begin with it. Sorted by name, images come before all scalars."""
 MAX_GROUPS = 16
@@ -80,7 +82,7 @@ def scalars(
         shapes: of the parameters: where they are taken together, each counts by its elements. None: all alike.
     """
     values = {FROZEN_FRACTION: fraction, "gcfreeze/observed_steps": float(observed)}
-    values |= {f"{FROZEN_FRACTION}/{name}": v for name, v in grouped(fractions, shapes or {}, MAX_GROUPS).items()}
+    values |= {f"{FROZEN_FRACTION_OF}/{name}": v for name, v in grouped(fractions, shapes or {}, MAX_GROUPS).items()}
     values |= savings or {}
     values |= {} if bytes_sent is None else {"gcfreeze/gradient_bytes_sent": float(bytes_sent)}
     values |= {} if lr_factor is None else {"gcfreeze/lr_factor": lr_factor}
