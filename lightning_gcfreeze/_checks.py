@@ -24,6 +24,11 @@ def integer(name: str, value: Any, at_least: int, at_most: int | None = None) ->
     return number
 
 
+def integer_or_none(name: str, value: Any, at_least: int) -> int | None:
+    """Return `value` as an int, see `integer`; None stays None."""
+    return None if value is None else integer(name, value, at_least)
+
+
 def count_or_fraction(name: str, value: Any) -> int | float:
     """Return `value` as a non-negative int (a count) or a float in [0, 1] (a fraction).
 

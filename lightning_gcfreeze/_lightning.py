@@ -23,8 +23,11 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_module, rank_zero_warn
 
+from lightning_gcfreeze import refusals
 from lightning_gcfreeze.distributed import World
 from lightning_gcfreeze.distributed.comm_hook import LiveAllReduce
+from lightning_gcfreeze.options import Options
+from lightning_gcfreeze.state import State
 from lightning_gcfreeze.surroundings import Surroundings
 from lightning_gcfreeze.user_code.reached import Owners
 
@@ -63,7 +66,7 @@ def surroundings(
         module: what it trains.
         index: of the optimizer that is followed.
         name: of the callback, in front of what it says.
-        tag: under which other callbacks read the frozen fraction: EarlyStopping, ModelCheckpoint, progress bars.
+        tag: under which other callbacks read the frozen fraction: EarlyStopping, ModelCheckpoint.
         all_reduce: DDP's communication hook, if there is one.
     """
     strategy: Any = trainer.strategy
@@ -231,6 +234,13 @@ def refuse(reason: str | None) -> None:
         raise MisconfigurationException(reason)
 
 
+def refuse_unsupported(trainer: pl.Trainer, module: pl.LightningModule, index: int | None, options: Options) -> None:
+    """Refuse, once the optimizers exist, an index that none has, and what manual optimization does not tell."""
+    refuse(refusals.unsupported_optimizer_index(index, trainer.optimizers))
+    if not module.automatic_optimization:
+        refuse(refusals.unsupported_manual_optimization(options.reads_samples, options.reads_losses))
+
+
 def followed(callbacks: Sequence[Any], kind: type[Any]) -> list[int]:
     """Return the indices of the optimizers that the callbacks of a kind follow."""
     return [callback.optimizer or 0 for callback in callbacks if isinstance(callback, kind)]
@@ -240,10 +250,10 @@ def no_module() -> None:
     """Stand in for a dead weak reference to a module."""
 
 
-def callbacks_being_validated() -> Sequence[Any] | None:
-    """Return a Trainer's callbacks where the caller's caller compares their state keys; else None."""
+def callbacks_being_validated() -> Sequence[Any]:
+    """Return a Trainer's callbacks where the caller's caller compares their state keys; else nothing."""
     frame = sys._getframe(2)
-    return frame.f_locals.get("callbacks", ()) if frame.f_code.co_name == "_validate_callbacks_list" else None
+    return frame.f_locals.get("callbacks", ()) if frame.f_code.co_name == "_validate_callbacks_list" else ()
 
 
 def in_signal_handler() -> bool:
@@ -264,23 +274,18 @@ class Mailbox:
         """Return another box: what the processes of a copy find out is not the original's."""
         return Mailbox()
 
-    @staticmethod
-    def is_needed(trainer: pl.Trainer) -> bool:
-        """Return whether this is rank 0 of a fit that was launched in processes of its own."""
+    def send(self, state: State, trainer: pl.Trainer) -> None:
+        """Leave a state for the launcher, if this is rank 0 of a fit that was launched in processes of its own."""
         is_launched = type(trainer.strategy.launcher).__name__ == "_MultiProcessingLauncher"
-        return is_launched and trainer.is_global_zero and multiprocessing.parent_process() is not None
+        if is_launched and trainer.is_global_zero and multiprocessing.parent_process() is not None:
+            self._path.touch(mode=0o600)
+            with self._path.open("wb") as file:
+                pickle.dump((state.state_dict(), state.savings, state.held_bits), file)
 
-    def send(self, value: Any) -> None:
-        """Leave a value for the launcher."""
-        self._path.touch(mode=0o600)
-        with self._path.open("wb") as file:
-            pickle.dump(value, file)
-
-    def receive(self) -> Any:
-        """Return what was sent to this process since the last call, or None."""
-        if not self._path.exists() or multiprocessing.parent_process() is not None:
-            return None
-        with self._path.open("rb") as file:
-            value = pickle.load(file)
-        self._path.unlink()
-        return value
+    def receive(self, state: State) -> None:
+        """Give a state what was sent to this process since the last call, if anything was."""
+        if self._path.exists() and multiprocessing.parent_process() is None:
+            with self._path.open("rb") as file:
+                saved, state.savings, state.held_bits = pickle.load(file)
+            self._path.unlink()
+            state.load_state_dict(saved)

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning.pytorch as pl
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -37,14 +37,24 @@ class GradCovFreezeCallback(_lightning.Callback):
     are ranked by its diagonal and the k lowest are held constant to the bit. Observing leaves no trace: weights,
     buffers, metrics, logged values and random streams are as without it.
 
+    The arguments are for: *Basics*, `t0` to `seed`; *Automatic*, `schedule` and what `t0` and `k` may be but numbers;
+    *Observing*, `samples` to `gradients`; *Holding*, `granularity` to `optimizer`; *Reporting*, the last three.
+
     Args:
-        t0: optimizer steps observed before the freeze; step t0 + 1 is the first with frozen elements. "auto", or a
-            `Settled`: freeze when the order has settled and the loss has come down.
+        t0: optimizer steps observed before the freeze; step t0 + 1 is the first with frozen elements. A float in (0, 1)
+            is a fraction of the planned steps. "auto", or a `Settled`: freeze when the order has settled and the loss
+            has come down.
         k: how many eligible elements to freeze: an int is a count, a float in [0, 1] a fraction. "auto", or a `Growth`:
             more and more along the order, as long as the loss does not rise. A `Budget`: what memory or work asks for.
         order: what to rank by, lowest first: "variance" (the paper), "random", "reverse" (highest variance first),
             "magnitude", "second_moment", "snr", "displacement", "progress", "movement" (recommended; like "momentum"
             it reads weights and the optimizer's state alone), or a callable; see `lightning_gcfreeze.orderings`.
+        include: patterns (fnmatch) of eligible names; None: all parameters that train and that the optimizer has.
+        exclude: patterns of the names that are not.
+        masks: what to freeze from the first step on, without observing: a file of `save_masks`; ``{name: bool
+            (*p.shape)}`` or ``{name: bool}``, True = held constant; or a selection of `lightning_gcfreeze.masks`.
+        seed: of the random order; None: torch's initial seed, as `seed_everything` sets it.
+        schedule: several stages, in place of `t0` and `k`: a `FreezeSchedule`, or a list of (t, k).
         samples: whose gradients feed the recursion: "first" (the paper), "all" of the batch, or the first m. The
             squared noise is then the mean over them. "auto": "first" where `order` reads the variance; elsewhere no
             gradients of single samples are taken, `variance` stays empty, and a batch may hold one sample.
@@ -62,17 +72,12 @@ class GradCovFreezeCallback(_lightning.Callback):
         skip_frozen_gradients: skip computing weight gradients of fully frozen parameters, rows and columns. Where code
             of the user may look at gradients, and until such a stage, all are computed, and stay in place.
         batch_norm: "freeze": BatchNorm layers that froze as a whole keep and use their running statistics; or "track".
-        include: patterns (fnmatch) of eligible names; None: all parameters that train and that the optimizer has.
-        exclude: patterns of the names that are not.
-        seed: of the random order; None: torch's initial seed, as `seed_everything` sets it.
-        log_every_n_steps: None: the Trainer's.
         lr_after_freeze: factor on the learning rates of all parameter groups in each step with frozen elements, from
             step t0 + 1 on. The optimizer alone sees it, schedulers do not, and it is the same in all stages. None: 1.
-        schedule: several stages, in place of `t0` and `k`: a `FreezeSchedule`, or a list of (t, k).
-        masks: what to freeze from the first step on, without observing: a file of `save_masks`; ``{name: bool
-            (*p.shape)}`` or ``{name: bool}``, True = held constant; or a selection of `lightning_gcfreeze.masks`.
-        stream: where to publish the live elements' values while training: a `lightning_gcfreeze.delta.Stream`.
         optimizer: index of the optimizer to follow, where manual optimization has several: pass a callback for each.
+        log_every_n_steps: None: the Trainer's.
+        log_parameters: parameters that loggers get numbers of, one by one; of more, modules have them. 0: none.
+        stream: where to publish the live elements' values while training: a `lightning_gcfreeze.delta.Stream`.
         promote: deprecated: `skip_frozen_gradients`. `max_t0`, `max_loss_increase`, `monitor`: of `Settled`, `Growth`.
 
     Raises:
@@ -83,10 +88,15 @@ class GradCovFreezeCallback(_lightning.Callback):
 
     def __init__(
         self,
-        t0: int | Literal["auto"] | Settled | None = None,
+        t0: int | float | Literal["auto"] | Settled | None = None,
         k: int | float | Literal["auto"] | Growth | Budget | None = None,
         *,
-        order: orderings.Name | orderings.Ordering = "variance",
+        order: orderings.Name | Callable[[orderings.Evidence], Any] = "variance",
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        masks: Masks | None = None,
+        seed: int | None = None,
+        schedule: FreezeSchedule | list[Stage] | None = None,
         samples: Literal["auto", "first", "all"] | int = "auto",
         every: int = 1,
         covariance: Literal["diagonal", "full"] = "diagonal",
@@ -96,15 +106,11 @@ class GradCovFreezeCallback(_lightning.Callback):
         hold: Literal["auto", "compact", "restore"] = "auto",
         skip_frozen_gradients: bool = True,
         batch_norm: Literal["track", "freeze"] = "track",
-        include: str | Sequence[str] | None = None,
-        exclude: str | Sequence[str] | None = None,
-        seed: int | None = None,
-        log_every_n_steps: int | None = None,
         lr_after_freeze: float | None = None,
-        schedule: FreezeSchedule | list[Stage] | None = None,
-        masks: Masks | None = None,
-        stream: Stream | None = None,
         optimizer: int | None = None,
+        log_every_n_steps: int | None = None,
+        log_parameters: int = reporting.MAX_GROUPS,
+        stream: Stream | None = None,
         promote: bool | None = None,
         max_t0: int | None = None,
         max_loss_increase: float | None = None,
@@ -116,11 +122,11 @@ class GradCovFreezeCallback(_lightning.Callback):
             t0=t0, k=k, order=order, samples=samples, every=every, covariance=covariance, gain=gain,
             gradients=gradients, granularity=granularity, hold=hold, include=include,
             exclude=exclude, seed=seed, schedule=schedule, lr_after_freeze=lr_after_freeze, masks=masks, stream=stream,
-            batch_norm=batch_norm, skip_frozen_gradients=deprecated.from_promote(skip_frozen_gradients, promote),
+            batch_norm=batch_norm, log_parameters=log_parameters,
+            skip_frozen_gradients=deprecated.from_promote(skip_frozen_gradients, promote),
         )  # fmt: skip
-        n = log_every_n_steps
-        self.log_every_n_steps = None if n is None else _checks.integer("log_every_n_steps", n, at_least=1)
-        self.optimizer = None if optimizer is None else _checks.integer("optimizer", optimizer, at_least=0)
+        self.log_every_n_steps = _checks.integer_or_none("log_every_n_steps", log_every_n_steps, at_least=1)
+        self.optimizer = _checks.integer_or_none("optimizer", optimizer, at_least=0)
         self._mailbox = _lightning.Mailbox()
         self._start_afresh()
 
@@ -138,9 +144,8 @@ class GradCovFreezeCallback(_lightning.Callback):
         self._state = State(self._options)
         self._run: Run | None = None  # during a fit
         self._all_reduce: LiveAllReduce | None = None  # DDP's communication hook
-        self._module: Callable[[], pl.LightningModule | None] = _lightning.no_module  # of the last fit
-        self._logged_step = 0
-        self._board = reporting.Board(self.optimizer)
+        self._module: Callable[[], LightningModule | None] = _lightning.no_module  # of the last fit
+        self._board = reporting.Board(self.optimizer, self._options.log_parameters)
         self._arguments = self._board.tagged(self._options.hyperparameters())
 
     def __getattr__(self, name: str) -> Any:
@@ -205,14 +210,27 @@ class GradCovFreezeCallback(_lightning.Callback):
         """What the freeze saved, and what it did not; None while observing."""
         return self._known.savings
 
+    def report(self) -> reporting.Report:
+        """Return what froze and what that saves: text to print, and HTML in notebooks."""
+        return self._known.report(repr(self))
+
+    def trainable_parameters(self) -> tuple[int, int]:
+        """Return how many elements train now, and how many the module has; (0, 0) before a fit."""
+        return self._known.trainable_parameters()
+
+    def plot_frozen(self, ax: Any = None) -> Any:
+        """Plot frozen fractions, layers x steps, by matplotlib, on `ax` or a new figure; return matplotlib's Axes."""
+        return self._known.plot_frozen(ax)
+
+    def plot_mask(self, name: str, ax: Any = None) -> Any:
+        """Plot the mask of a parameter, rows x columns; as `plot_frozen`. Sharded: call it on all processes."""
+        return self._known.plot_mask(name, ax)
+
     def delta(self, file: str | Path | None = None) -> dict[str, Tensor]:
-        """Return the live elements' positions and values: with the weights of step t0 they give those of now.
+        """Return the live elements' positions and values, CPU tensors: with the weights of t0 they give those of now.
 
         Args:
-            file: where to save them as well, as safetensors, for `apply_delta`.
-
-        Returns:
-            A flat dict of CPU tensors, see `lightning_gcfreeze.delta`.
+            file: where to save them as well, as safetensors, for `apply_delta`; see `lightning_gcfreeze.delta`.
 
         Raises:
             RuntimeError: nothing is frozen yet, the module of the last fit is gone, or its frozen elements have other
@@ -236,14 +254,14 @@ class GradCovFreezeCallback(_lightning.Callback):
     @property
     def state_key(self) -> str:
         """The key in checkpoints. A Trainer compares keys when it is made, and would refuse two without a reason."""
-        if (callbacks := _lightning.callbacks_being_validated()) is not None:
-            _lightning.refuse(refusals.too_many_callbacks(_lightning.followed(callbacks, GradCovFreezeCallback)))
+        callbacks = _lightning.callbacks_being_validated()
+        _lightning.refuse(refusals.too_many_callbacks(_lightning.followed(callbacks, GradCovFreezeCallback)))
         name = type(self).__qualname__
         return f"{name}{{'optimizer': {self.optimizer}}}" if self.optimizer else name
 
     # Hooks, in the order in which they run -------------------------------------------------------------------------
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier fit. Runs before a checkpoint is loaded."""
         if stage == "fit":
             _lightning.refuse(refusals.unsupported_strategy(trainer.strategy))
@@ -257,7 +275,7 @@ class GradCovFreezeCallback(_lightning.Callback):
         self._state.load_state_dict(state_dict)
         if self._run and self._run.has_begun:  # a tuner of Lightning's puts back what was before its trial
             self._run.attach()
-            self._logged_step = self._state.steps
+            self._board.begin(self._state)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that is needed to go on from here; see `State.state_dict` for keys, types and shapes.
@@ -269,35 +287,27 @@ class GradCovFreezeCallback(_lightning.Callback):
             self._run.synchronize()
         return self._known.state_dict()
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what cannot work, before anything is trained. The optimizers exist by now."""
         self._module = weakref.ref(pl_module)
-        _lightning.refuse(refusals.unsupported_optimizer_index(self.optimizer, trainer.optimizers))
-        if not pl_module.automatic_optimization:
-            options = self._options
-            _lightning.refuse(refusals.unsupported_manual_optimization(options.reads_samples, options.reads_losses))
-        tag, index = self._board.tag(reporting.FROZEN_FRACTION), self.optimizer or 0
-        around = _lightning.surroundings(trainer, pl_module, index, type(self).__name__, tag, self._all_reduce)
+        _lightning.refuse_unsupported(trainer, pl_module, self.optimizer, self._options)
+        name, tag = type(self).__name__, self._board.tag(reporting.FROZEN_FRACTION)
+        around = _lightning.surroundings(trainer, pl_module, self.optimizer or 0, name, tag, self._all_reduce)
         self._run = Run(self._options, self._state, around)
+        callbacks: Any = () if self._options.masks else trainer.callbacks  # type: ignore[attr-defined]
+        around.tell([misconfiguration.averaged_weights(callbacks)])
         _lightning.refuse(refusals.unsupported_mesh(trainer.strategy, self._run.shards.meshes))
         if self._all_reduce:
             _lightning.give_back_comm_hook(trainer.strategy, self._all_reduce)
-            if why := self._all_reduce.register(trainer.strategy.model):
-                around.inform(f"all gradients are still communicated because {why}.")
+            self._all_reduce.register(trainer.strategy.model, around.inform)
         _lightning.log_hyperparameters(trainer, pl_module, self._arguments)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin, or go on where the checkpoint stopped: by now all of it is loaded under every strategy."""
         self._running.begin()
-        self._board.begin(_lightning.log_step(trainer), self._state.decision)
-        self._logged_step = self._state.steps
-        callbacks: Any = () if self._options.masks else trainer.callbacks  # type: ignore[attr-defined]
-        for sentence in filter(None, [*self._running.warnings(), misconfiguration.averaged_weights(callbacks)]):
-            rank_zero_warn(f"{type(self).__name__}: {sentence}")
+        self._board.begin(self._state)
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep the first sample, before `training_step` can change the batch in place."""
         _lightning.refuse(refusals.other_trainer(pl_module.trainer is trainer))
         is_first = not pl_module.automatic_optimization or batch_idx % trainer.accumulate_grad_batches == 0
@@ -305,25 +315,23 @@ class GradCovFreezeCallback(_lightning.Callback):
         if not pl_module.automatic_optimization:
             self._running.zero_grad()
 
-    def on_before_zero_grad(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Zero what the optimizer does not know of, too. Runs between forward and backward of a step's first batch."""
         if self._run:
             self._run.zero_grad()
 
-    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Take in the loss. Runs before every micro-batch's backward."""
         if pl_module.automatic_optimization:
             self._running.before_backward(loss, trainer.accumulate_grad_batches)
 
-    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Observe one step, or take the live elements' gradients. Runs after every micro-batch's backward."""
         if pl_module.automatic_optimization:
             is_last = _lightning.is_last_micro_batch(trainer)
             self._running.after_backward(is_last, trainer.accumulate_grad_batches)
 
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Zero the frozen elements' gradients. Runs after averaging and unscaling, before clipping."""
         if self._run and _lightning.is_optimizer(optimizer, trainer, self.optimizer or 0):
             if not pl_module.automatic_optimization:  # which backward passes are this optimizer's, nobody knows
@@ -331,45 +339,38 @@ class GradCovFreezeCallback(_lightning.Callback):
             self._run.before_step(_lightning.may_skip_steps(trainer))
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log after each n-th optimizer step, and whenever something was found out or decided."""
         run, state = self._running, self._state
         run.check_step_was_seen()
         run.after_batch()
         every_n: int = self.log_every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
-        is_due = bool(state.plan.metrics) or (every_n > 0 and state.steps % every_n == 0)
-        if is_due and self._logged_step != state.steps:
-            self._logged_step = state.steps
-            step, metrics, changed = _lightning.log_step(trainer), run.take_metrics(), run.stages.take_change()
-            self._board.log(trainer.loggers, step, metrics, state.decision, changed)
+        if self._board.is_due(state.steps, every_n, has_news=bool(state.plan.metrics)):
+            self._board.log(trainer.loggers, _lightning.log_step(trainer), run.take_metrics(), state)
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the monitored loss, if there is one."""
         monitor = self._state.plan.monitor
         if self._run and monitor is not None and not trainer.sanity_checking:
             _lightning.refuse(refusals.not_monitored(monitor, trainer.callback_metrics))
             self._run.record_validation_loss(float(trainer.callback_metrics[monitor]))
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if nothing was frozen, or a stage was not reached. Share what was seen while there is a way to."""
         if self._run:
             self._run.end()
-            self._board.draw(trainer.loggers, _lightning.log_step(trainer) - 1)
-        for say, sentence in zip((rank_zero_warn, rank_zero_info), self._state.unfinished(), strict=True):
-            if sentence:
-                say(sentence)
+            self._board.draw(trainer.loggers, _lightning.log_step(trainer) - 1, self._state)
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of module and optimizer; what was found stays, also in the process that launched this one."""
         if stage == "fit":
             if self._run and (warning := misconfiguration.moved_at_the_end(self._state.moved(pl_module))):
                 rank_zero_warn(f"{type(self).__name__}: {warning}")
             self._unbind(trainer)
-            if self._mailbox.is_needed(trainer):
-                self._mailbox.send((self._state.state_dict(), self._state.savings, self._state.held_bits))
+            self._mailbox.send(self._state, trainer)
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Let go of module and optimizer: there is no teardown."""
         self._unbind(trainer)
 
@@ -382,12 +383,11 @@ class GradCovFreezeCallback(_lightning.Callback):
     @property
     def _known(self) -> State:
         """The state; that of the processes that trained, where this one launched them (ddp_spawn, ddp_fork)."""
-        if self._run is None and (received := self._mailbox.receive()) is not None:
-            saved, self._state.savings, self._state.held_bits = received
-            self._state.load_state_dict(saved)
+        if self._run is None:
+            self._mailbox.receive(self._state)
         return self._state
 
-    def _unbind(self, trainer: pl.Trainer) -> None:
+    def _unbind(self, trainer: Trainer) -> None:
         _lightning.forget_hyperparameters(trainer, self._arguments)
         _lightning.give_back_comm_hook(trainer.strategy, self._all_reduce)
         if self._run:

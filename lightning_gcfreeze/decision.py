@@ -92,9 +92,10 @@ class Decision:
 
     def sentence(self, steps: int) -> str:
         """Return what was decided after so many optimizer steps, for the log."""
-        when = f"after {steps} optimizer steps ({self.observed} observed, {self.skipped} left out)"
-        when = when if self.scores else "from the first step on"
-        return f"{when} {self.fraction:.1%} of the eligible elements are frozen: {self.count:,}."
+        when = f"after {steps:,} optimizer steps" if self.scores else "from the first step on"
+        unseen = f" {self.skipped:,} of these steps could not be observed." if self.skipped else ""
+        some = f"{self.count:,} of {self.n_eligible:,} eligible elements ({self.fraction:.1%})"
+        return f"{some} are frozen {when}.{unseen}"
 
     def doubts(self, k: int, given_k: object, granularity: Granularity, read: Collection[str] = ()) -> list[str]:
         """Return sentences to warn with.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_gcfreeze import _checks
+from lightning_gcfreeze import _checks, reporting
 from lightning_gcfreeze._wrappers import unwrapped_module, unwrapped_optimizer
 from lightning_gcfreeze.distributed import SINGLE_PROCESS, Shards, World
 from lightning_gcfreeze.distributed.comm_hook import LiveAllReduce
@@ -30,7 +30,7 @@ Loss = Callable[[Any, Any], Tensor | Mapping[str, Any] | None]
 class Freezer:
     """Freeze, after t0 optimizer steps, the k scalar parameters with the quietest gradients; without a Trainer.
 
-    The same as `GradCovFreezeCallback`, to the bit, in a loop of your own::
+    The same as `GradCovFreezeCallback`, to the bit, in a loop of your own:
 
         freezer = Freezer(model, optimizer, t0=100, k=0.9, loss=loss_of)
         for batch in loader:
@@ -125,8 +125,8 @@ class Freezer:
                 warn=self._warn,
             ),
         )
-        if all_reduce and (why := all_reduce.register(wrapper)):
-            self._inform(f"all gradients are still communicated because {why}.")
+        if all_reduce:
+            all_reduce.register(wrapper, self._inform)
         self._batch_idx = self._micro_batches = 0  # of all; since the last step
         self._window_began_at = 0  # optimizer steps when the first of these came
         self._weights: list[float | Tensor] = []  # of the losses since the last step, where they were given
@@ -147,8 +147,6 @@ class Freezer:
             raise RuntimeError("This Freezer is closed. Make a new one to train on, and load this one's `state_dict`.")
         if not self._run.has_begun:
             self._run.begin()
-            for sentence in self._run.warnings():
-                self._warn(sentence)
         is_first = self._micro_batches == 0
         if not is_first and self._state.steps != self._window_began_at:
             raise RuntimeError(
@@ -232,11 +230,9 @@ class Freezer:
             try:
                 if self._run.has_begun:
                     self._run.after_batch()
-                    self._run.end()
+                self._run.end()
             finally:
                 self._run.close()
-            for sentence in filter(None, self._state.unfinished()):
-                self._warn(sentence)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that is needed to go on from here; see `State.state_dict`. Call it on all processes."""
@@ -306,6 +302,22 @@ class Freezer:
     def savings(self) -> Savings | None:
         """What the freeze saved, and what it did not; None while observing."""
         return self._state.savings
+
+    def report(self) -> reporting.Report:
+        """Return what froze and what that saves: text to print, and HTML in notebooks."""
+        return self._state.report(repr(self))
+
+    def trainable_parameters(self) -> tuple[int, int]:
+        """Return how many elements train now, and how many the module has."""
+        return self._state.trainable_parameters()
+
+    def plot_frozen(self, ax: Any = None) -> Any:
+        """Plot frozen fractions, layers x steps; see `GradCovFreezeCallback.plot_frozen`."""
+        return self._state.plot_frozen(ax)
+
+    def plot_mask(self, name: str, ax: Any = None) -> Any:
+        """Plot the mask of a parameter; see `GradCovFreezeCallback.plot_mask`."""
+        return self._state.plot_mask(name, ax)
 
     def delta(self, file: str | Path | None = None) -> dict[str, Tensor]:
         """Return the live elements' positions and values; see `GradCovFreezeCallback.delta`."""

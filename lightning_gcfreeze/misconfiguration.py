@@ -12,6 +12,22 @@ from torch.optim import Optimizer
 from lightning_gcfreeze._names import closest, shortened
 
 
+def before_the_first_step(
+    decision_steps: Sequence[int],
+    planned_steps: float,
+    patterns: Mapping[str, Sequence[str] | None],
+    names: Collection[str],
+    ks: Iterable[Any],
+    n_eligible: int,
+) -> list[str | None]:
+    """Return all there is to warn of before the first step; see the functions below."""
+    return [
+        freeze_never_reached(decision_steps, planned_steps),
+        *(useless_patterns(argument, given, names) for argument, given in patterns.items()),
+        *(small_count(k, n_eligible) for k in ks),
+    ]
+
+
 def freeze_never_reached(decision_steps: Sequence[int], planned_steps: float) -> str | None:
     """Warn of decisions after the end of training.
 

@@ -11,11 +11,17 @@ from lightning_gcfreeze._types import Granularity
 from lightning_gcfreeze.delta import Stream
 from lightning_gcfreeze.estimators import gains
 from lightning_gcfreeze.gradients.choice import Source
+from lightning_gcfreeze.planning.arguments import (
+    PlannedDecision,
+    as_schedule,
+    check_every,
+    decisions_from_arguments,
+)
 from lightning_gcfreeze.planning.budget import Budget
 from lightning_gcfreeze.planning.growing import Growth
-from lightning_gcfreeze.planning.plan import PlannedDecision, as_schedule, check_every, decisions_from_arguments
 from lightning_gcfreeze.planning.schedule import FreezeSchedule, Stage
 from lightning_gcfreeze.planning.settling import Settled
+from lightning_gcfreeze.reporting import MAX_GROUPS
 
 _DECISIVE = (
     "t0", "k", "schedule", "order", "samples", "every", "gain", "granularity", "include", "exclude", "seed",
@@ -42,7 +48,7 @@ class Options:
         ValueError: an argument is outside its range, or does not go with another.
     """
 
-    t0: int | Literal["auto"] | Settled | None = None
+    t0: int | float | Literal["auto"] | Settled | None = None
     k: int | float | Literal["auto"] | Growth | Budget | None = None
     order: orderings.Name | orderings.Ordering = "variance"
     samples: Literal["auto", "first", "all"] | int = "auto"
@@ -61,6 +67,7 @@ class Options:
     schedule: FreezeSchedule | Sequence[Stage] | None = None
     masks: given_masks.Masks | None = None
     stream: Stream | None = None
+    log_parameters: int = MAX_GROUPS
     ordering: orderings.Ordering = field(init=False, repr=False)
     """The function that `order` names, or is."""
     decisions: tuple[PlannedDecision, ...] = field(init=False, repr=False)
@@ -85,6 +92,7 @@ class Options:
         _checks.one_of("hold", self.hold, ["auto", "compact", "restore"])
         _checks.boolean("skip_frozen_gradients", self.skip_frozen_gradients)
         _checks.one_of("batch_norm", self.batch_norm, ["track", "freeze"])
+        _checks.integer("log_parameters", self.log_parameters, at_least=0)
         if self.granularity == "mixed" and not self.skip_frozen_gradients:
             raise ValueError(
                 "`granularity='mixed'` freezes rows and columns so that their gradients can be skipped: pass"

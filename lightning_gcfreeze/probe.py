@@ -31,7 +31,7 @@ _STATISTICS = {"mean": "mean", "recent_mean": "mean", "second_moment": "second_m
 
 
 class Probe:
-    """Rank the elements of a module by the gradients of some batches, before it is trained::
+    """Rank the elements of a module by the gradients of some batches, before it is trained:
 
         with Probe(model) as probe:
             for batch in batches:

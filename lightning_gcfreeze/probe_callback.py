@@ -1,5 +1,6 @@
 """`ProbeCallback`: the front of `Probe` for Lightning."""
 
+from collections.abc import Callable
 from os import PathLike
 from typing import Any, get_args
 
@@ -13,7 +14,7 @@ from lightning_gcfreeze.probe import Probe
 
 
 class ProbeCallback(_lightning.Callback):
-    """Write masks from the gradients of some batches, in a short fit that trains nothing; see `Probe`::
+    """Write masks from the gradients of some batches, in a short fit that trains nothing; see `Probe`:
 
         Trainer(callbacks=[ProbeCallback("masks.pt", k=0.9, batches=100)]).fit(module, data)
         Trainer(callbacks=[GradCovFreezeCallback(masks="masks.pt")], max_epochs=10).fit(module, data)
@@ -42,7 +43,7 @@ class ProbeCallback(_lightning.Callback):
         k: int | float,
         batches: int | None = None,
         *,
-        order: orderings.Name | orderings.Ordering = "progress",
+        order: orderings.Name | Callable[[orderings.Evidence], Any] = "progress",
         granularity: Granularity = "element",
         include: str | list[str] | None = None,
         exclude: str | list[str] | None = None,
@@ -50,7 +51,7 @@ class ProbeCallback(_lightning.Callback):
     ) -> None:
         super().__init__()
         self.file, self.k = file, _checks.count_or_fraction("k", k)
-        self.batches = None if batches is None else _checks.integer("batches", batches, at_least=1)
+        self.batches = _checks.integer_or_none("batches", batches, at_least=1)
         self.granularity: Granularity = granularity
         _checks.one_of("granularity", granularity, get_args(Granularity))
         orderings.resolve(order)

@@ -110,6 +110,17 @@ class Run:
         hook = optimizer.register_step_pre_hook(self._before_optimizer_step)
         self._hooks = (hook, optimizer.register_step_post_hook(self._after_optimizer_step))
         self._publish()
+        options, plan = self._options, self._state.plan
+        around.tell(
+            misconfiguration.before_the_first_step(
+                [t for t, _ in plan.decisions[plan.n_decisions :] if isinstance(t, int)],
+                around.planned_steps(),
+                {"include": options.include, "exclude": options.exclude},
+                [name for name, _ in around.module.named_parameters()],
+                [k for _, k in options.decisions],
+                self.stages.n_eligible,
+            )
+        )
 
     def attach(self) -> None:
         """Tie the state, which has just begun or was loaded, to the module and the optimizer."""
@@ -131,19 +142,6 @@ class Run:
             self.stages.check_masks(state.decision)
             self.stages.hold(state.decision, resumed=state.loaded_arguments is not None)
         self._around.publish(state.frozen_fraction)
-
-    def warnings(self) -> list[str]:
-        """Return, before the first step, sentences on what is probably not meant."""
-        options = self._options
-        names = [name for name, _ in self._around.module.named_parameters()]
-        stages = [t for t, _ in options.decisions if isinstance(t, int)][self._state.plan.n_decisions :]
-        found = (
-            misconfiguration.freeze_never_reached(stages, self._around.planned_steps()),
-            misconfiguration.useless_patterns("include", options.include, names),
-            misconfiguration.useless_patterns("exclude", options.exclude, names),
-            *(misconfiguration.small_count(k, self.stages.n_eligible) for _, k in options.decisions),
-        )
-        return [sentence for sentence in found if sentence]
 
     # Events, in the order of a step --------------------------------------------------------------------------------
 
@@ -262,9 +260,12 @@ class Run:
         self._state.synchronize(self.shards)
 
     def end(self) -> None:
-        """Share and publish what there is at the end of training."""
-        self.synchronize()
-        self._publish(is_last=True)
+        """Share and publish what there is at the end of training, and say what did not come about."""
+        if self.has_begun:
+            self.synchronize()
+            self._publish(is_last=True)
+        warning, remark = self._state.unfinished()
+        self._around.tell([warning], [remark])
 
     def close(self) -> None:
         """Leave the module and the optimizer as they were, but for the values."""

@@ -1,5 +1,6 @@
 """`Stages`: from statistics to held elements, stage by stage. No trainer is known here."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -21,9 +22,12 @@ from lightning_gcfreeze.gradients.choice import SourceChoice
 from lightning_gcfreeze.holding import plan_holding
 from lightning_gcfreeze.observing import Observing
 from lightning_gcfreeze.options import Options
+from lightning_gcfreeze.planning.arguments import check_every
 from lightning_gcfreeze.planning.settling import SAMPLE_SIZE, sampled
 from lightning_gcfreeze.state import State
 from lightning_gcfreeze.surroundings import Surroundings
+
+_log = logging.getLogger(__name__)
 
 
 class Stages:
@@ -67,12 +71,12 @@ class Stages:
         """Holds the frozen elements; None before t0."""
         self.others_write = False
         """Whether other code may write to weights between optimizer steps."""
-        self._has_changed = False  # the masks, since `take_change` was called
         self.learns_uses = False
         """Whether the step to come has to tell how often it uses each weight: masks were given before any step."""
         self._from_optimizer = orderings.needed_from_optimizer(options.ordering)
         self._has_stepped = False  # in this run
         self._refuse_unreadable_state()
+        state.count_parameters(around.module, around.optimizer)
 
     # Deciding ------------------------------------------------------------------------------------------------------
 
@@ -84,14 +88,16 @@ class Stages:
             around.refuse(refusals.not_resumable(saved, now, state.shapes, self._parameters))
         elif options.masks is not None:
             shapes = {name: self._shards.shape(name, p) for name, p in self._parameters.items()}
-            state.decision, self._has_changed = Decision.given(self._given_masks(), shapes, self._shards), True
-            around.inform(state.decision.sentence(state.steps))
+            decision = Decision.given(self._given_masks(), shapes, self._shards)
+            state.decide(decision, around.module, around.optimizer)
+            around.inform(decision.sentence(state.steps))
         else:
             seed = torch.initial_seed() % 2**63 if options.seed is None else options.seed
             state.seed = around.world.broadcast_object(seed)
             state.observing = self.new_observing(reads_samples)
             state.choice = SourceChoice.initial(options.gradients, self._parameters)
         around.refuse(state.plan.start(around.planned_steps))
+        check_every(options.every, state.plan.decisions)
 
     def check_masks(self, decision: Decision) -> None:
         """Refuse a loaded decision that is not that of the given masks."""
@@ -193,8 +199,8 @@ class Stages:
             world,
         )
         if check.settled or is_last:
-            why = "the order and the loss have settled" if check.settled else "`max_t0` is reached"
-            self._around.inform(f"{why}. At the last check {check.sentence()}.")
+            self._around.inform("the order and the loss have settled." if check.settled else "`max_t0` is reached.")
+            _log.debug("At the last check %s.", check.sentence())
         return check.settled or is_last
 
     def _decide(self, observing: Observing) -> Decision:
@@ -258,11 +264,6 @@ class Stages:
             self._around.inform(self._state.savings.table())
             for sentence in shortfalls(self._options, self._state.savings):
                 self._around.warn(sentence)
-
-    def take_change(self) -> bool:
-        """Return whether the masks have changed since the last call."""
-        changed, self._has_changed = self._has_changed, False
-        return changed
 
     # Holding -------------------------------------------------------------------------------------------------------
 
@@ -381,20 +382,19 @@ class Stages:
 
     def _change(self, decision: Decision) -> None:
         """Hold what a new decision says, and nothing else."""
-        state, optimizer = self._state, self._around.optimizer
+        state, around = self._state, self._around
         nothing = Computed(decision.frozen, lambda name, cut: torch.zeros_like(cut(decision.frozen[name])))
         before = state.decision.frozen if state.decision else nothing
         self.release()
-        state.decision = decision
+        state.decide(decision, around.module, around.optimizer)
         if self._options.may_thaw:
             thawing = {name: mask & ~decision.frozen[name] for name, mask in before.items()}
-            state.thaw_states.restore_to(optimizer, self._parameters, thawing)
+            state.thaw_states.restore_to(around.optimizer, self._parameters, thawing)
             if state.plan.growth or not state.plan.masks_may_change:
                 state.thaw_states.forget()  # where k grows, only the last stage may thaw
             if state.plan.masks_may_change:
                 freezing = {name: mask & ~before[name] for name, mask in decision.frozen.items()}
-                state.thaw_states.store(optimizer, self._parameters, freezing)
-        self._has_changed = True
+                state.thaw_states.store(around.optimizer, self._parameters, freezing)
         self.hold(decision, resumed=False)
-        self._around.publish(state.frozen_fraction)
+        around.publish(state.frozen_fraction)
         self._tell_savings()

@@ -3,28 +3,28 @@
 A checkpoint of a front is `State.state_dict`, format 6; format 5, of version 0.1, is converted when it is read.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+from torch.optim import Optimizer
 
 from lightning_gcfreeze import delta, masks, reporting, selection
-from lightning_gcfreeze._names import shortened
+from lightning_gcfreeze._format_5 import from_format_5
+from lightning_gcfreeze._names import closest, shortened
 from lightning_gcfreeze._types import Named
 from lightning_gcfreeze.decision import Decision
-from lightning_gcfreeze.distributed import Shards
+from lightning_gcfreeze.distributed import Shards, whole
 from lightning_gcfreeze.freezing import ThawStates
 from lightning_gcfreeze.freezing.fingerprints import fingerprints
 from lightning_gcfreeze.freezing.savings import Savings
 from lightning_gcfreeze.gradients.choice import SourceChoice
 from lightning_gcfreeze.observing import Observing
 from lightning_gcfreeze.options import Options
-from lightning_gcfreeze.planning.growing import Growth
 from lightning_gcfreeze.planning.plan import Plan
-from lightning_gcfreeze.planning.settling import Settled
 
 FORMAT = 6
 
@@ -53,10 +53,26 @@ class State:
         self.gradient_readers: list[str] = []
         """Code that was seen to ask for gradients."""
         self.savings: Savings | None = None
+        self.history: list[tuple[int, dict[str, float]]] = []
+        """The step of each change of the masks, and the frozen fraction of each parameter from there on."""
+        self.n_parameters = (0, 0)
+        """Elements of the module, and those of them that the optimizer trains; of whole parameters."""
         self.held_bits: dict[str, int] = {}
         """Fingerprints of the frozen elements' bits, by parameter name; not in checkpoints."""
         self.loaded_arguments: dict[str, Any] | None = None
         """The decisive arguments that a loaded state was made with."""
+
+    def decide(self, decision: Decision, module: nn.Module, optimizer: Optimizer) -> None:
+        """Take over a decision. The optimizer's groups are those of whole parameters."""
+        self.decision = decision
+        self.history.append((self.steps, decision.fractions))
+        self.count_parameters(module, optimizer)
+
+    def count_parameters(self, module: nn.Module, optimizer: Optimizer) -> None:
+        """Count the elements that there are, and that are trained."""
+        known = [p for p in module.parameters() if not isinstance(p, UninitializedParameter)]
+        trained = selection.trained(module, optimizer).values()
+        self.n_parameters = sum(map(Tensor.numel, known)), sum(map(Tensor.numel, trained))
 
     # Public properties of the fronts -------------------------------------------------------------------------------
 
@@ -171,6 +187,64 @@ class State:
             raise RuntimeError("There is no order: the masks were given. Save them with `save_masks`.")
         masks.save_gathered(masks.save_order, decision.scores, decision.shards, file)
 
+    def trainable_parameters(self) -> tuple[int, int]:
+        """Return how many elements train now, and how many the module has; (0, 0) before a run."""
+        n_all, n_trained = self.n_parameters
+        return n_trained - (self.decision.count if self.decision else 0), n_all
+
+    def report(self, title: str) -> reporting.Report:
+        """Return what happened, what is frozen and what that saves.
+
+        Args:
+            title: of the report.
+        """
+        live, n_all = self.trainable_parameters()
+        if (decision := self.decision) is None:
+            begun = f"{self.steps:,} optimizer steps were observed" if n_all else "No run has begun"
+            begins = f"freezing begins after step t0={self._next_t0}" if self.plan.has_next_decision else ""
+            return reporting.Report(title, [f"{begun}; nothing is frozen yet{begins and ', '}{begins}."])
+        most = self._options.log_parameters or reporting.MAX_GROUPS
+        stages = [(step, *reporting.grouped(f, decision.shapes, 1).values()) for step, f in self.history]
+        when = ", ".join(f"{fraction:.1%} since step {step:,}" for step, fraction in stages)
+        by_layer = reporting.by_module(decision.shapes, most)
+        sizes = {layer: sum(decision.shapes[n].numel() for n in names) for layer, names in by_layer.items()}
+        fractions = reporting.grouped(decision.fractions, decision.shapes, most)
+        return reporting.Report(
+            title,
+            [
+                f"After {self.steps:,} optimizer steps {decision.count:,} of {decision.n_eligible:,} eligible elements"
+                f" are frozen, to the bit: {when}.",
+                f"{live:,} of the module's {n_all:,} parameters still train ({live / max(1, n_all):.1%}).",
+                *([self.savings.verdict] if self.savings else []),
+            ],
+            self.savings.totals if self.savings else (),
+            [(layer, sizes[layer], fractions[layer]) for layer in by_layer],
+        )
+
+    def plot_frozen(self, ax: Any) -> Any:
+        """Plot frozen fractions, layers x optimizer steps; see `reporting.plot_frozen`.
+
+        Raises:
+            RuntimeError: nothing is frozen yet.
+            ImportError: matplotlib is not installed.
+        """
+        shapes = self._decided("plot").shapes
+        return reporting.plot_frozen(reporting.history_by_layer(self.history, shapes, 64), self.steps, ax)
+
+    def plot_mask(self, name: str, ax: Any) -> Any:
+        """Plot the mask of a parameter; see `reporting.plot_mask`. With sharded parameters all processes must call it.
+
+        Raises:
+            RuntimeError: nothing is frozen yet.
+            ValueError: there is no eligible parameter of that name.
+            ImportError: matplotlib is not installed.
+        """
+        decision = self._decided("plot")
+        if name not in decision.shapes:
+            raise ValueError(f"No eligible parameter is called {closest(name, decision.shapes)}.")
+        mask = whole(decision.shards.wrapped({name: decision.frozen[name]})[name])
+        return reporting.plot_mask(mask.cpu().numpy(), name, ax)
+
     def _decided(self, what: str) -> Decision:
         if self.decision is None:
             begins = f"step t0={self._next_t0}" if self.plan.has_next_decision else "training begins"
@@ -202,8 +276,10 @@ class State:
 
     @property
     def _next_t0(self) -> int | str:
-        """The step of the next decision, or "auto" where it is not known yet."""
-        (t, _), *_ = self._options.decisions
+        """The step of the next decision, or, where it is not known yet, what is known of it."""
+        t, _ = self.plan.decisions[0]
+        if isinstance(t, float):
+            return f"{t} of the planned steps"
         return self.plan.next_deadline if self.plan.settling or isinstance(t, int) else "auto"
 
     def metrics(self, names: Iterable[str], bytes_sent: int | None) -> dict[str, float]:
@@ -222,6 +298,7 @@ class State:
             self.plan.metrics,
             self.lr_factor,
             self.shapes,
+            self._options.log_parameters,
         )
 
     # Constancy -----------------------------------------------------------------------------------------------------
@@ -259,7 +336,8 @@ class State:
         Keys: ``format`` int; ``begun`` bool, False before the first step of a first run; ``arguments`` {name: plain
         value}, of the arguments that decide what freezes; ``seed``, ``steps`` int; ``gradient_readers`` list of str;
         ``source`` see `SourceChoice`; ``observing`` see `Observing`, or None; ``decision`` see `Decision`, or None;
-        ``plan`` see `Plan`; ``thaw_states`` see `ThawStates`.
+        ``plan`` see `Plan`; ``thaw_states`` see `ThawStates`; ``history`` [(step, {name: frozen fraction})];
+        ``n_parameters`` (int, int).
         """
         return {
             "format": FORMAT,
@@ -273,6 +351,8 @@ class State:
             "decision": self.decision and self.decision.state_dict(),
             "plan": self.plan.state_dict(),
             "thaw_states": self.thaw_states.state_dict(self.shards),
+            "history": list(self.history),
+            "n_parameters": self.n_parameters,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -286,7 +366,7 @@ class State:
                 f"The checkpoint's state has the format {version}, and this version reads 5 and {FORMAT}. Resume with"
                 " the version of lightning_gcfreeze that wrote it."
             )
-        state = _from_format_5(state) if version == 5 else state
+        state = from_format_5(state) if version == 5 else state
         if not state["begun"]:  # saved before training began, as LearningRateFinder does
             return
         self.loaded_arguments = state["arguments"]
@@ -297,40 +377,6 @@ class State:
         self.decision = state["decision"] and Decision.from_state_dict(state["decision"])
         self.plan.load_state_dict(state["plan"])
         self.thaw_states.load_state_dict(state["thaw_states"])
-
-
-def _from_format_5(old: dict[str, Any]) -> dict[str, Any]:
-    """Return a state of version 0.1 in the present format: there an observation was a phase, or within a phase."""
-    state = old["state"]
-    if not state["begun"]:
-        return {"begun": False}
-    observing, decision = (state, None) if old["phase"] == "observing" else (state["again"], state)
-    source = observing and observing["decided"]
-    if observing:
-        fields = ("shapes", "full", "covariance", "moments", "start", "scale", "observed", "skipped", "batch_size")
-        observing = {name: observing[name] for name in fields} | {"observed_step": old.get("observed_step", 0)}
-    if decision:
-        decision = {name: decision[name] for name in ("frozen", "scores", "matrix", "observed", "skipped")} | {
-            "variance": None if decision["by_variance"] else decision["variance"],
-            "n_without_gradient": decision["never_moved"],
-            "uses_per_step": decision["positions"],
-        }
-    arguments = dict(old["arguments"])
-    max_t0, increase, monitor = (arguments.pop(name, None) for name in ("max_t0", "max_loss_increase", "monitor"))
-    if max_t0 is not None:
-        arguments["t0"] = {"class": "Settled", **dataclasses.asdict(Settled(max_t0=max_t0))}
-    if increase is not None or monitor is not None:
-        growth = Growth(Growth.max_loss_increase if increase is None else increase, monitor)
-        arguments["k"] = {"class": "Growth", **dataclasses.asdict(growth)}
-    return {
-        "begun": True,
-        "arguments": arguments,
-        "seed": old["seed"],
-        "steps": old["steps"],
-        "gradient_readers": old.get("readers", []),
-        "source": source or SourceChoice.initial("auto", ()).state_dict(),
-        "observing": observing,
-        "decision": decision,
-        "plan": old["plan"],
-        "thaw_states": old["aside"],
-    }
+        known = [(self.plan.t0 or self.steps, self.decision.fractions)] if self.decision else []
+        self.history = list(state.get("history", known))  # 0.1.0 had none
+        self.n_parameters = state.get("n_parameters", self.n_parameters)

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,6 +57,13 @@ class Surroundings:
     warn: Callable[[str], None] = _nothing
     error: type[Exception] = RuntimeError
     """What is raised where the loop and the options do not go together."""
+
+    def tell(self, warnings: Iterable[str | None], remarks: Iterable[str | None] = ()) -> None:
+        """Pass on what there is to say."""
+        for sentence in filter(None, warnings):
+            self.warn(sentence)
+        for sentence in filter(None, remarks):
+            self.inform(sentence)
 
     def refuse(self, reason: str | None) -> None:
         """Raise the loop's kind of error, if there is a reason."""

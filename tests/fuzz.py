@@ -173,7 +173,8 @@ def plans(draw: st.DrawFn, steps: int, count: int) -> dict[str, Any]:
     kind = draw(st.sampled_from(["fixed", "fixed", "settled", "growth", "stages"]))
     if kind == "fixed":
         t0 = draw(st.integers(1, steps - 2))
-        return {"t0": t0, "k": amount(), "every": draw(st.integers(1, min(3, t0)))}
+        written = draw(st.sampled_from([t0, (t0 + 0.5) / steps]))
+        return {"t0": written, "k": amount(), "every": draw(st.integers(1, min(3, t0)))}
     if kind == "settled":
         most = draw(st.integers(2, steps - 2))
         if draw(st.booleans()):
@@ -241,6 +242,7 @@ def examples(draw: st.DrawFn) -> Example:
     maybe("batch_norm", st.sampled_from(["track", "freeze"]))
     maybe("seed", st.integers(0, 2**63 - 1))
     maybe("log_every_n_steps", st.integers(1, 5))
+    maybe("log_parameters", st.integers(0, 20))
     maybe("lr_after_freeze", st.one_of(st.none(), st.floats(0.05, 2.0)))
     if model == "mlp" and draw(st.integers(0, 4)) == 0:
         arguments["covariance"] = draw(st.sampled_from(["diagonal", "full"]))

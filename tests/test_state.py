@@ -62,6 +62,7 @@ def test_run_resumed_from_a_checkpoint_of_format_5_ends_with_the_bits_of_the_unb
     states = [one.state_dict() for one in (callback, whole)]
     for state in states:
         del state["source"]  # after the last decision format 5 forgot how gradients had been computed
+        del state["history"]  # format 5 had none
     cases.assert_identical(*states)
 
 

@@ -6,6 +6,13 @@ from typing import Any
 
 from latex2mathml.converter import convert
 
+# What the converter writes, and what a browser with a mathematical font needs: bars would grow with what follows them,
+# and a tilde is a relation.
+_MENDED = {
+    "<mo>&#x0007C;</mo>": '<mo stretchy="false">|</mo>',
+    "<mo>&#x02016;</mo>": '<mo stretchy="false">‖</mo>',
+    "<mi>&#x0007E;</mi>": "<mo>\N{TILDE OPERATOR}</mo>",
+}
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 
 
@@ -14,6 +21,10 @@ def on_page_content(html: str, **kwargs: Any) -> str:
 
     def as_mathml(match: re.Match[str]) -> str:
         display = "inline" if match[2] == "(" else "block"
-        return convert(unescape(match[3]).strip(), display=display)
+        formula = convert(unescape(match[3]).strip(), display=display)
+        for written, mended in _MENDED.items():
+            formula = formula.replace(written, mended)
+        # A block keeps its element, in which a formula wider than the screen can scroll.
+        return formula if display == "inline" else f'<div class="arithmatex">{formula}</div>'
 
     return _FORMULA.sub(as_mathml, html)

@@ -54,12 +54,17 @@ class LiveAllReduce:
         self._group: dist.ProcessGroup | None = None
         self._bytes_sent = 0
 
-    def register(self, ddp: Any) -> str | None:
+    def register(self, ddp: Any, inform: Callable[[str], None]) -> None:
         """Become the communication hook of a DistributedDataParallel, before its first backward pass.
 
-        Returns:
-            Why all gradients are still communicated after the freeze, or None.
+        Args:
+            ddp: what the loop trains.
+            inform: is told why all gradients are still communicated after the freeze, if they are.
         """
+        if why := self._try_to_register(ddp):
+            inform(f"all gradients are still communicated because {why}.")
+
+    def _try_to_register(self, ddp: Any) -> str | None:
         if not isinstance(ddp, DistributedDataParallel):
             self.packs = False
             return f"the strategy trains a {type(ddp).__name__}"

@@ -125,6 +125,18 @@ class Savings:
             return f"{said} All weight gradients are computed, so a step takes about as long as before{more}."
         return f"{said} About {work:.0%} of the work of linear layers and convolutions is skipped in each step{more}."
 
+    @property
+    def totals(self) -> list[tuple[str, str]]:
+        """What was saved, by what it is, in words."""
+        state = _change(self.before.state, self.after.state)
+        work = _skipped(self.weight_gradient_flops_skipped)
+        return [
+            ("Optimizer state", f"{state}, plus {_size(self.index_bytes)} of indices"),
+            ("Gradients", _change(self.before.gradients, self.after.gradients)),
+            ("Weight gradients", f"{work}; parameters without any gradient: {len(self.without_backward)}"),
+            ("Not saved", self.not_saved),
+        ]
+
     def scalars(self) -> dict[str, float]:
         """Return the totals by tag, for loggers."""
         return {
@@ -148,18 +160,7 @@ class Savings:
             lines.append(f"… and {more} smaller ones")
         if any(self.parameters[name].flops is None for name in shown):
             lines.append("not counted: not a weight of a linear layer or plain convolution, or its uses are unknown")
-        return "\n".join(
-            [
-                self.verdict,
-                f"Optimizer state  {_change(self.before.state, self.after.state)}, plus {_size(self.index_bytes)} of"
-                " indices",
-                f"Gradients        {_change(self.before.gradients, self.after.gradients)}",
-                f"Weight gradients {_skipped(self.weight_gradient_flops_skipped)}; parameters without any gradient:"
-                f" {len(self.without_backward)}",
-                f"Not saved        {self.not_saved}",
-                *lines,
-            ]
-        )
+        return "\n".join([self.verdict, *(f"{label:<16} {text}" for label, text in self.totals), *lines])
 
 
 def count_savings(

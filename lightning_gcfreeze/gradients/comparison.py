@@ -8,6 +8,7 @@ Where BatchNorm makes samples interact, or dropout draws other random numbers fo
 comparison is between two extra passes, with BatchNorm's running statistics and without dropout.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import get_args
@@ -27,6 +28,8 @@ from lightning_gcfreeze.gradients.window import StepWindow
 
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 
+_log = logging.getLogger(__name__)
+
 
 class Comparison:
     """Compares capture with replay on the first sample of a step, and updates a `SourceChoice` accordingly.
@@ -36,7 +39,7 @@ class Comparison:
         parameters: by name, those whose gradients are required.
         replay: computes gradients by replay.
         capture: holds what was captured in the step.
-        inform: takes a sentence, when it changes which gradients are captured.
+        inform: takes a sentence, when it changes which gradients are captured, and a pass more is needed.
         world: all processes, where parameters are sharded: then distances are those of whole gradients.
     """
 
@@ -154,7 +157,8 @@ class Comparison:
                 choice.replayed.append(name)
                 choice.captured.pop(name, None)
         if choice.n_attempts == 1 or set(choice.captured) != before:
-            self._inform(self._sentence(choice))
+            is_whole = len(choice.captured) == len(self._parameters)
+            (_log.debug if is_whole else self._inform)(self._sentence(choice))
 
     def _sentence(self, choice: SourceChoice) -> str:
         others = [name for name in self._parameters if name not in choice.captured]

@@ -35,7 +35,7 @@ _WHY_NOT = {
 class GradCovFreezeTrainerCallback(TrainerCallback):
     """Freeze the quietest parameters of the model that a `transformers.Trainer` trains.
 
-    The freeze is that of `GradCovFreezeCallback`, to the bit::
+    The freeze is that of `GradCovFreezeCallback`, to the bit:
 
         freezing = GradCovFreezeTrainerCallback(t0=100, k=0.9)
         trainer = Trainer(model, args, train_dataset=data, callbacks=[freezing])

@@ -6,89 +6,18 @@ A decision ranks the elements by what was observed since the decision before it.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 from torch import Tensor
 
-from lightning_gcfreeze import _checks
 from lightning_gcfreeze.distributed import World
 from lightning_gcfreeze.estimators import gains
+from lightning_gcfreeze.planning.arguments import PlannedDecision
 from lightning_gcfreeze.planning.budget import Budget
 from lightning_gcfreeze.planning.growing import Growth, GrowthState, Verdict
 from lightning_gcfreeze.planning.losses import Losses, LossMean
-from lightning_gcfreeze.planning.schedule import FreezeSchedule
 from lightning_gcfreeze.planning.settling import Check, Settled, SettlingState
 from lightning_gcfreeze.planning.trend import Fall, Trend
-
-PlannedDecision: TypeAlias = tuple[int | Settled, int | float | Growth | Budget]
-"""(t0, k): the optimizer step after which to decide, and how much to freeze then."""
-
-
-def decisions_from_arguments(t0: Any, k: Any, schedule: Any) -> tuple[tuple[PlannedDecision, ...], bool]:
-    """Return the decisions that a user's arguments stand for, and whether frozen elements stay frozen.
-
-    Args:
-        t0: an int, "auto", a `Settled`, or None with a schedule.
-        k: an int, a float in [0, 1], "auto", a `Growth`, a `Budget`, or None with a schedule.
-        schedule: a `FreezeSchedule`, a list of pairs (t, k), or None.
-
-    Raises:
-        TypeError: an argument of the wrong kind.
-        ValueError: an argument outside its range, both or neither of a schedule and `t0` with `k`.
-    """
-    if (schedule := as_schedule(schedule)) is not None:
-        if t0 is not None or k is not None:
-            raise ValueError(f"`schedule` says when and how much: leave out `t0` and `k`, got t0={t0!r} and k={k!r}.")
-        return tuple(schedule.stages), schedule.monotone
-    if t0 is None or k is None:
-        raise ValueError(f"Pass `t0` and `k`, a `schedule`, or `masks`; got t0={t0!r} and k={k!r}.")
-    return ((_when(t0), _how_much(k)),), True
-
-
-def as_schedule(schedule: Any) -> FreezeSchedule | None:
-    """Return a `FreezeSchedule` as it is, or made of a list of pairs (t, k); None stays None.
-
-    Raises:
-        TypeError: `schedule` is something else.
-    """
-    if isinstance(schedule, Sequence) and not isinstance(schedule, str):
-        return FreezeSchedule(schedule)
-    if schedule is not None and not isinstance(schedule, FreezeSchedule):
-        raise TypeError(f"`schedule` must be a FreezeSchedule or a list of pairs (t, k), got {schedule!r}.")
-    return schedule
-
-
-def _when(t0: Any) -> int | Settled:
-    if t0 == "auto":
-        return Settled()
-    if isinstance(t0, str):
-        raise TypeError(f"`t0` must be an int of at least 1, 'auto' or a Settled, got {t0!r} (str).")
-    return t0 if isinstance(t0, Settled) else _checks.integer("t0", t0, at_least=1)
-
-
-def _how_much(k: Any) -> int | float | Growth | Budget:
-    if k == "auto":
-        return Growth()
-    if isinstance(k, str):
-        raise TypeError(f"`k` must be an int, a float in [0, 1], 'auto', a Growth or a Budget, got {k!r} of type str.")
-    return k if isinstance(k, Growth | Budget) else _checks.count_or_fraction("k", k)
-
-
-def check_every(every: int, decisions: Sequence[PlannedDecision]) -> None:
-    """Check that at least one step is observed before each decision, if each `every`-th step is.
-
-    Raises:
-        ValueError: no step would be observed before a decision.
-    """
-    before = 0
-    for t, _ in decisions:
-        last = t.max_t0 if isinstance(t, Settled) else t
-        if last is not None and last // every == before // every:
-            where = f"the first `t0={last}`" if not before else f"those from t={before} to t={last}"
-            raise ValueError(
-                f"`every={every}` leaves no step to observe among {where}. Lower the first or raise the second."
-            )
-        before = last or 0
 
 
 class Plan:
@@ -187,7 +116,7 @@ class Plan:
         return self.settling.halfway
 
     def start(self, planned_steps: Callable[[], float]) -> str | None:
-        """Find the latest step of a decision whose step is to be found from the data, and where training ends.
+        """Find where training ends, the step that a fraction of it is, and the latest one where the data tell.
 
         Args:
             planned_steps: returns the number of optimizer steps that are planned; infinite, NaN or negative if it is
@@ -196,23 +125,22 @@ class Plan:
         Returns:
             The reason why the plan cannot start, if it cannot.
         """
-        settled = self._settled
         if self.growth:
             steps = planned_steps()
             self._planned_steps = steps if steps > 0 else math.inf  # so is NaN
-        if settled is None or self.settling is not None:
+        t0 = self.decisions[0][0] if self.decisions else 0
+        if isinstance(t0, int) or self.settling is not None:
             return None
-        max_t0 = settled.max_t0
-        if max_t0 is None:
+        step = t0.max_t0 if isinstance(t0, Settled) else None
+        if step is None:
             steps = planned_steps()
             if not 0 < steps < math.inf:
-                return (
-                    "`t0='auto'` freezes after half of the planned optimizer steps at the latest, but this training"
-                    " has no end, or a loader without a length. Pass `t0=Settled(max_t0=...)`, or give the Trainer"
-                    " `max_steps`."
-                )
-            max_t0 = max(1, int(steps) // 2)
-        self.settling = SettlingState(settled, max_t0, self._gain)
+                return _no_end(t0)
+            step = max(1, int(steps * (t0 if isinstance(t0, float) else 0.5) + 1e-9))  # .29 * 100 is below 29
+        if isinstance(t0, Settled):
+            self.settling = SettlingState(t0, step, self._gain)
+        else:
+            self.decisions = [(step, self.decisions[0][1])]
         return None
 
     def is_decision_step(self, step: int) -> bool:
@@ -320,7 +248,8 @@ class Plan:
         """Return all that is needed to go on with a plan of the same arguments.
 
         Returns:
-            "made" (number of decisions made): int; "t0": int or None; "settling" and "growing": the dicts of
+            "made" (number of decisions made): int; "t0": int or None; "first_step" (of the first decision, where it
+            is known before): int or None; "settling" and "growing": the dicts of
             `SettlingState` and `GrowthState`, or None; "losses": the lists of `Losses`; "trend" and "validations": the
             dicts of `Trend`; "before" (the loss before the first freeze): [value, error, n]; "validated" (a validation
             loss that was not judged yet): float or None.
@@ -328,6 +257,7 @@ class Plan:
         return {
             "made": self.n_decisions,
             "t0": self.t0,
+            "first_step": t if self.decisions and isinstance(t := self.decisions[0][0], int) else None,
             "settling": self.settling.state_dict() if self.settling else None,
             "growing": self.growing.state_dict() if self.growing else None,
             "losses": self._losses.state_dict(),
@@ -340,6 +270,8 @@ class Plan:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self.n_decisions, self.t0 = state["made"], state["t0"]
+        if (step := state.get("first_step")) and self.decisions and isinstance(self.decisions[0][0], float):
+            self.decisions = [(step, self.decisions[0][1])]  # whatever is planned now
         if state["settling"] and self._settled:
             self.settling = SettlingState(self._settled, state["settling"]["max_t0"], self._gain)
             self.settling.load_state_dict(state["settling"])
@@ -382,3 +314,15 @@ class Plan:
         if (step - self.t0) % self.growing.every:
             return None
         return self._losses.read(world)
+
+
+def _no_end(t0: float | Settled) -> str:
+    """Return why `t0` has no step."""
+    means, instead = f"`t0={t0}` is a fraction of the planned optimizer steps", "a number of steps"
+    if isinstance(t0, Settled):
+        means = "`t0='auto'` freezes after half of the planned optimizer steps at the latest"
+        instead = "`t0=Settled(max_t0=...)`"
+    return (
+        f"{means}, but this training has no end, or a loader without a length. Pass {instead}, or say where it ends:"
+        " `max_steps` of a Trainer, `planned_steps` of a Freezer."
+    )

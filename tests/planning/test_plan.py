@@ -7,7 +7,8 @@ import torch
 
 from lightning_gcfreeze import FreezeSchedule, Growth, Settled
 from lightning_gcfreeze.distributed import SINGLE_PROCESS
-from lightning_gcfreeze.planning.plan import Plan, check_every, decisions_from_arguments
+from lightning_gcfreeze.planning.arguments import check_every, decisions_from_arguments
+from lightning_gcfreeze.planning.plan import Plan
 
 FLAT = Growth(first=0.5, most=0.9, stages=3, forecast=False)
 

@@ -115,9 +115,11 @@ def main() -> None:
         # DDP has to find unused parameters in each pass, or to know them from the first one.
         ddp = DistributedDataParallel(module, find_unused_parameters="static_graph" not in option, **option)
         all_reduce = LiveAllReduce(*hook)
-        why = all_reduce.register(ddp)
-        assert (why is None) == all_reduce.packs == (name != "low rank"), why
-        assert LiveAllReduce().register(ddp) == "DDP has another communication hook"
+        said: list[str] = []
+        all_reduce.register(ddp, said.append)
+        assert (not said) == all_reduce.packs == (name != "low rank"), said
+        LiveAllReduce().register(ddp, said.append)
+        assert said[-1].endswith("because DDP has another communication hook.")
         compressed = name in ("half", "brain", "wrapped")
         batches = [torch.randn(4, 3, 6, 6, generator=generator) for _ in range(2)]
         whole = {n: torch.zeros(p.shape, dtype=torch.bool) for n, p in module.named_parameters()}
@@ -131,7 +133,8 @@ def main() -> None:
                 check(ddp, all_reduce, batches[:count], masks, compressed)
     words = Words()
     ddp, all_reduce = DistributedDataParallel(words), LiveAllReduce()
-    assert all_reduce.register(ddp) is None
+    all_reduce.register(ddp, said.append)
+    assert all_reduce.packs
     tokens = [torch.randint(7, (5,), generator=generator)]
     masks = {
         "words.weight": torch.ones(7, 4).bool(),
