@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.loggers import Logger
 
 from lightning_gcfreeze import GradCovFreezeCallback
 from tests import cases
@@ -23,6 +24,22 @@ T0 = {"recommended": 4, "paper": 9}
 def freeze(preset: Any) -> GradCovFreezeCallback:
     """The callback of a preset."""
     return GradCovFreezeCallback.preset(preset, t0=T0[preset], k=0.7)
+
+
+class Sent(Logger):
+    """Keeps how many bytes of gradients a process passed on at each step."""
+
+    name, version = "sent", 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_steps: list[float] = []
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        if (sent := metrics.get("gcfreeze/gradient_bytes_sent")) is not None:
+            self.of_steps.append(sent)
+
+    def log_hyperparams(self, params: Any) -> None: ...
 
 
 class FailOnce(pl.Callback):
@@ -51,7 +68,7 @@ def train(
     ckpt_path: str | None = None,
     **kwargs: Any,
 ) -> None:
-    """Fit, and write the weights of all steps, the masks and the variance.
+    """Fit, and write the weights of all steps, the masks, the variance, and the bytes that were sent in each step.
 
     Args:
         folder: where to.
@@ -61,14 +78,15 @@ def train(
         ckpt_path: what to resume from.
         kwargs: further arguments of the Trainer.
     """
-    watch = Watch()
+    watch, sent = Watch(), Sent()
     trainer = trainer_of(
         max_epochs=EPOCHS, accelerator="cpu", callbacks=[callback, watch, *callbacks], default_root_dir=folder,
-        **QUIET, **kwargs,
+        log_every_n_steps=1, **(QUIET | {"logger": sent}), **kwargs,
     )  # fmt: skip
     module = cases.Regression(cases.deep_mlp(16), lambda p: torch.optim.AdamW(p, 0.01))
     trainer.fit(module, cases.loader(4, 2 * 4 * STEPS_PER_EPOCH), ckpt_path=ckpt_path)
     seen = {"of_steps": watch.of_steps, "frozen": callback.frozen, "variance": callback.variance}
+    seen["sent"] = sent.of_steps
     about = {"world_size": trainer.world_size, "strategy": type(trainer.strategy).__name__}
     torch.save(seen | about, folder / f"{trainer.global_rank}.pt")
 

@@ -83,6 +83,9 @@ def assert_as_plain(seen: list[dict[str, Any]], plain: list[dict[str, Any]], t0:
         assert len(theirs["of_steps"]) == ray_train.STEPS_PER_EPOCH * ray_train.EPOCHS
         assert len(ours["of_steps"]) == n_steps
         cases.assert_identical(ours["of_steps"], theirs["of_steps"][-n_steps:])
+        assert ours["sent"] == theirs["sent"][-n_steps:]
+        live = sum(int((~mask).sum()) for mask in ours["frozen"].values())
+        assert ours["sent"][-1] == 4 * live
         for name in ("frozen", "variance"):
             cases.assert_identical(ours[name], theirs[name])
         for name in ("of_steps", "frozen", "variance"):
