@@ -13,6 +13,8 @@ from lightning_gcfreeze.reporting.groups import MAX_GROUPS, History, by_module, 
 from lightning_gcfreeze.reporting.images import Image, heat_map, labelled, mask_images
 
 FROZEN_FRACTION = "gcfreeze/frozen_fraction"
+FROZEN_FRACTION_OF = f"{FROZEN_FRACTION}_of"
+"""In front of a parameter's name. No scalar's tag is a folder of another's: MLflow's file store makes them files."""
 HEAT_MAP = "gcfreeze/frozen"
 """The tag of the heat map; those of mask images begin with it. Sorted by name, images come before all scalars."""
 MAX_HISTOGRAMS = 8
@@ -83,7 +85,7 @@ def scalars(
         most: parameters that have a number of their own; of more, modules have.
     """
     values = {FROZEN_FRACTION: fraction, "gcfreeze/observed_steps": float(observed)}
-    values |= {f"{FROZEN_FRACTION}/{name}": v for name, v in grouped(fractions, shapes or {}, most).items()}
+    values |= {f"{FROZEN_FRACTION_OF}/{name}": v for name, v in grouped(fractions, shapes or {}, most).items()}
     values |= savings or {}
     values |= {} if bytes_sent is None else {"gcfreeze/gradient_bytes_sent": float(bytes_sent)}
     values |= {} if lr_factor is None else {"gcfreeze/lr_factor": lr_factor}

@@ -57,7 +57,7 @@ def test_encoder_of_twelve_layers_writes_fewer_than_forty_tags(tmp_path):
     for i in range(12):
         layer = f"network.encoder.layers.{i}"
         mask = torch.cat([m.flatten() for name, m in callback.frozen.items() if name.startswith(f"{layer}.")])
-        assert events.Scalars(f"gcfreeze/frozen_fraction/{layer}")[-1].value == pytest.approx(
+        assert events.Scalars(f"gcfreeze/frozen_fraction_of/{layer}")[-1].value == pytest.approx(
             float(mask.float().mean())
         )
     first = sorted([tag for tag in scalars + drawn if tag.startswith("gcfreeze/")])[:9]  # TensorBoard's order
@@ -76,6 +76,27 @@ def test_loggers_change_nothing_in_training(tmp_path):
 
     logged = run(logger=[TensorBoardLogger(tmp_path), CSVLogger(tmp_path)], log_every_n_steps=1)
     cases.assert_identical(logged, run())
+
+
+class Scalars(CSVLogger):
+    """Remembers all tags."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.tags: set[str] = set()
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        self.tags |= metrics.keys()
+
+
+def test_no_scalar_is_a_folder_of_another(tmp_path):
+    """MLflow's file store, the default of MLFlowLogger, makes tags files."""
+    logger = Scalars(tmp_path)
+    callback = GradCovFreezeCallback(t0=Settled(max_t0=6, first=2), k=Growth(first=0.5), lr_after_freeze=0.5)
+    cases.trainer(callbacks=[callback], logger=logger, log_every_n_steps=2).fit(Logs(cases.mlp()), cases.loader())
+    assert {"gcfreeze/frozen_fraction", "gcfreeze/frozen_fraction_of/network.0.weight"} < logger.tags
+    folders = {str(folder) for tag in logger.tags for folder in Path(tag).parents}
+    assert not folders & logger.tags
 
 
 # Hyperparameters -----------------------------------------------------------------------------------------------------
