@@ -13,8 +13,6 @@ from lightning_gcfreeze.reporting.groups import MAX_GROUPS, History, by_module, 
 from lightning_gcfreeze.reporting.images import Image, heat_map, labelled, mask_images
 
 FROZEN_FRACTION = "gcfreeze/frozen_fraction"
-FROZEN_FRACTION_OF = f"{FROZEN_FRACTION}_of"
-"""In front of a parameter's name. No scalar's tag is a folder of another's: MLflow's file store makes them files."""
 HEAT_MAP = "gcfreeze/frozen"
 """The tag of the heat map; those of mask images begin with it. Sorted by name, images come before all scalars."""
 MAX_HISTOGRAMS = 8
@@ -85,7 +83,7 @@ def scalars(
         most: parameters that have a number of their own; of more, modules have.
     """
     values = {FROZEN_FRACTION: fraction, "gcfreeze/observed_steps": float(observed)}
-    values |= {f"{FROZEN_FRACTION_OF}/{name}": v for name, v in grouped(fractions, shapes or {}, most).items()}
+    values |= {f"{FROZEN_FRACTION}/{name}": v for name, v in grouped(fractions, shapes or {}, most).items()}
     values |= savings or {}
     values |= {} if bytes_sent is None else {"gcfreeze/gradient_bytes_sent": float(bytes_sent)}
     values |= {} if lr_factor is None else {"gcfreeze/lr_factor": lr_factor}
@@ -154,7 +152,7 @@ class Board:
         has_changed = len(known.history) > self._n_drawn
         self._logged_step, self._n_drawn, loggers = known.steps, len(known.history), list(loggers)
         for logger in loggers:
-            logger.log_metrics(self.tagged(metrics), step=step)
+            logger.log_metrics(_tags_for(logger, self.tagged(metrics)), step=step)
         if (decision := known.decision) and has_changed:
             shapes, most = decision.shapes, min(self._most, MAX_MASK_IMAGES)
             self._write(loggers, "add_histogram", lambda: histograms(decision.variance, shapes, self._most), step)
@@ -183,6 +181,13 @@ class Board:
         for tag, value in values() if writers else ():
             for write in writers:
                 write(self.tag(tag), value, step, **options)
+
+
+def _tags_for(logger: Any, metrics: dict[str, float]) -> dict[str, float]:
+    """Return the numbers by tags that a logger can keep: in MLflow's file store no tag may be a folder of another."""
+    if "MLFlowLogger" not in {cls.__name__ for cls in type(logger).__mro__}:
+        return metrics
+    return {tag.replace("frozen_fraction/", "frozen_fraction_of/", 1): value for tag, value in metrics.items()}
 
 
 def _map(known: Known, shapes: Mapping[str, torch.Size]) -> Image:

@@ -28,7 +28,7 @@ def test_tensorboard_gets_scalars_histograms_and_images(tmp_path):
     assert fraction == [(3, 0.0), (5, 0.4912), (7, 0.4912), (11, 0.4912), (15, 0.4912)]
     assert [e.value for e in events.Scalars("gcfreeze/observed_steps")] == [4, 6, 6, 6, 6]
     for name, mask in callback.frozen.items():
-        of_parameter = events.Scalars(f"gcfreeze/frozen_fraction_of/{name}")
+        of_parameter = events.Scalars(f"gcfreeze/frozen_fraction/{name}")
         assert of_parameter[-1].value == pytest.approx(float(mask.float().mean()))
         (histogram,) = events.Histograms(f"gcfreeze/log10_variance/{name}")
         logs = callback.variance[name].log10()

@@ -57,7 +57,7 @@ def test_encoder_of_twelve_layers_writes_fewer_than_forty_tags(tmp_path):
     for i in range(12):
         layer = f"network.encoder.layers.{i}"
         mask = torch.cat([m.flatten() for name, m in callback.frozen.items() if name.startswith(f"{layer}.")])
-        assert events.Scalars(f"gcfreeze/frozen_fraction_of/{layer}")[-1].value == pytest.approx(
+        assert events.Scalars(f"gcfreeze/frozen_fraction/{layer}")[-1].value == pytest.approx(
             float(mask.float().mean())
         )
     first = sorted([tag for tag in scalars + drawn if tag.startswith("gcfreeze/")])[:9]  # TensorBoard's order
@@ -78,8 +78,8 @@ def test_loggers_change_nothing_in_training(tmp_path):
     cases.assert_identical(logged, run())
 
 
-class Scalars(CSVLogger):
-    """Remembers all tags."""
+class MLFlowLogger(CSVLogger):
+    """Remembers all tags; by its name it is MLflow's."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -89,14 +89,20 @@ class Scalars(CSVLogger):
         self.tags |= metrics.keys()
 
 
-def test_no_scalar_is_a_folder_of_another(tmp_path):
-    """MLflow's file store, the default of MLFlowLogger, makes tags files."""
-    logger = Scalars(tmp_path)
+def test_no_scalar_in_mlflow_is_a_folder_of_another(tmp_path):
+    """Its file store, the default of MLFlowLogger, makes tags files. Other loggers get the usual tags."""
+    logger, plain = MLFlowLogger(tmp_path), CSVLogger(tmp_path / "plain")
     callback = GradCovFreezeCallback(t0=Settled(max_t0=6, first=2), k=Growth(first=0.5), lr_after_freeze=0.5)
-    cases.trainer(callbacks=[callback], logger=logger, log_every_n_steps=2).fit(Logs(cases.mlp()), cases.loader())
+    cases.trainer(callbacks=[callback], logger=[logger, plain], log_every_n_steps=2).fit(
+        Logs(cases.mlp()), cases.loader()
+    )
     assert {"gcfreeze/frozen_fraction", "gcfreeze/frozen_fraction_of/network.0.weight"} < logger.tags
     folders = {str(folder) for tag in logger.tags for folder in Path(tag).parents}
     assert not folders & logger.tags
+    columns = (Path(plain.log_dir) / "metrics.csv").read_text().splitlines()[0].split(",")
+    usual = {tag.replace("_of/", "/") for tag in logger.tags if "_of/" in tag}
+    assert len(usual) == 4
+    assert usual < set(columns)
 
 
 # Hyperparameters -----------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def test_tensorboard_gets_the_fractions_and_images_of_the_masks(tmp_path):
     assert [e.value for e in events.Scalars("gcfreeze/observed_steps")] == [0] * 4
     assert [e.value for e in events.Scalars("gcfreeze/optimizer_state_bytes")][-1] < 8 * 57
     for name, mask in callback.frozen.items():
-        logged = events.Scalars(f"gcfreeze/frozen_fraction_of/{name}")[0].value
+        logged = events.Scalars(f"gcfreeze/frozen_fraction/{name}")[0].value
         assert logged == pytest.approx(float(mask.float().mean()))
     assert events.Tags()["histograms"] == []
     for tag, steps in {"frozen": [3, 7, 11, 15], "frozen/network.0.weight": [3]}.items():

@@ -264,7 +264,7 @@ def fractions_are_of_the_whole(data: int, tensor: int, directory: str) -> None:
     if RANK == 0:
         table = np.genfromtxt(f"{logger.log_dir}/metrics.csv", delimiter=",", names=True, deletechars="")
         for name, mask in frozen.items():
-            logged = table[f"gcfreeze/frozen_fraction_of/network.{name}"]
+            logged = table[f"gcfreeze/frozen_fraction/network.{name}"]
             assert logged[-1] == pytest.approx(float(mask.double().mean())), name
 
 

@@ -23,8 +23,8 @@ def test_scalars_of_a_step_without_a_decision():
     assert tags == {
         "gcfreeze/frozen_fraction": 0.6,
         "gcfreeze/observed_steps": 7.0,
-        "gcfreeze/frozen_fraction_of/a": 0.75,
-        "gcfreeze/frozen_fraction_of/b": 0.0,
+        "gcfreeze/frozen_fraction/a": 0.75,
+        "gcfreeze/frozen_fraction/b": 0.0,
     }
     assert {type(value) for value in tags.values()} == {float}
 
@@ -51,7 +51,7 @@ def test_scalars_of_many_parameters_are_means_over_the_elements_of_modules():
     tags = board.scalars(fractions, 0.1, 1, shapes=shapes)
     sizes = np.array([3 * i for i in range(15)])
     mean = float((np.arange(15) % 5 / 4 * sizes).sum() / sizes.sum())
-    assert {tag.removeprefix("gcfreeze/frozen_fraction_of/"): v for tag, v in tags.items() if tag.count("/") == 2} == {
+    assert {tag.removeprefix("gcfreeze/frozen_fraction/"): v for tag, v in tags.items() if tag.count("/") == 2} == {
         "first": pytest.approx(mean),
         "second.weight": 0.0,
         "third": 0.25,
