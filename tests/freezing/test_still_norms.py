@@ -140,7 +140,7 @@ def test_compiled_norm_keeps_its_statistics_from_the_freeze_on():
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
 def test_copies_of_a_still_norm_do_not_switch_the_original(copied):
     model = network()
-    still = StillNorms(model, list(model[1].parameters()))
+    still = StillNorms(model, dict(model[1].named_parameters("1")))
     other = copied(model)
     other.train()
     assert not model[1].training
@@ -153,7 +153,7 @@ def test_copies_of_a_still_norm_do_not_switch_the_original(copied):
 
 def test_release_while_the_model_evaluates_leaves_it_in_evaluation_mode():
     model = network()
-    still = StillNorms(model, list(model[1].parameters()))
+    still = StillNorms(model, dict(model[1].named_parameters("1")))
     model.eval()
     still.release()
     assert not any(m.training for m in model.modules())
