@@ -235,8 +235,10 @@ def refuse(reason: str | None) -> None:
 
 
 def refuse_unsupported(trainer: pl.Trainer, module: pl.LightningModule, index: int | None, options: Options) -> None:
-    """Refuse, once the optimizers exist, an index that none has, and what manual optimization does not tell."""
+    """Refuse an index that no optimizer has, what manual optimization does not tell, and what resets still layers."""
     refuse(refusals.unsupported_optimizer_index(index, trainer.optimizers))
+    if options.batch_norm == "freeze":
+        refuse(refusals.unsupported_averaging(trainer.callbacks, module))  # type: ignore[attr-defined]
     if not module.automatic_optimization:
         refuse(refusals.unsupported_manual_optimization(options.reads_samples, options.reads_losses))
 

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_gcfreeze import _checks, reporting
 from lightning_gcfreeze._wrappers import unwrapped_module, unwrapped_optimizer
-from lightning_gcfreeze.distributed import SINGLE_PROCESS, Shards, World
+from lightning_gcfreeze.distributed import SINGLE_PROCESS, Shards, World, sharded_parameters
 from lightning_gcfreeze.distributed.comm_hook import LiveAllReduce
 from lightning_gcfreeze.freezing.savings import Savings
 from lightning_gcfreeze.options import Options
@@ -98,7 +98,7 @@ class Freezer:
         inner, found_scaler = unwrapped_optimizer(optimizer)
         self._scaler = scaler or found_scaler
         self._scales_inside = scaler is None and self._scaler is not None  # Fabric and Accelerate, in `backward`
-        shards = Shards(dict(self._module.named_parameters()))
+        shards = Shards(sharded_parameters(self._module))
         if data_parallel is None:
             data_parallel = wrapper is not None or shards.is_sharded
         device = next(p.device for group in inner.param_groups for p in group["params"])

@@ -17,7 +17,7 @@ from lightning_gcfreeze._format_5 import from_format_5
 from lightning_gcfreeze._names import closest, shortened
 from lightning_gcfreeze._types import Named
 from lightning_gcfreeze.decision import Decision
-from lightning_gcfreeze.distributed import Shards, whole
+from lightning_gcfreeze.distributed import Shards, sharded_parameters, whole
 from lightning_gcfreeze.freezing import ThawStates
 from lightning_gcfreeze.freezing.fingerprints import fingerprints
 from lightning_gcfreeze.freezing.savings import Savings
@@ -309,7 +309,7 @@ class State:
 
     def moved(self, module: nn.Module) -> list[str]:
         """Return the names of parameters whose frozen elements do not have the bits that they are held at."""
-        parameters = dict(module.named_parameters())
+        parameters = sharded_parameters(module)
         frozen = self.decision.frozen if self.decision else {}
         now = fingerprints(parameters, {name: frozen[name] for name in self.held_bits if name in parameters})
         return [name for name, bits in now.items() if bits != self.held_bits[name]]

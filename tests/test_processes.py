@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 SAVE, RESUME, RESUME_FROM_ONE = "checkpoints.save", "checkpoints.resume", "checkpoints.resume_from_one"
 FOR_TWO = [
     "live_elements", "observing", "callback", "freezer", "comm_hook", "support", "shards", "live_shards", "live_loops",
-    "huggingface", "masks", "probe", "streams", "pains",
+    "huggingface", "masks", "norms", "probe", "streams", "pains",
     SAVE, RESUME, RESUME_FROM_ONE,
 ]  # fmt: skip
 FOR_FOUR = ["selection", "shards", "live_shards", RESUME]

@@ -11,7 +11,7 @@ from lightning_gcfreeze._names import shortened
 from lightning_gcfreeze._types import Named
 from lightning_gcfreeze.delta.errors import MismatchError, WrongBaseError
 from lightning_gcfreeze.delta.files import FORMAT, Source, by_name, content, load, unit_of
-from lightning_gcfreeze.distributed import whole
+from lightning_gcfreeze.distributed import sharded_parameters, whole
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -33,7 +33,7 @@ def of(module: nn.Module, frozen: Named) -> dict[str, Tensor]:
     Raises:
         ValueError: a name of `frozen` is no parameter of `module`, or a mask has another shape or dtype.
     """
-    parameters = dict(module.named_parameters())
+    parameters = sharded_parameters(module)  # what is gathered now has no memory after `state_dict`
     if unknown := frozen.keys() - parameters.keys():
         raise ValueError(f"`frozen` has {shortened(sorted(unknown))}, no parameters of the {type(module).__name__}.")
     saved = module.state_dict().keys()

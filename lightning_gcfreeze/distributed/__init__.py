@@ -10,6 +10,7 @@ from lightning_gcfreeze.distributed.shards import (
     layout_of,
     local,
     part,
+    sharded_parameters,
     whole,
 )
 
@@ -24,5 +25,6 @@ __all__ = [
     "layout_of",
     "local",
     "part",
+    "sharded_parameters",
     "whole",
 ]

@@ -10,10 +10,12 @@ import hashlib
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement
+from torch.nn import Parameter
 
 from lightning_gcfreeze._torch import StridedShard
 from lightning_gcfreeze._types import Named
@@ -28,6 +30,22 @@ def local(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """Return all elements of a DTensor, gathered; a plain tensor as it is. All processes must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_parameters(module: nn.Module, remove_duplicate: bool = True) -> dict[str, Parameter]:
+    """Return a module's parameters by name, after the shards are back in place of those that FSDP2 has gathered.
+
+    After a pass without gradients, such as a validation, FSDP2 leaves the outermost module's gathered parameters in
+    place until the next backward pass.
+
+    Args:
+        module: any module.
+        remove_duplicate: of ``named_parameters()``.
+    """
+    for m in module.modules():
+        if isinstance(m, FSDPModule):
+            m.reshard()
+    return dict(module.named_parameters(remove_duplicate=remove_duplicate))
 
 
 def part(parameter: Tensor, tensor: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ class Holder:
             self._restore = Restore(parameters, on_device)
             if plan.mode == "restore" and not resumed:
                 self._restore.clear_state_(optimizer)
-        self._norms = StillNorms(module, [parameters[name] for name in fully_frozen] if plan.stills_norms else [])
+        self._norms = StillNorms(module, {n: parameters[n] for n in fully_frozen} if plan.stills_norms else {})
         self._late = plan.late
         self._gathered = False  # this step's gradients
         self._skipper = None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_gcfreeze._names import closest, shortened
 from lightning_gcfreeze._types import Named
-from lightning_gcfreeze.distributed import Shards, is_sharded, layout_of, local, part, whole
+from lightning_gcfreeze.distributed import Shards, is_sharded, layout_of, local, part, sharded_parameters, whole
 from lightning_gcfreeze.masks.files import load
 from lightning_gcfreeze.masks.selections import Names, Selection, constant
 
@@ -79,7 +79,7 @@ def resolve(masks: Masks, module: nn.Module, parameters: Named, shards: Shards) 
 def _by_name(masks: Masks, module: nn.Module, parameters: Named, shards: Shards) -> dict[str, Tensor]:
     """Return the given masks, as whole as they came, by the names of the eligible parameters. Without communication."""
     first = {id(p): name for name, p in parameters.items()}
-    every = dict(module.named_parameters(remove_duplicate=False))
+    every = sharded_parameters(module, remove_duplicate=False)
     aliases = {name: first[id(p)] for name, p in every.items() if id(p) in first and name not in parameters}
     names = Names({name: shards.shape(name, p) for name, p in parameters.items()}, aliases)
     if isinstance(masks, Selection):

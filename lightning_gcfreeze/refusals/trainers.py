@@ -3,7 +3,10 @@
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+
+from lightning_gcfreeze import _modules
 
 _UNSUPPORTED_STRATEGIES = {
     "FSDPStrategy": "flattens parameters into shards, where an element has neither name nor place (FSDP2 does not)",
@@ -78,6 +81,23 @@ def too_many_callbacks(indices: Sequence[int]) -> str | None:
         f"The Trainer has {indices.count(index)} GradCovFreezeCallbacks for the optimizer with the index {index}, but"
         " an optimizer serves one only. For several stages use `schedule=FreezeSchedule([...])`; for other elements"
         " `include` and `exclude`; for another optimizer `optimizer`."
+    )
+
+
+def unsupported_averaging(callbacks: Iterable[Any], module: nn.Module) -> str | None:
+    """Callbacks that compute the statistics anew of BatchNorm layers which do not track them: 0 and 1 would remain.
+
+    Args:
+        callbacks: the Trainer's.
+        module: the module that is trained, with `batch_norm="freeze"`.
+    """
+    has_norms = any(isinstance(layer, _modules.BatchNorm) for layer in module.modules())
+    resets = any("StochasticWeightAveraging" in {c.__name__ for c in type(callback).__mro__} for callback in callbacks)
+    if not (has_norms and resets):
+        return None
+    return (
+        "StochasticWeightAveraging computes the running statistics of all BatchNorm layers anew, and those that"
+        " `batch_norm='freeze'` keeps still would be lost. Use `batch_norm='track'`, or WeightAveraging in its place."
     )
 
 

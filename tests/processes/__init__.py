@@ -12,6 +12,7 @@ Programs with a clean end, which `together.py` runs one after the other in one s
 - shards: FSDP2 and tensor parallelism
 - live_shards, live_loops: the same with `hold="compact"`, in a Trainer and in a loop of one's own
 - masks: masks from the first step under DDP and FSDP2
+- norms: still BatchNorm layers under DDP, FSDP2 and tensor parallelism
 - probe: masks from a probe under DDP and FSDP2
 - selection: exact selection among shards
 - checkpoints.save, checkpoints.resume: on any number of ranks

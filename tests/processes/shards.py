@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from lightning_gcfreeze import Evidence, GradCovFreezeCallback, apply_delta
+from lightning_gcfreeze import Evidence, GradCovFreezeCallback, apply_delta, delta
 from lightning_gcfreeze.distributed import local, whole
 from tests import cases, insides
 from tests.oracles.recursion import covariance
@@ -197,11 +197,15 @@ def masks_lie_as_parameters_do(data: int, tensor: int) -> None:
                 assert torch.equal(rows.all(1), rows.any(1)), name
     with pytest.raises(RuntimeError, match="`ranks` needs all scores on one process"):
         _ = callback.ranks
-    delta, fresh = callback.delta(), Module()
+    found, fresh = callback.delta(), Module()
     fresh.load_state_dict(start)
-    apply_delta(fresh, delta)
+    apply_delta(fresh, found)
     for name, p in fresh.named_parameters():
         assert torch.equal(p, whole(module.get_parameter(name).detach())), name
+    for take in (lambda: delta.of(module, callback.frozen), callback.delta):
+        with torch.no_grad():  # after which FSDP2 leaves gathered parameters in place
+            module.network(torch.zeros(2, 5, dtype=torch.float64))
+        cases.assert_identical(take(), found)
 
 
 def a_rank_without_elements_is_no_obstacle(data: int, tensor: int, directory: str) -> None:
