@@ -146,9 +146,18 @@ def owners(trainer: pl.Trainer) -> Owners:
 def planned_steps(trainer: pl.Trainer) -> float:
     """Return the optimizer steps that the Trainer will take in all; NaN where it cannot tell."""
     try:
-        return float(trainer.estimated_stepping_batches)
-    except MisconfigurationException:  # accumulation that changes from epoch to epoch
+        steps = float(trainer.estimated_stepping_batches)
+    except MisconfigurationException:  # in Lightning 2.4, accumulation that changes from epoch to epoch
         return math.nan
+    callbacks: Sequence[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    schedulers = [c for c in callbacks if "GradientAccumulationScheduler" in {cls.__name__ for cls in type(c).__mro__}]
+    if not schedulers or not 0 < steps < math.inf:
+        return steps
+    if trainer.max_epochs in (None, -1):
+        return math.nan if trainer.max_steps == -1 else float(trainer.max_steps)
+    factors = map(schedulers[0].get_accumulate_grad_batches, range(trainer.max_epochs))
+    found = float(sum(math.ceil(trainer.num_training_batches / factor) for factor in factors))
+    return found if trainer.max_steps == -1 else min(found, float(trainer.max_steps))
 
 
 def is_last_micro_batch(trainer: pl.Trainer) -> bool:
@@ -240,7 +249,8 @@ def refuse_unsupported(trainer: pl.Trainer, module: pl.LightningModule, index: i
     if options.batch_norm == "freeze":
         refuse(refusals.unsupported_averaging(trainer.callbacks, module))  # type: ignore[attr-defined]
     if not module.automatic_optimization:
-        refuse(refusals.unsupported_manual_optimization(options.reads_samples, options.reads_losses))
+        by_fraction = any(isinstance(t, float) for t, _ in options.decisions)
+        refuse(refusals.unsupported_manual_optimization(options.reads_samples, options.reads_losses, by_fraction))
 
 
 def followed(callbacks: Sequence[Any], kind: type[Any]) -> list[int]:

@@ -78,7 +78,7 @@ class Decision:
     @property
     def fraction(self) -> float:
         """Frozen elements / eligible elements."""
-        return self.count / self.n_eligible
+        return self.count / max(1, self.n_eligible)
 
     @property
     def fractions(self) -> dict[str, float]:

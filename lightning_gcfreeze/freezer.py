@@ -59,8 +59,8 @@ class Freezer:
         skip_frozen_gradients: True: gradients of frozen elements need not be there between the backward pass and the
             step, so they are not computed and not kept. Only where the loop does not look at ``p.grad``: gradients are
             clipped as those of the parameters in ``optimizer.param_groups``.
-        planned_steps: optimizer steps in all: ``t0="auto"`` freezes after half of them at the latest, and ``k="auto"``
-            forecasts until then; without, only as far again as training has come.
+        planned_steps: optimizer steps in all: ``t0=0.25`` is a quarter of them, ``t0="auto"`` freezes after half of
+            them at the latest, and ``k="auto"`` forecasts until then; without, only as far again as training has come.
         n_replicas: processes whose batches differ; None: all. To be passed where a device mesh has several dimensions.
         data_parallel: whether all processes train one model; None: if it is wrapped or sharded.
         options: see `GradCovFreezeCallback`.
@@ -94,6 +94,8 @@ class Freezer:
                 " or an order that does not read the variance, such as `order='progress'`, with `samples='auto'`."
             )
         self._accumulate = _checks.integer("accumulate", accumulate, at_least=1)
+        if planned_steps not in (None, math.inf):
+            _checks.number("planned_steps", planned_steps, above=0)
         self._module, model, wrapper = unwrapped_module(module)
         inner, found_scaler = unwrapped_optimizer(optimizer)
         self._scaler = scaler or found_scaler

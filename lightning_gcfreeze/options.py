@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 from lightning_gcfreeze import _checks, orderings
@@ -208,4 +209,6 @@ def _plain(value: Any) -> Any:
         return {"class": type(value).__name__, **{name: _plain(v) for name, v in vars(value).items()}}
     if callable(value):
         return f"{value.__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+    if isinstance(value, Real) and not isinstance(value, bool):  # NumPy's are not plain
+        return int(value) if isinstance(value, Integral) else float(value)
     return [_plain(v) for v in value] if isinstance(value, tuple | list) else value

@@ -261,6 +261,7 @@ class Run:
 
     def end(self) -> None:
         """Share and publish what there is at the end of training, and say what did not come about."""
+        self._state.count_parameters(self._around.module, self._around.optimizer)  # some may have begun to train
         if self.has_begun:
             self.synchronize()
             self._publish(is_last=True)

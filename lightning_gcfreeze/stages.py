@@ -199,7 +199,7 @@ class Stages:
             world,
         )
         if check.settled or is_last:
-            self._around.inform("the order and the loss have settled." if check.settled else "`max_t0` is reached.")
+            self._around.inform("order and loss have settled." if check.settled else "`t0='auto'` waits no longer.")
             _log.debug("At the last check %s.", check.sentence())
         return check.settled or is_last
 

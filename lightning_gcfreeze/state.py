@@ -25,6 +25,7 @@ from lightning_gcfreeze.gradients.choice import SourceChoice
 from lightning_gcfreeze.observing import Observing
 from lightning_gcfreeze.options import Options
 from lightning_gcfreeze.planning.plan import Plan
+from lightning_gcfreeze.planning.settling import Settled
 
 FORMAT = 6
 
@@ -56,7 +57,8 @@ class State:
         self.history: list[tuple[int, dict[str, float]]] = []
         """The step of each change of the masks, and the frozen fraction of each parameter from there on."""
         self.n_parameters = (0, 0)
-        """Elements of the module, and those of them that the optimizer trains; of whole parameters."""
+        """Elements of the module, and those of them that the optimizer was given to train; of whole parameters."""
+        self._trained: dict[str, int] = {}  # these, by parameter
         self.held_bits: dict[str, int] = {}
         """Fingerprints of the frozen elements' bits, by parameter name; not in checkpoints."""
         self.loaded_arguments: dict[str, Any] | None = None
@@ -69,10 +71,10 @@ class State:
         self.count_parameters(module, optimizer)
 
     def count_parameters(self, module: nn.Module, optimizer: Optimizer) -> None:
-        """Count the elements that there are, and that are trained."""
+        """Count the elements that there are, and that are trained: now, or at an earlier call, before some froze."""
         known = [p for p in module.parameters() if not isinstance(p, UninitializedParameter)]
-        trained = selection.trained(module, optimizer).values()
-        self.n_parameters = sum(map(Tensor.numel, known)), sum(map(Tensor.numel, trained))
+        self._trained |= {name: p.numel() for name, p in selection.trained(module, optimizer).items()}
+        self.n_parameters = sum(map(Tensor.numel, known)), sum(self._trained.values())
 
     # Public properties of the fronts -------------------------------------------------------------------------------
 
@@ -188,9 +190,9 @@ class State:
         masks.save_gathered(masks.save_order, decision.scores, decision.shards, file)
 
     def trainable_parameters(self) -> tuple[int, int]:
-        """Return how many elements train now, and how many the module has; (0, 0) before a run."""
+        """Return how many elements the optimizer trains, and how many the module has; (0, 0) if that is not known."""
         n_all, n_trained = self.n_parameters
-        return n_trained - (self.decision.count if self.decision else 0), n_all
+        return (n_trained - (self.decision.count if self.decision else 0), n_all) if n_all else (0, 0)
 
     def report(self, title: str) -> reporting.Report:
         """Return what happened, what is frozen and what that saves.
@@ -198,28 +200,13 @@ class State:
         Args:
             title: of the report.
         """
-        live, n_all = self.trainable_parameters()
-        if (decision := self.decision) is None:
-            begun = f"{self.steps:,} optimizer steps were observed" if n_all else "No run has begun"
-            begins = f"freezing begins after step t0={self._next_t0}" if self.plan.has_next_decision else ""
-            return reporting.Report(title, [f"{begun}; nothing is frozen yet{begins and ', '}{begins}."])
-        most = self._options.log_parameters or reporting.MAX_GROUPS
-        stages = [(step, *reporting.grouped(f, decision.shapes, 1).values()) for step, f in self.history]
-        when = ", ".join(f"{fraction:.1%} since step {step:,}" for step, fraction in stages)
-        by_layer = reporting.by_module(decision.shapes, most)
-        sizes = {layer: sum(decision.shapes[n].numel() for n in names) for layer, names in by_layer.items()}
-        fractions = reporting.grouped(decision.fractions, decision.shapes, most)
-        return reporting.Report(
-            title,
-            [
-                f"After {self.steps:,} optimizer steps {decision.count:,} of {decision.n_eligible:,} eligible elements"
-                f" are frozen, to the bit: {when}.",
-                f"{live:,} of the module's {n_all:,} parameters still train ({live / max(1, n_all):.1%}).",
-                *([self.savings.verdict] if self.savings else []),
-            ],
-            self.savings.totals if self.savings else (),
-            [(layer, sizes[layer], fractions[layer]) for layer in by_layer],
-        )
+        (live, n_all), (_, n_trained) = self.trainable_parameters(), self.n_parameters
+        if self.decision:
+            counts = (live, n_trained, n_all)
+            return reporting.report(title, self.steps, self.decision, self.history, counts, self.savings)
+        begun = f"Optimizer steps: {self.steps:,}" if self.steps or n_all else "No run has begun"
+        begins = f", freezing begins after {self._next_step}" if self.plan.has_next_decision else ""
+        return reporting.Report(title, (f"{begun}; nothing is frozen yet{begins}.",))
 
     def plot_frozen(self, ax: Any) -> Any:
         """Plot frozen fractions, layers x optimizer steps; see `reporting.plot_frozen`.
@@ -247,7 +234,7 @@ class State:
 
     def _decided(self, what: str) -> Decision:
         if self.decision is None:
-            begins = f"step t0={self._next_t0}" if self.plan.has_next_decision else "training begins"
+            begins = self._next_step if self.plan.has_next_decision else "training begins"
             raise RuntimeError(f"There is no {what} before {begins}: nothing is frozen yet.")
         return self.decision
 
@@ -275,12 +262,19 @@ class State:
         return None, None
 
     @property
-    def _next_t0(self) -> int | str:
-        """The step of the next decision, or, where it is not known yet, what is known of it."""
-        t, _ = self.plan.decisions[0]
+    def _next_t0(self) -> float | str:
+        """The step of the next decision, or, where it is not known yet, a fraction of the planned ones or "auto"."""
+        t, _ = self.plan.decisions[self.plan.n_decisions]
+        if isinstance(t, Settled) and not self.plan.settling:
+            return "auto"
+        return t if isinstance(t, float) else self.plan.next_deadline
+
+    @property
+    def _next_step(self) -> str:
+        t = self._next_t0
         if isinstance(t, float):
-            return f"{t} of the planned steps"
-        return self.plan.next_deadline if self.plan.settling or isinstance(t, int) else "auto"
+            return f"{t:.4g} of the planned steps (`t0={t}`)"
+        return f"step t0={t}" if isinstance(t, int) else "the order has settled (`t0='auto'`)"
 
     def metrics(self, names: Iterable[str], bytes_sent: int | None) -> dict[str, float]:
         """Return what there is to log now, by tag.
@@ -377,6 +371,6 @@ class State:
         self.decision = state["decision"] and Decision.from_state_dict(state["decision"])
         self.plan.load_state_dict(state["plan"])
         self.thaw_states.load_state_dict(state["thaw_states"])
-        known = [(self.plan.t0 or self.steps, self.decision.fractions)] if self.decision else []
+        known = [(self.plan.last_step, self.decision.fractions)] if self.decision else []
         self.history = list(state.get("history", known))  # 0.1.0 had none
         self.n_parameters = state.get("n_parameters", self.n_parameters)

@@ -169,6 +169,7 @@ class TestUnsupportedManualOptimization:
         assert_says(reason, "cannot be replayed on one sample", "`order='progress'`", "Freezer` with `loss=`")
 
     def test_decision_by_the_training_loss_is_refused(self):
+        assert "Pass a number of steps" in refusals.unsupported_manual_optimization(False, False, by_fraction=True)
         reason = refusals.unsupported_manual_optimization(False, True)
         assert_says(reason, "`t0='auto'` and `k='auto'`", "an int `t0` and a number `k`", "Freezer` with `loss=`")
 

@@ -1,6 +1,7 @@
 """What a user's `t0`, `k` and `schedule` stand for: decisions, each with its step and its k."""
 
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any, TypeAlias
 
 from lightning_gcfreeze import _checks
@@ -48,20 +49,23 @@ def as_schedule(schedule: Any) -> FreezeSchedule | None:
 
 
 def _when(t0: Any) -> int | float | Settled:
-    if t0 == "auto":
+    if isinstance(t0, Settled):
+        return t0
+    if isinstance(t0, str) and t0 == "auto":
         return Settled()
-    if isinstance(t0, str):
+    if not isinstance(t0, Real) or isinstance(t0, bool):
         raise TypeError(
-            f"`t0` must be an int of at least 1, a float in (0, 1), 'auto' or a Settled, got {t0!r} of type str."
+            f"`t0` must be an int of at least 1, a float in (0, 1), 'auto' or a Settled, got {t0!r} of type"
+            f" {type(t0).__name__}."
         )
-    if isinstance(t0, float):
-        if 0.0 < t0 < 1.0:
-            return t0
+    if not isinstance(t0, Integral):
+        if 0.0 < float(t0) < 1.0:
+            return float(t0)
         raise ValueError(
             f"`t0` as a float is a fraction of the planned optimizer steps and must lie in (0, 1), got {t0}. A number"
             " of steps is given as an int."
         )
-    return t0 if isinstance(t0, Settled) else _checks.integer("t0", t0, at_least=1)
+    return _checks.integer("t0", t0, at_least=1)
 
 
 def _how_much(k: Any) -> int | float | Growth | Budget:

@@ -30,7 +30,8 @@ class Plan:
     """
 
     def __init__(self, decisions: Sequence[PlannedDecision], gain: gains.Gain) -> None:
-        self.decisions, self._gain = decisions, gain
+        self.decisions = self._given = decisions
+        self._gain = gain
         self.n_decisions = 0
         """Number of decisions that have been made."""
         self.t0: int | None = None
@@ -104,6 +105,12 @@ class Plan:
             return t
         assert self.settling is not None
         return self.settling.max_t0
+
+    @property
+    def last_step(self) -> int:
+        """The optimizer step of the last decision; 0 where masks were given."""
+        t = self.decisions[self.n_decisions - 1][0] if self.n_decisions else 0
+        return t if isinstance(t, int) else self.t0 or 0
 
     @property
     def halfway(self) -> int:
@@ -269,6 +276,7 @@ class Plan:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
+        self.decisions, self.settling, self.growing = self._given, None, None
         self.n_decisions, self.t0 = state["made"], state["t0"]
         if (step := state.get("first_step")) and self.decisions and isinstance(self.decisions[0][0], float):
             self.decisions = [(step, self.decisions[0][1])]  # whatever is planned now

@@ -101,13 +101,14 @@ def unsupported_averaging(callbacks: Iterable[Any], module: nn.Module) -> str | 
     )
 
 
-def unsupported_manual_optimization(reads_samples: bool, needs_loss: bool) -> str | None:
+def unsupported_manual_optimization(reads_samples: bool, needs_loss: bool, by_fraction: bool = False) -> str | None:
     """Options that manual optimization does not allow.
 
     Args:
         reads_samples: whether gradients of single samples are computed, as for the variance.
         needs_loss: whether decisions depend on the training loss, as with ``t0="auto"``, and with ``k="auto"`` unless
             it has a `monitor`.
+        by_fraction: whether `t0` is a fraction of the planned steps.
     """
     if reads_samples:
         return (
@@ -121,6 +122,11 @@ def unsupported_manual_optimization(reads_samples: bool, needs_loss: bool) -> st
             "With manual optimization, the training loss of one optimizer is unknown to the callback, and `t0='auto'`"
             " and `k='auto'` depend on it. Use an int `t0` and a number `k`, or `k=Growth(monitor=...)`; or"
             " `lightning_gcfreeze.Freezer` with `loss=`."
+        )
+    if by_fraction:
+        return (
+            "With manual optimization, nobody knows how many steps an optimizer will take, and a `t0` below 1 is a"
+            " fraction of them. Pass a number of steps."
         )
     return None
 

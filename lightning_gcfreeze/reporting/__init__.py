@@ -3,7 +3,7 @@
 from lightning_gcfreeze.reporting.board import FROZEN_FRACTION, Board, scalars
 from lightning_gcfreeze.reporting.groups import MAX_GROUPS, by_module, grouped, history_by_layer
 from lightning_gcfreeze.reporting.plots import plot_frozen, plot_mask
-from lightning_gcfreeze.reporting.report import Report
+from lightning_gcfreeze.reporting.report import Report, report
 
 __all__ = [
     "FROZEN_FRACTION",
@@ -15,5 +15,6 @@ __all__ = [
     "history_by_layer",
     "plot_frozen",
     "plot_mask",
+    "report",
     "scalars",
 ]

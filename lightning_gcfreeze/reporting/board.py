@@ -122,7 +122,7 @@ class Board:
         self._optimizer, self._most = optimizer, most
         self._logged_step = 0  # the optimizer step
         self._n_drawn = 0  # entries of the history that were drawn
-        self._drawn_at = 0  # the step of the last heat map
+        self._drawn_at = -1  # the step of the last heat map
 
     def tag(self, tag: str) -> str:
         """Return the tag of this optimizer."""

@@ -73,3 +73,8 @@ def history_by_layer(history: History, shapes: Mapping[str, torch.Size], most: i
     """Return a history of parameters as one of at most `most` layers that begins with step 0."""
     by_layer = [(step, grouped(fractions, shapes, most)) for step, fractions in history]
     return by_layer if by_layer and by_layer[0][0] == 0 else [(0, {}), *by_layer]
+
+
+def shortened_name(name: str, most: int = 40) -> str:
+    """Return a name of a layer that fits: what is too long loses its beginning."""
+    return name if len(name) <= most else f"…{name[len(name) + 1 - most :]}"

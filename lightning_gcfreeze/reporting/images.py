@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from lightning_gcfreeze._types import Named
-from lightning_gcfreeze.reporting.groups import History
+from lightning_gcfreeze.reporting.groups import History, shortened_name
 
 MAX_SIDE = 128
 """Pixels of a mask image in height and width."""
@@ -82,7 +82,7 @@ def labelled(image: Image, rows: Sequence[str], first: int, last: int) -> Image:
         font = ImageFont.load_default(10)
     except (ImportError, TypeError):  # Pillow without FreeType, or before 10.1
         return image
-    texts = [name if len(name) <= _MAX_LABEL else f"…{name[1 - _MAX_LABEL :]}" for name in rows]
+    texts = [shortened_name(name, _MAX_LABEL) for name in rows]
     left, height = 8 + max(round(font.getlength(text)) for text in texts), len(image)
     picture = Picture.new("RGB", (left + image.shape[1], height + 14), "white")
     picture.paste(Picture.fromarray(image), (left, 0))

@@ -189,6 +189,14 @@ def test_board_that_goes_on_draws_masks_of_later_steps_only():
         assert len(tensorboard.experiment.images) == n_images
 
 
+def test_heat_map_of_given_masks_is_drawn_at_the_first_step():
+    """Step 0 of the loggers' axis is a step."""
+    tensorboard, known = Logger(Experiment()), frozen_at(1)
+    known.history = [(0, known.history[0][1])]
+    board.Board().log([tensorboard], 0, {}, known)
+    assert ("gcfreeze/frozen", 0) in tensorboard.experiment.images
+
+
 def test_board_of_no_parameters_draws_the_heat_map_alone():
     """`log_parameters=0`: no histograms, no masks, no fractions."""
     tensorboard = Logger(Experiment())

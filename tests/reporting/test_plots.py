@@ -48,6 +48,31 @@ def test_mask_is_drawn_as_rows_and_columns(shape, drawn):
     ax.figure.canvas.draw()
 
 
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0,)])
+def test_mask_without_elements_is_an_empty_plot(shape):
+    ax = plot_mask(np.zeros(shape, bool), "w")
+    assert not ax.images
+    assert ax.get_title() == "w: 0.0% frozen"
+    ax.figure.canvas.draw()
+
+
+def test_names_may_be_long_and_have_dollars():
+    """The plot keeps most of the width, and no name is a formula."""
+    name = "base_model.model.encoder.layers.11.attention.self.query.lora_A.default.$weight_$1"
+    ax = plot_frozen([(0, {name: 0.5, "$": 1.0})], 8)
+    ax.figure.canvas.draw()
+    assert ax.get_position().width > 0.3
+    assert ax.get_yticklabels()[0].get_text().endswith(r"lora_A.default.\$weight_\$1")
+    plot_mask(np.eye(2) > 0, name).figure.canvas.draw()
+
+
+def test_plotting_twice_leaves_the_first_layer_on_top():
+    _, ax = mpl.pyplot.subplots()
+    plot_frozen(HISTORY, 400, ax)
+    plot_frozen(HISTORY, 400, ax)
+    assert ax.yaxis_inverted()
+
+
 def test_plots_go_on_axes_that_are_given():
     _, (left, right) = mpl.pyplot.subplots(1, 2)
     assert plot_frozen(HISTORY, 400, left) is left
