@@ -55,15 +55,15 @@ def _when(t0: Any) -> int | float | Settled:
         return Settled()
     if not isinstance(t0, Real) or isinstance(t0, bool):
         raise TypeError(
-            f"`t0` must be an int of at least 1, a float in (0, 1), 'auto' or a Settled, got {t0!r} of type"
-            f" {type(t0).__name__}."
+            f"`t0` must be an int of at least 1, a float in (0, 1), 'auto' or a Settled, got {t0!r}"
+            f" ({type(t0).__name__})."
         )
     if not isinstance(t0, Integral):
         if 0.0 < float(t0) < 1.0:
             return float(t0)
-        raise ValueError(
-            f"`t0` as a float is a fraction of the planned optimizer steps and must lie in (0, 1), got {t0}. A number"
-            " of steps is given as an int."
+        raise TypeError(
+            f"`t0` must be an int of at least 1, got {t0!r} ({type(t0).__name__}): a float is a fraction of the planned"
+            " optimizer steps, between 0 and 1."
         )
     return _checks.integer("t0", t0, at_least=1)
 
