@@ -99,6 +99,8 @@ def be_quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     ignore_known_warnings()
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT's use of transformers
+    warnings.filterwarnings("ignore", message="Found .* in eval mode")  # BatchNorm, on purpose
+    warnings.filterwarnings("ignore", message=".*No step will train with frozen")  # a fit for its masks alone
 
 
 def compare(methods: Mapping[str, Callable[[int], Cost]], seeds: Sequence[int], quality: str) -> str:
