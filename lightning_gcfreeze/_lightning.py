@@ -237,6 +237,14 @@ def give_back_comm_hook(strategy: Any, all_reduce: LiveAllReduce | None) -> None
         strategy._ddp_comm_hook = all_reduce.user_hook
 
 
+def say(warning: str | None, remark: str | None = None) -> None:
+    """Warn, and log a remark, on rank 0, if there is something to say."""
+    if warning:
+        rank_zero_warn(warning)
+    if remark:
+        rank_zero_info(remark)
+
+
 def refuse(reason: str | None) -> None:
     """Raise Lightning's error for a Trainer and a callback that do not go together, if there is a reason."""
     if reason:

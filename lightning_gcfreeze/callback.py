@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -295,7 +294,7 @@ class GradCovFreezeCallback(_lightning.Callback):
         around = _lightning.surroundings(trainer, pl_module, self.optimizer or 0, name, tag, self._all_reduce)
         self._run = Run(self._options, self._state, around)
         callbacks: Any = () if self._options.masks else trainer.callbacks  # type: ignore[attr-defined]
-        around.tell([misconfiguration.averaged_weights(callbacks)])
+        around.warn_of([misconfiguration.averaged_weights(callbacks)])
         _lightning.refuse(refusals.unsupported_mesh(trainer.strategy, self._run.shards.meshes))
         if self._all_reduce:
             _lightning.give_back_comm_hook(trainer.strategy, self._all_reduce)
@@ -361,12 +360,13 @@ class GradCovFreezeCallback(_lightning.Callback):
         if self._run:
             self._run.end()
             self._board.draw(trainer.loggers, _lightning.log_step(trainer) - 1, self._state)
+        _lightning.say(*self._state.unfinished())
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of module and optimizer; what was found stays, also in the process that launched this one."""
         if stage == "fit":
             if self._run and (warning := misconfiguration.moved_at_the_end(self._state.moved(pl_module))):
-                rank_zero_warn(f"{type(self).__name__}: {warning}")
+                _lightning.say(f"{type(self).__name__}: {warning}")
             self._unbind(trainer)
             self._mailbox.send(self._state, trainer)
 

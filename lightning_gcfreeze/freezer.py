@@ -235,6 +235,8 @@ class Freezer:
                 self._run.end()
             finally:
                 self._run.close()
+            for sentence in filter(None, self._state.unfinished()):
+                self._warn(sentence)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that is needed to go on from here; see `State.state_dict`. Call it on all processes."""

@@ -111,7 +111,7 @@ class Run:
         self._hooks = (hook, optimizer.register_step_post_hook(self._after_optimizer_step))
         self._publish()
         options, plan = self._options, self._state.plan
-        around.tell(
+        around.warn_of(
             misconfiguration.before_the_first_step(
                 [t for t, _ in plan.decisions[plan.n_decisions :] if isinstance(t, int)],
                 around.planned_steps(),
@@ -260,13 +260,11 @@ class Run:
         self._state.synchronize(self.shards)
 
     def end(self) -> None:
-        """Share and publish what there is at the end of training, and say what did not come about."""
+        """Share and publish what there is at the end of training."""
         self._state.count_parameters(self._around.module, self._around.optimizer)  # some may have begun to train
         if self.has_begun:
             self.synchronize()
             self._publish(is_last=True)
-        warning, remark = self._state.unfinished()
-        self._around.tell([warning], [remark])
 
     def close(self) -> None:
         """Leave the module and the optimizer as they were, but for the values."""

@@ -58,12 +58,10 @@ class Surroundings:
     error: type[Exception] = RuntimeError
     """What is raised where the loop and the options do not go together."""
 
-    def tell(self, warnings: Iterable[str | None], remarks: Iterable[str | None] = ()) -> None:
-        """Pass on what there is to say."""
-        for sentence in filter(None, warnings):
+    def warn_of(self, sentences: Iterable[str | None]) -> None:
+        """Pass on what there is to warn of."""
+        for sentence in filter(None, sentences):
             self.warn(sentence)
-        for sentence in filter(None, remarks):
-            self.inform(sentence)
 
     def refuse(self, reason: str | None) -> None:
         """Raise the loop's kind of error, if there is a reason."""

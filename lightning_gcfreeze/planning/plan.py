@@ -109,7 +109,7 @@ class Plan:
     @property
     def last_step(self) -> int:
         """The optimizer step of the last decision; 0 where masks were given."""
-        t = self.decisions[self.n_decisions - 1][0] if self.n_decisions else 0
+        t = self.decisions[self.n_decisions - 1][0] if 0 < self.n_decisions <= len(self.decisions) else 0
         return t if isinstance(t, int) else self.t0 or 0
 
     @property
