@@ -34,12 +34,15 @@ def test_source_gives_the_gradient_on_the_first_sample_in_every_mode(name, mode)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_parameters_that_layer_hooks_see_are_captured_and_others_replayed(name):
+def test_parameters_that_layer_hooks_see_are_captured_and_others_replayed(name, caplog):
+    """The user is told where a pass more is needed, and the log at level DEBUG where not."""
+    caplog.set_level("DEBUG", "lightning_gcfreeze")
     observer = Observer(built(name))
     assert_close(observer.step((X, Y)), of_first_sample(observer.module, (X, Y)), rtol=1e-9, atol=1e-11)
     unseen = {f"network.{own}" for own in NETWORKS[name][1]}
     assert observer.captured == observer.parameters.keys() - unseen
-    (said,) = observer.told
+    (said,) = observer.told if unseen else caplog.messages
+    assert not (caplog.messages if unseen else observer.told)
     assert ("for all parameters" in said) == (not unseen)
     if unseen:
         assert f"{len(observer.captured)} of {len(observer.parameters)}" in said
