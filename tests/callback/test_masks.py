@@ -175,14 +175,16 @@ def test_masks_by_file_by_name_and_by_selection_give_the_same_bits(tmp_path):
 
 
 def test_masks_are_copied_when_training_begins():
-    """The user may change them afterwards."""
+    """The user may change them afterwards, also one of rows, which is one value a row in memory."""
     given = {name: mask.clone() for name, mask in drawn().items()}
+    rows = torch.arange(len(given["network.0.weight"])) % 2 == 0
+    given["network.0.weight"] = rows[:, None].expand(given["network.0.weight"].shape)
     expected = {name: mask.clone() for name, mask in given.items()}
 
     class Change(pl.Callback):
         def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-            for mask in given.values():
-                mask.logical_not_()
+            for name, mask in given.items():
+                (rows if name == "network.0.weight" else mask).logical_not_()
 
     callback = GradCovFreezeCallback(masks=given)
     fit(module(), callback, Change(), max_epochs=1)
