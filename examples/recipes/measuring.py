@@ -1,10 +1,14 @@
-"""What the recipes share: a quiet Trainer, a measured fit, a comparison of bits, and tables of results."""
+"""What the recipes share: a quiet Trainer, a measured fit, a comparison of bits, tables of results, a command line."""
 
+import argparse
 import logging
+import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import astuple, dataclass
+from functools import partial
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -101,6 +105,54 @@ def be_quiet() -> None:
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT's use of transformers
     warnings.filterwarnings("ignore", message="Found .* in eval mode")  # BatchNorm, on purpose
     warnings.filterwarnings("ignore", message=".*No step will train with frozen")  # a fit for its masks alone
+
+
+def command_line(
+    argv: Sequence[str] | None,
+    program: str,
+    description: str | None,
+    run: Callable[..., Cost],
+    tune: Callable[[str, int], None],
+    recipes: Sequence[Callable[[Path, int], None]],
+    *,
+    methods: Collection[str],
+    steps: int,
+    quality: str,
+) -> None:
+    """Do what the command line says: the recipes, a comparison, or a search for learning rates.
+
+    Args:
+        argv: the arguments; None: those of the process.
+        program: what is called.
+        description: for its help.
+        run: (method, seed, steps=) -> what it cost and reached.
+        tune: (method, steps) tries learning rates.
+        recipes: (folder, steps), called one after the other.
+        methods: those that can be run and tuned.
+        steps: of a fit at full length.
+        quality: what is compared, the title of its column.
+    """
+    parser = argparse.ArgumentParser(
+        prog=program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="few steps: does it run?")
+    parser.add_argument("--compare", metavar="SEEDS", help="compare all methods, with seeds such as 0,1,2")
+    parser.add_argument("--tune", choices=methods, metavar="METHOD", help="try learning rates of one method")
+    parser.add_argument("--out", type=Path, help="folder of what is shipped; by default it is not kept")
+    args = parser.parse_args(argv)
+    be_quiet()
+    steps = 5 if args.quick else steps
+    if args.tune:
+        tune(args.tune, steps)
+    elif args.compare:
+        by_method = {method: partial(run, method, steps=steps) for method in methods}
+        print(compare(by_method, [int(seed) for seed in args.compare.split(",")], quality))
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            out = args.out or Path(folder)
+            out.mkdir(parents=True, exist_ok=True)
+            for recipe in recipes:
+                recipe(out, steps)
 
 
 def compare(methods: Mapping[str, Callable[[int], Cost]], seeds: Sequence[int], quality: str) -> str:

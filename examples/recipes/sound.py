@@ -9,10 +9,9 @@ tones are made here.
     python -m examples.recipes.sound --tune "everything"  # rates of one method, on tones that are not reported
 """
 
-import argparse
 import tempfile
-from collections.abc import Callable, Sequence
-from functools import cache, partial
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from typing_extensions import override
 
-from examples.recipes.measuring import Cost, be_quiet, compare, fit, megabytes, predict, same_bits
+from examples.recipes.measuring import Cost, command_line, fit, megabytes, predict, same_bits
 from examples.tenants.encoder import shipped
 from lightning_gcfreeze import GradCovFreezeCallback, apply_delta
 from lightning_gcfreeze.masks import at_random, pattern
@@ -228,28 +227,8 @@ def tune(method: str, steps: int) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Do what the command line says."""
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.recipes.sound",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--quick", action="store_true", help="few steps: does it run?")
-    parser.add_argument("--compare", metavar="SEEDS", help="compare all methods, with seeds such as 0,1,2")
-    parser.add_argument("--tune", choices=RATES, metavar="METHOD", help="try learning rates of one method")
-    parser.add_argument("--out", type=Path, help="folder of the delta; by default it is not kept")
-    args = parser.parse_args(argv)
-    be_quiet()
-    steps = 5 if args.quick else STEPS
-    if args.tune:
-        tune(args.tune, steps)
-    elif args.compare:
-        methods: dict[str, Callable[[int], Cost]] = {method: partial(run, method, steps=steps) for method in RATES}
-        print(compare(methods, [int(seed) for seed in args.compare.split(",")], "pitches found"))
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            out = args.out or Path(folder)
-            out.mkdir(parents=True, exist_ok=True)
-            recipe(out, steps)
+    program = "python -m examples.recipes.sound"
+    command_line(argv, program, __doc__, run, tune, [recipe], methods=RATES, steps=STEPS, quality="pitches found")
 
 
 if __name__ == "__main__":

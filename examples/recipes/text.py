@@ -8,13 +8,12 @@ which of ten installed packages has a docstring? The texts are read from the sou
     python -m examples.recipes.text --tune "head alone"  # rates of one method, on docstrings of other packages
 """
 
-import argparse
 import ast
 import random
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
-from functools import cache, partial
+from collections.abc import Sequence
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from torch.utils.data import TensorDataset
 from transformers import AutoTokenizer, BertModel
 from typing_extensions import override
 
-from examples.recipes.measuring import Cost, be_quiet, compare, fit, megabytes, predict, same_bits
+from examples.recipes.measuring import Cost, command_line, fit, megabytes, predict, same_bits
 from examples.tenants.encoder import be_quiet as be_quiet_too
 from examples.tenants.encoder import minilm
 from lightning_gcfreeze import GradCovFreezeCallback, apply_delta
@@ -235,30 +234,19 @@ def tune(method: str, steps: int) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Do what the command line says."""
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.recipes.text",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--quick", action="store_true", help="few steps: does it run?")
-    parser.add_argument("--compare", metavar="SEEDS", help="compare all methods, with seeds such as 0,1,2")
-    parser.add_argument("--tune", choices=RATES, metavar="METHOD", help="try learning rates of one method")
-    parser.add_argument("--out", type=Path, help="folder of the deltas; by default they are not kept")
-    args = parser.parse_args(argv)
-    be_quiet()
     be_quiet_too()
-    steps = 5 if args.quick else STEPS
-    if args.tune:
-        tune(args.tune, steps)
-    elif args.compare:
-        methods: dict[str, Callable[[int], Cost]] = {method: partial(run, method, steps=steps) for method in RATES}
-        print(compare(methods, [int(seed) for seed in args.compare.split(",")], "accuracy"))
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            out = args.out or Path(folder)
-            out.mkdir(parents=True, exist_ok=True)
-            best_quality(out, steps)
-            smallest_delta(out, steps)
+    program = "python -m examples.recipes.text"
+    command_line(
+        argv,
+        program,
+        __doc__,
+        run,
+        tune,
+        [best_quality, smallest_delta],
+        methods=RATES,
+        steps=STEPS,
+        quality="accuracy",
+    )
 
 
 if __name__ == "__main__":
