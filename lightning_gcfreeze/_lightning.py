@@ -24,6 +24,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_module, rank_zero_warn
 
 from lightning_gcfreeze import refusals
+from lightning_gcfreeze._names import class_names
 from lightning_gcfreeze.distributed import World
 from lightning_gcfreeze.distributed.comm_hook import LiveAllReduce
 from lightning_gcfreeze.options import Options
@@ -73,7 +74,7 @@ def surroundings(
     data = getattr(strategy, "distributed_sampler_kwargs", None) or {}
     known: Sequence[Any] = [*trainer.callbacks]  # type: ignore[attr-defined]
     # BaseFinetuning names what is in the optimizer's groups by the module's parameters, each time that it adds a group.
-    readers = [type(c).__name__ for c in known if "BaseFinetuning" in {cls.__name__ for cls in type(c).__mro__}]
+    readers = [type(c).__name__ for c in known if "BaseFinetuning" in class_names(c)]
     if not module.automatic_optimization:
         readers.append("manual optimization")
 
@@ -150,7 +151,7 @@ def planned_steps(trainer: pl.Trainer) -> float:
     except MisconfigurationException:  # in Lightning 2.4, accumulation that changes from epoch to epoch
         return math.nan
     callbacks: Sequence[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    schedulers = [c for c in callbacks if "GradientAccumulationScheduler" in {cls.__name__ for cls in type(c).__mro__}]
+    schedulers = [c for c in callbacks if "GradientAccumulationScheduler" in class_names(c)]
     if not schedulers or not 0 < steps < math.inf:
         return steps
     if trainer.max_epochs in (None, -1):

@@ -1,4 +1,4 @@
-"""Parameter names in messages: short lists of them, and what a pattern may have meant."""
+"""Names: of parameters in messages, short lists of them and what a pattern may have meant; of an object's classes."""
 
 from collections.abc import Collection, Iterable
 from difflib import get_close_matches
@@ -8,6 +8,11 @@ def shortened(names: Iterable[str], most: int = 5) -> str:
     """Return the first `most` names, and how many more there are."""
     listing = list(names)
     return ", ".join(listing[:most]) + (f" and {len(listing) - most} more" if len(listing) > most else "")
+
+
+def class_names(value: object) -> set[str]:
+    """Return the names of an object's class and of its parents, which tell what it is without its package."""
+    return {cls.__name__ for cls in type(value).__mro__}
 
 
 def closest(pattern: str, names: Collection[str]) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from lightning_gcfreeze._names import closest, shortened
+from lightning_gcfreeze._names import class_names, closest, shortened
 
 
 def before_the_first_step(
@@ -73,7 +73,7 @@ def averaged_weights(callbacks: Iterable[Any]) -> str | None:
     averaging = [
         type(callback).__name__
         for callback in callbacks
-        if {"WeightAveraging", "StochasticWeightAveraging"} & {cls.__name__ for cls in type(callback).__mro__}
+        if {"WeightAveraging", "StochasticWeightAveraging"} & class_names(callback)
     ]
     if not averaging:
         return None

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import Parameter
 from torch.optim import LBFGS, SGD, Optimizer
 
-from lightning_gcfreeze._names import shortened
+from lightning_gcfreeze._names import class_names, shortened
 from lightning_gcfreeze.freezing import ELEMENTWISE, groups_without_rate
 from lightning_gcfreeze.gradients import momentum
 
@@ -34,7 +34,7 @@ def unsupported_optimizer(optimizer: Any) -> str | None:
             f"{type(optimizer).__name__} is no torch.optim.Optimizer, so no hook runs right after its steps. Use the"
             " optimizer that it wraps."
         )
-    signs = {cls.__name__ for cls in type(optimizer).__mro__}.union(*optimizer.param_groups)
+    signs = class_names(optimizer).union(*optimizer.param_groups)
     signs |= {name for name in dir(type(optimizer)) if callable(getattr(type(optimizer), name, None))}
     for known, reason in _TWO_SETS_OF_WEIGHTS.items():
         if known <= signs:

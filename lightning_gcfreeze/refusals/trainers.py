@@ -7,6 +7,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_gcfreeze import _modules
+from lightning_gcfreeze._names import class_names
 
 _UNSUPPORTED_STRATEGIES = {
     "FSDPStrategy": "flattens parameters into shards, where an element has neither name nor place (FSDP2 does not)",
@@ -18,7 +19,7 @@ _UNSUPPORTED_DIMENSIONS = {"pp", "pipe", "pipeline", "cp", "context", "ep", "exp
 
 def unsupported_strategy(strategy: Any) -> str | None:
     """Strategies under which elements cannot be held constant, or not on all ranks alike."""
-    classes = {cls.__name__ for cls in type(strategy).__mro__}
+    classes = class_names(strategy)
     known = classes & {"SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy"}
     reasons = [reason for name, reason in _UNSUPPORTED_STRATEGIES.items() if name in classes]
     if not known or reasons:
@@ -92,7 +93,7 @@ def unsupported_averaging(callbacks: Iterable[Any], module: nn.Module) -> str | 
         module: the module that is trained, with `batch_norm="freeze"`.
     """
     has_norms = any(isinstance(layer, _modules.BatchNorm) for layer in module.modules())
-    resets = any("StochasticWeightAveraging" in {c.__name__ for c in type(callback).__mro__} for callback in callbacks)
+    resets = any("StochasticWeightAveraging" in class_names(callback) for callback in callbacks)
     if not (has_norms and resets):
         return None
     return (

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lightning_gcfreeze._names import class_names
 from lightning_gcfreeze._types import Named
 from lightning_gcfreeze.reporting.groups import MAX_GROUPS, History, by_module, grouped, history_by_layer
 from lightning_gcfreeze.reporting.images import Image, heat_map, labelled, mask_images
@@ -185,7 +186,7 @@ class Board:
 
 def _tags_for(logger: Any, metrics: dict[str, float]) -> dict[str, float]:
     """Return the numbers by tags that a logger can keep: in MLflow's file store no tag may be a folder of another."""
-    if "MLFlowLogger" not in {cls.__name__ for cls in type(logger).__mro__}:
+    if "MLFlowLogger" not in class_names(logger):
         return metrics
     return {tag.replace("frozen_fraction/", "frozen_fraction_of/", 1): value for tag, value in metrics.items()}
 
