@@ -235,18 +235,8 @@ def tune(method: str, steps: int) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Do what the command line says."""
     be_quiet_too()
-    program = "python -m examples.recipes.text"
-    command_line(
-        argv,
-        program,
-        __doc__,
-        run,
-        tune,
-        [best_quality, smallest_delta],
-        methods=RATES,
-        steps=STEPS,
-        quality="accuracy",
-    )
+    program, recipes = "python -m examples.recipes.text", [best_quality, smallest_delta]
+    command_line(argv, program, __doc__, run, tune, recipes, methods=RATES, steps=STEPS, quality="accuracy")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_gcfreeze import FreezeSchedule, GradCovFreezeCallback, Growth, Settled, masks
 from lightning_gcfreeze.options import Options
 from tests import cases
+from tests.callback.hyperparameters import OURS
 
 
 class Encoder(nn.Module):
@@ -106,16 +107,6 @@ def test_no_scalar_in_mlflow_is_a_folder_of_another(tmp_path):
 
 
 # Hyperparameters -----------------------------------------------------------------------------------------------------
-
-OURS = {
-    "gcfreeze/t0": 6,
-    "gcfreeze/k": 0.5,
-    "gcfreeze/order": "variance",
-    "gcfreeze/granularity": "element",
-    "gcfreeze/hold": "auto",
-    "gcfreeze/every": 1,
-    "gcfreeze/samples": "auto",
-}
 
 
 class WithOwn(cases.Regression):

@@ -14,18 +14,9 @@ from torch import Tensor
 
 from lightning_gcfreeze import GradCovFreezeCallback
 from tests import cases
+from tests.callback.hyperparameters import OURS
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
-
-OURS = {
-    "gcfreeze/t0": 6,
-    "gcfreeze/k": 0.5,
-    "gcfreeze/order": "variance",
-    "gcfreeze/granularity": "element",
-    "gcfreeze/hold": "auto",
-    "gcfreeze/every": 1,
-    "gcfreeze/samples": "auto",
-}
 
 
 class Module(cases.Regression):
